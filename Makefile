@@ -1,0 +1,58 @@
+# Everything runs in an environment of its own, .venv, made on first use and again when pyproject.toml changes.
+
+PYTHON ?= python3
+# Where torch comes from; empty is pip's default. On Linux without a GPU, PyTorch's CPU wheel index saves gigabytes.
+TORCH_INDEX ?=
+# More arguments for train, test and bench: make train ARGS="--set train.steps=50"
+ARGS ?=
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+# -P keeps the current folder off sys.path: our folders are not packages of their own.
+RUN := $(VENV)/bin/python -P
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint bench clean
+
+# An environment that was made when the clone lay elsewhere points to the old place.
+$(shell [ "$$(cat $(INSTALLED) 2>/dev/null)" = "$(CURDIR)" ] || rm -f $(INSTALLED))
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+train: $(INSTALLED) ## train the smoke model on four local processes
+	$(RUN) -m counterflow train smoke --nproc 4 $(ARGS)
+
+test: $(INSTALLED) ## run the tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style, format and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	@mkdir -p $(VENV)/typecheck && ln -sfn ../.. $(VENV)/typecheck/counterflow
+	MYPYPATH=$(VENV)/typecheck $(RUN) -m mypy -p counterflow
+
+bench: $(INSTALLED) ## measure a training step against other implementations
+	$(RUN) benchmarks/step.py $(ARGS)
+
+clean: ## remove the environment and caches; runs stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Without a GPU torch is pinned, and first, before a dependency's wider range can choose a build with CUDA in it.
+$(INSTALLED): pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "There is no '$(PYTHON)' here. Counterflow needs Python 3.11 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit("Counterflow needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another one: make PYTHON=/path/to/python" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	"$(PYTHON)" -m venv $(VENV)
+	@set -e; \
+	if nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidia0 ]; then \
+	  echo "NVIDIA GPU found: installing torch with CUDA"; torch=torch; \
+	else \
+	  echo "no NVIDIA GPU found: installing the tested torch"; torch=torch==2.13.0; \
+	fi; \
+	if [ "$$torch" != torch ] || [ -n "$(TORCH_INDEX)" ]; then \
+	  $(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$$torch"; \
+	fi
+	$(RUN) -m pip install --quiet -e '.[dev]'
+	@echo "$(CURDIR)" >$@

@@ -1,0 +1,86 @@
+"""What every token dispatcher offers: an MoE layer's two all-to-alls, with autograd and asynchronous forms.
+
+T tokens of this rank, K top-k, H hidden, E experts of the layer, R rows received by this rank's E / (group size) experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """The rows that this rank's experts compute on, sorted by (local expert, source rank, token).
+
+    x: [R, H], one row for each (token, expert of this rank) pair of the whole group. Nothing is dropped.
+    weights: FP32 [R], the gate weight of each row. `combine` does not apply it; the expert does, between its SwiGLU and
+        its down projection, so that combine stays a plain sum and its backward a plain copy.
+    offsets: int32 [E_local], where each local expert's rows end; `offs` of `torch.nn.functional.grouped_mm`.
+    tokens_per_expert: the same as counts, on the host.
+    handle: what the dispatcher needs to bring the rows back.
+    """
+
+    x: Tensor
+    weights: Tensor
+    offsets: Tensor
+    tokens_per_expert: list[int]
+    handle: Any
+
+
+@dataclass
+class Pending(Generic[Result]):
+    """Communication that has been launched; `wait` once for its result.
+
+    Between launch and wait there is only `ticket` in the autograd graph, a scalar of no meaning. In the backward the
+    gradient of the result launches the reverse communication and passes on a gradient for the ticket, whose own
+    backward waits: whatever autograd runs between the two overlaps. To place the two halves by hand, cut the graph
+    here: replace `ticket` by a detached leaf before `wait`, later run the backward of the result, and, once the
+    communication is needed, that of the original ticket.
+    """
+
+    ticket: Tensor
+    _finish: Callable[[Tensor], Result]
+
+    def wait(self) -> Result:
+        return self._finish(self.ticket)
+
+
+class Dispatcher(Protocol):
+    """Takes tokens to the ranks of their experts and brings the experts' outputs back.
+
+    Every rank of the group makes the same calls in the same order, with any number of tokens, also none, and runs the
+    backward of each. Backward of dispatch is a combine, backward of combine a dispatch.
+    """
+
+    def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
+        """Send every token to its K experts.
+
+        Args:
+            x: [T, H] BF16 or FP32.
+            expert_ids: int64 [T, K] global expert ids, no expert twice in a token.
+            weights: FP32 [T, K] gate weights.
+        """
+
+    def begin_dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
+        """`dispatch`, launched but not waited for."""
+
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
+        """For each token the unweighted sum of its K experts' outputs.
+
+        The sum is taken in FP32 in the order of the token's K slots and rounded once.
+
+        Args:
+            y: [R, H], the rows of `dispatched.x` after the experts.
+
+        Returns:
+            [T, H] in the type of `y`.
+        """
+
+    def begin_combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
+        """`combine`, launched but not waited for."""

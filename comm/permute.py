@@ -1,0 +1,103 @@
+"""Rows to experts and back on one rank: stable order by expert, and sums of gathered rows.
+
+T tokens, K top-k, E experts, H hidden, R = T x K rows.
+Gathers only, no scattered additions: the same inputs give the same bits on every run and with any number of threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertOrder:
+    """The slots of a rank's tokens, sorted by expert and within an expert by token.
+
+    A slot is one of a token's K choices and has the number `token * K + k`; a row is a slot's place in the order.
+    """
+
+    slot_of_row: Tensor  # int64 [R]
+    token_of_row: Tensor  # int64 [R]
+    row_of_slot: Tensor  # int64 [T, K], the inverse of slot_of_row
+    rows_per_expert: Tensor  # int64 [E]
+
+
+def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
+    """Sort slots by expert without waiting for the device.
+
+    Args:
+        expert_ids: int64 [T, K] in [0, num_experts), no expert twice in a token.
+    """
+    flat = expert_ids.reshape(-1)
+    slot_of_row = _stable_argsort(flat, num_experts)
+    slots = torch.arange(flat.numel(), device=flat.device)
+    row_of_slot = torch.empty_like(slots).scatter_(0, slot_of_row, slots)
+    # A search in the sorted ids, because bincount waits for a GPU to learn its largest value.
+    bounds = torch.arange(num_experts + 1, device=flat.device, dtype=flat.dtype)
+    starts = torch.searchsorted(flat.index_select(0, slot_of_row), bounds)
+    return ExpertOrder(
+        slot_of_row=slot_of_row,
+        token_of_row=torch.div(slot_of_row, expert_ids.shape[1], rounding_mode="floor"),
+        row_of_slot=row_of_slot.view(expert_ids.shape),
+        rows_per_expert=starts.diff(),
+    )
+
+
+def _stable_argsort(ids: Tensor, num_ids: int) -> Tensor:
+    """Indices that sort `ids` int64 [R] in [0, num_ids), equal ids in their order."""
+    narrow = ids.to(torch.int16) if num_ids <= 2**15 else ids
+    if ids.device.type == "cpu":
+        # NumPy sorts 16-bit keys by radix: 0.02 ms where torch takes 0.2 ms (8,192 keys).
+        return torch.from_numpy(np.argsort(narrow.numpy(), kind="stable"))
+    return torch.argsort(narrow, stable=True)
+
+
+def gather_sum(rows: Tensor, index: Tensor) -> Tensor:
+    """For each token the sum of K rows, without a [T, K, H] copy.
+
+    The order is fixed: an FP32 accumulator starts at +0.0, `rows[index[t, 0]]` to `rows[index[t, K - 1]]` are added
+    one after the other, and the total is rounded once, to nearest even, to the type of `rows`.
+
+    Args:
+        rows: [R, H] BF16, FP16 or FP32.
+        index: int64 [T, K].
+
+    Returns:
+        [T, H] in the type of `rows`.
+    """
+    tokens, top_k = index.shape
+    if tokens == 0 or rows.shape[0] == 0:
+        assert tokens == 0, f"{tokens} tokens want rows, but there are none"
+        return rows.new_empty((0, rows.shape[1]))
+    rows = rows.detach()  # embedding_bag prepares a backward of its own for what requires a gradient
+    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16):
+        # embedding_bag is faster still here but rounds ties away from zero: every 20th sum of four, always outward.
+        starts = torch.arange(0, index.numel() + 1, top_k)
+        ones = torch.ones(index.numel(), dtype=rows.dtype)
+        choice = torch.sparse_csr_tensor(starts, index.reshape(-1), ones, (tokens, rows.shape[0]))
+        return torch.sparse.mm(choice, rows, "sum")
+    return F.embedding_bag(index, rows, mode="sum")
+
+
+def transpose_blocks(sizes: Tensor, num_rows: int) -> Tensor:
+    """Index that reorders rows stored in blocks (a, b) into blocks (b, a), each block kept as it is.
+
+    Args:
+        sizes: int64 [A, B], rows in each block.
+        num_rows: their sum, given because asking the device for it would wait for the device.
+
+    Returns:
+        int64 [num_rows]; `rows.index_select(0, index)` is in the new order.
+        Its inverse is `transpose_blocks(sizes.t(), num_rows)`.
+    """
+    flat = sizes.reshape(-1)
+    old_starts = (flat.cumsum(0) - flat).view(sizes.shape).t().reshape(-1)
+    new_sizes = sizes.t().reshape(-1)
+    new_starts = new_sizes.cumsum(0) - new_sizes
+    shift = torch.repeat_interleave(old_starts - new_starts, new_sizes, output_size=num_rows)
+    return shift + torch.arange(num_rows, device=sizes.device)

@@ -1,0 +1,106 @@
+"""A process becomes a rank: device, threads, and the process group that everything else is made from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from ..settings import UsageError
+from .place import Place
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["gloo", "nccl"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """This rank, with the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+
+def choose_device(
+    device: Literal["auto", "cpu", "cuda"],
+    backend: Literal["auto", "gloo", "nccl"],
+    local_rank: int,
+    local_world_size: int,
+) -> tuple[torch.device, Backend]:
+    """Device and collective library of a rank, from `train.device` and `comm.backend`.
+
+    `auto` takes GPUs where there is one for each rank of the node. Raises UsageError where the machine cannot do
+    what is asked.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        if 0 < gpus < local_world_size:
+            logger.warning("training on the CPU: this node has %d GPUs for its %d ranks", gpus, local_world_size)
+        device = "cuda" if gpus >= local_world_size else "cpu"
+    if device == "cpu":
+        if backend == "nccl":
+            raise UsageError("comm.backend nccl needs a GPU for every rank, and these train on the CPU: set it to auto")
+        return torch.device("cpu"), "gloo"
+    if gpus == 0:
+        raise UsageError("train.device is cuda, but torch finds no GPU here: set train.device to auto or cpu")
+    if backend == "gloo":
+        return torch.device("cuda", local_rank % gpus), "gloo"
+    if gpus < local_world_size:
+        raise UsageError(
+            f"train.device is cuda and this node has {gpus} GPUs for its {local_world_size} ranks: start {gpus} ranks "
+            "a node, set train.device to cpu, or let ranks share a GPU with comm.backend gloo"
+        )
+    return torch.device("cuda", local_rank), "nccl"
+
+
+@contextmanager
+def bootstrap(
+    place: Place,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    backend: Literal["auto", "gloo", "nccl"] = "auto",
+    timeout: float = 600.0,
+    threads: int | None = None,
+) -> Iterator[Process]:
+    """Join the process group of the run and leave it at the end.
+
+    `timeout` is how long a collective may wait for its peers, in seconds (`parallel.timeout`); `threads` are the CPU
+    threads of this process, torch's own choice if None. A process that nobody launched is a group of one and
+    needs no rendezvous. Raises UsageError as `choose_device` does.
+    """
+    assert not dist.is_initialized(), "this process already belongs to a group"
+    chosen, library = choose_device(device, backend, place.local_rank, place.local_world_size)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group(
+        library,
+        store=_store_of_one() if place.launcher == "none" else None,  # None: the launcher's, from the environment
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=timeout),
+        device_id=chosen if library == "nccl" else None,
+    )
+    try:
+        yield Process(place.rank, place.world_size, place.local_rank, place.local_world_size, chosen)
+    except BaseException:
+        # Leaving a group in good order can wait for the others, and they may be waiting for this rank.
+        if place.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _store_of_one() -> Any:
+    """A store in this process's memory."""
+    return dist.HashStore()  # type: ignore[attr-defined]

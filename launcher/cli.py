@@ -1,0 +1,86 @@
+"""The `counterflow` command: one sub-command a module, loaded when it is asked for.
+
+A sub-command's module offers `add_arguments(parser)` and `run(args) -> int`, the exit code: 0 done, 1 failed, 2 bad
+usage or config, 75 stopped for requeue with a checkpoint written. Nothing here imports torch, so that help and
+configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from .. import __version__
+from ..settings import UsageError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: its name, its module in this folder and one line of help."""
+
+    name: str
+    module: str
+    help: str
+
+
+COMMANDS = (
+    Command("train", "train_command", "train a model"),
+    Command("config", "config_command", "print a configuration, resolved and explained"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`, by default the process's own without the program's name; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        print(f"counterflow: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("counterflow: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="counterflow", description="Pretrain DeepSeek-V3-class models.")
+    parser.add_argument("--version", action="version", version=f"counterflow {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    parsers = {
+        command.name: commands.add_parser(command.name, help=command.help, description=f"{command.help.capitalize()}.")
+        for command in COMMANDS
+    }
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    module = None
+    try:
+        name = arguments[0]
+        if not name.startswith("-"):
+            module = import_module(f".{_command(name, parser).module}", __package__)
+            module.add_arguments(parsers[name])
+        args = parser.parse_args(arguments)
+        if module is None:
+            parser.error("the first argument is a command")
+    except SystemExit as stop:  # argparse has printed what it had to say
+        return stop.code if isinstance(stop.code, int) else 0
+    return int(module.run(args))
+
+
+def _command(name: str, parser: argparse.ArgumentParser) -> Command:
+    commands = {command.name: command for command in COMMANDS}
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        parser.error(f"there is no command {name!r}{meant}; commands: {', '.join(commands)}")
+    return commands[name]

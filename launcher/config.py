@@ -1,0 +1,142 @@
+"""The whole configuration: the sections of all folders, and the launcher's own."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from ..checkpoint.config import CheckpointConfig
+from ..comm.config import CommConfig
+from ..data.config import DataConfig
+from ..fp8.config import PrecisionConfig
+from ..model.config import ModelConfig
+from ..parallel.config import OptimConfig, ParallelConfig
+from ..report.config import LogConfig
+from ..settings import Clash, Section, SectionFaults, TokenSchedule, key
+
+
+class RunConfig(Section):
+    """Name, place and seed of a run."""
+
+    name: str = key("run", "name of the run; its folder is DIR/NAME; when not given, the name of the config file")
+    dir: str = key("runs", "folder that holds run folders")
+    seed: int = key(1234, "seed of initial weights and data order", ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"is {name!r}; as a folder it starts with a letter or digit and holds only those, '.', '_' and '-'"
+            )
+        return name
+
+
+class BatchRamp(Section):
+    """Growth of the global batch at the start of training."""
+
+    start: int = key(..., "sequences of the first global batch", unit="sequences", ge=1)
+    tokens: float = key(..., "tokens over which the batch grows to its full size, linearly", unit="tokens", gt=0)
+    increment: int = key(..., "the batch grows in multiples of this, whatever the layout", unit="sequences", ge=1)
+
+
+class BatchConfig(Section):
+    """Sequences of a step."""
+
+    sequence_length: int = key(4096, "tokens of a sequence", unit="tokens", ge=1)
+    global_sequences: int = key(15360, "sequences of a global batch", unit="sequences", ge=1)
+    micro_sequences: int = key(1, "sequences of a micro-batch on one rank", unit="sequences", ge=1)
+    ramp: BatchRamp | None = key(None, "growth of the global batch at the start; null for none")
+
+    @model_validator(mode="after")
+    def _ramp_ends_at_the_full_batch(self) -> BatchConfig:
+        if self.ramp is None:
+            return self
+        start, full, increment = self.ramp.start, self.global_sequences, self.ramp.increment
+        clashes = []
+        if start > full:
+            clashes.append(Clash(("ramp.start", "global_sequences"), f"{start} is above global_sequences {full}"))
+        for name, size in (("ramp.start", start), ("global_sequences", full)):
+            if size % increment:
+                message = f"{size} is not a multiple of ramp.increment {increment}"
+                clashes.append(Clash((name, "ramp.increment"), message))
+        if clashes:
+            raise SectionFaults(clashes)
+        return self
+
+    def sequences_at(self, tokens: float) -> int:
+        """Sequences of the global batch after `tokens` tokens of training."""
+        if self.ramp is None or tokens >= self.ramp.tokens:
+            return self.global_sequences
+        grown = (self.global_sequences - self.ramp.start) * tokens / self.ramp.tokens
+        return self.ramp.start + int(grown // self.ramp.increment) * self.ramp.increment
+
+
+class TrainConfig(Section):
+    """Length and recipe of training."""
+
+    steps: int | None = key(None, "stop after this many steps", unit="steps", ge=1)
+    tokens: float | None = key(None, "stop at the first step that reaches this many tokens", unit="tokens", gt=0)
+    bias_update_speed: TokenSchedule = key(
+        TokenSchedule.model_validate(0.001), "step of the router bias after each batch (V3 §2.1.2); 0 freezes it"
+    )
+    balance_loss: float = key(1e-4, "weight alpha of the sequence-wise balance loss (V3 eq. 17)", ge=0)
+    mtp_weight: TokenSchedule = key(TokenSchedule.model_validate(0.3), "weight lambda of the MTP loss (V3 §2.2)")
+    evaluate_every: int = key(100, "steps between evaluations; the last step always evaluates", unit="steps", ge=1)
+    evaluate_sequences: int = key(64, "held-out sequences of an evaluation", unit="sequences", ge=1)
+    recompute: Literal["none", "v3", "full"] = key(
+        "none", "activations computed again in the backward: v3 is RMSNorms, MLA up-projections and SwiGLU (V3 §3.2.3)"
+    )
+    compile: bool = key(False, "compile the compute phases of each block with torch.compile")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "device; auto is cuda where there is a GPU")
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> TrainConfig:
+        if self.steps is None and self.tokens is None:
+            raise ValueError("give `steps` or `tokens`: a run needs an end")
+        return self
+
+
+def _nearest(wanted: int, possible: list[int]) -> str:
+    """The possible values next to `wanted`, one on each side where there is one."""
+    below = [value for value in possible if value < wanted]
+    above = [value for value in possible if value > wanted]
+    return " or ".join(str(value) for value in (*below[-1:], *above[:1]))
+
+
+class Config(Section):
+    """A run, completely described."""
+
+    run: RunConfig = key(RunConfig(), "name, place and seed")
+    model: ModelConfig = key(ModelConfig(), "architecture")
+    parallel: ParallelConfig = key(ParallelConfig(), "layout of the ranks")
+    batch: BatchConfig = key(BatchConfig(), "sequences of a step")
+    optim: OptimConfig = key(OptimConfig(), "optimizer")
+    precision: PrecisionConfig = key(PrecisionConfig(), "number formats")
+    comm: CommConfig = key(CommConfig(), "communication")
+    data: DataConfig = key(DataConfig(), "text")
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
+    train: TrainConfig = key(..., "length and recipe of training")
+    log: LogConfig = key(LogConfig(), "what is written during a run")
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Config:
+        clashes = []
+        length, longest = self.batch.sequence_length, self.model.max_position_embeddings
+        if length > longest:
+            keys = ("batch.sequence_length", "model.max_position_embeddings")
+            clashes.append(Clash(keys, f"{length} is above model.max_position_embeddings {longest}"))
+        experts, ep, dp = self.model.n_routed_experts, self.parallel.ep, self.parallel.dp
+        if experts % ep:
+            near = _nearest(ep, [degree for degree in range(1, experts + 1) if experts % degree == 0])
+            message = f"{ep} does not divide model.n_routed_experts {experts} (nearest: {near})"
+            clashes.append(Clash(("parallel.ep", "model.n_routed_experts"), message))
+        if dp != "auto" and (dp < 1 or dp % ep):
+            near = _nearest(dp, [max(multiple, 1) * ep for multiple in (dp // ep, dp // ep + 1)])
+            message = f"{dp} is not a positive multiple of parallel.ep {ep} (nearest: {near})"
+            clashes.append(Clash(("parallel.dp", "parallel.ep"), message))
+        if clashes:
+            raise SectionFaults(clashes)
+        return self

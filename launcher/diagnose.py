@@ -1,0 +1,137 @@
+"""Where a number stopped being finite: rank, layer and tensor.
+
+Looking at every tensor of every step would cost more than it is worth, and the loss or the gradient norm shows the
+damage in the same step anyhow. So that step, which changed no weight, is run again with an eye on every module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..data.loader import Batch
+
+if TYPE_CHECKING:
+    from .trainer import Trainer, Weights
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; the message names where it began. No weight was changed."""
+
+    def __init__(self, step: int, where: str) -> None:
+        super().__init__(f"step {step} is not finite: {where}; no weight was changed by this step")
+
+
+class Finding(NamedTuple):
+    """One non-finite tensor. Findings compare by when they happened: the least is the cause of the others."""
+
+    micro_batch: int
+    backward: bool
+    position: int
+    rank: int
+    what: str
+
+
+@torch.no_grad()
+def explain_non_finite(trainer: Trainer, micro_batches: list[Batch], weights: Weights) -> str:
+    """Find the first non-finite tensor on any rank. Every rank calls it with its own micro-batches of the step."""
+    mine = _first_bad_parameter(trainer) or _replay(trainer, micro_batches, weights)
+    everyone: list[Any] = [None] * trainer.groups.layout.world_size
+    dist.all_gather_object(everyone, mine, group=trainer.groups.world)
+    found = [finding for finding in everyone if finding is not None]
+    if not found:
+        return "running it again was finite, so the fault is not in data or weights: suspect memory, device or network"
+    first = min(found)
+    return f"rank {first.rank}, {first.what}"
+
+
+def _first_bad_parameter(trainer: Trainer) -> Finding | None:
+    for position, (name, tensor) in enumerate(_weights(trainer.model)):
+        if (bad := _describe(tensor)) is not None:
+            return Finding(-1, False, position, trainer.groups.rank, f"weight {name}: {bad}")
+    return None
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _replay(trainer: Trainer, micro_batches: list[Batch], weights: Weights) -> Finding | None:
+    """Run the step's micro-batches again, watching each module's inputs, outputs and their gradients."""
+    watch = _Watch(trainer.groups.rank)
+    handles = []
+    for name, module in trainer.model.named_modules():
+        handles += watch.follow(name or "model", module)
+    try:
+        for watch.micro_batch, batch in enumerate(micro_batches):
+            with torch.enable_grad():
+                trainer.forward_backward(batch, weights)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if watch.first is None:
+        for position, (name, gradient) in enumerate(trainer.optimizer.gradients().items()):
+            if (bad := _describe(gradient)) is not None:
+                return Finding(len(micro_batches), True, position, trainer.groups.rank, f"gradient of {name}: {bad}")
+    return watch.first
+
+
+class _Watch:
+    """Hooks that remember the first non-finite tensor. All ranks run the same modules, so positions compare."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.micro_batch = 0
+        self.first: Finding | None = None
+        self._position = 0
+
+    def follow(self, name: str, module: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(lambda _, given: self._look(f"input of {name}", given)),
+            module.register_forward_hook(lambda _, given, made: self._look(f"output of {name}", made)),
+        ]
+
+    def _look(self, what: str, value: Any) -> None:
+        for tensor in _tensors(value):
+            self._position += 1
+            self._note(False, what, tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(lambda grad: self._look_back(f"gradient of the {what}", grad))
+
+    def _look_back(self, what: str, grad: Tensor) -> None:
+        self._position += 1
+        self._note(True, what, grad)
+
+    def _note(self, backward: bool, what: str, tensor: Tensor) -> None:
+        if self.first is None and (bad := _describe(tensor)) is not None:
+            direction = "backward" if backward else "forward"
+            text = f"micro-batch {self.micro_batch}, {direction}, {what}: {bad}"
+            self.first = Finding(self.micro_batch, backward, self._position, self.rank, text)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _describe(tensor: Tensor) -> str | None:
+    if not tensor.is_floating_point():
+        return None
+    bad = ~tensor.detach().isfinite()
+    count = int(bad.sum())
+    if count == 0:
+        return None
+    kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
+    return f"{count} of {tensor.numel()} values, {kind}, shape {list(tensor.shape)}"

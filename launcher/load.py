@@ -1,0 +1,144 @@
+"""Loads a configuration: a YAML file on top of its bases, `--set` on top of that, checked as a whole.
+
+`load_config` either returns a complete `Config` or raises `ConfigError` with every fault it could find.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..settings import UsageError
+from .config import Config
+from .load_faults import validate
+from .load_hf import read_architecture
+from .load_source import Source, find, run_name, show
+from .load_yaml import Fault, Located, Place, merge, parse_yaml
+
+
+class ConfigError(UsageError):
+    """A configuration that cannot work. `faults` holds everything wrong with it, in the order of the files."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(sorted(dict.fromkeys(faults), key=_position))
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__("\n".join([f"{count} in the configuration", *(f"  {fault}" for fault in self.faults)]))
+
+
+def _position(fault: Fault) -> tuple[bool, str, int]:
+    """By file and line, the command line last."""
+    return fault.place.line is None, fault.place.source, fault.place.line or 0
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add CONFIG and --set, as every command that reads a configuration takes them."""
+    parser.add_argument("config", metavar="CONFIG", help="path of a YAML file, or the name of a shipped config")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a key, such as optim.lr=1e-4 or parallel.dp=auto; the value is YAML; may be given again",
+    )
+
+
+def load_config(config: str, overrides: Sequence[str] = ()) -> Config:
+    """Load CONFIG, a path or the name of a shipped config, with `overrides` of the form "a.b=value" on top.
+
+    Raises UsageError where there is no such file and ConfigError (one too) with all faults of its contents.
+    """
+    source = find(config)
+    faults: list[Fault] = []
+    on_top = _read_overrides(overrides, faults)
+    try:
+        tree = merge(_read_layers(source, (), faults), on_top)
+    except _Unreadable:
+        raise ConfigError(faults) from None
+    result, more = validate(_with_run_name(tree, source))
+    if faults or result is None:
+        raise ConfigError([*faults, *more])
+    return result
+
+
+class _Unreadable(Exception):
+    """A file that is needed cannot be read; without it every other complaint could be false."""
+
+
+def _read_layers(source: Source, below: tuple[Source, ...], faults: list[Fault]) -> Located:
+    """The file on top of its bases; `below` are the files whose base, directly or not, it is."""
+    top = Place(source.shown, 1)
+    tree = parse_yaml(source.text, source.shown, faults)
+    if tree is None:
+        raise _Unreadable
+    if not isinstance(tree.value, dict | None):
+        faults.append(Fault(top, "", "expects sections, such as `model:` and `train:`"))
+        raise _Unreadable
+    layer = _without_commands(Located(tree.mapping, top), source.folder, faults)
+    base = tree.mapping.get("base")
+    if base is None:
+        return layer
+    chain = (*below, source)
+    try:
+        if not isinstance(base.value, str):
+            raise UsageError("expects the path of a YAML file or the name of a shipped config")
+        under = find(base.value, source.folder)
+        if under.identity in [file.identity for file in chain]:
+            raise UsageError("makes a circle: " + " -> ".join([*(file.shown for file in chain), under.shown]))
+    except UsageError as error:
+        faults.append(Fault(base.place, "base", str(error)))
+        raise _Unreadable from None
+    return merge(_read_layers(under, chain, faults), layer)
+
+
+def _without_commands(layer: Located, folder: Path, faults: list[Fault]) -> Located:
+    """A file's own keys: without `base`, with `model: from` replaced by what it reads, with empty sections dropped."""
+    sections = {name: entry for name, entry in layer.mapping.items() if name != "base"}
+    for name, entry in sections.items():
+        if entry.value is None:  # `log:` with nothing but comments below it
+            sections[name] = Located({}, entry.place)
+    model = sections.get("model")
+    origin = model.mapping.get("from") if model else None
+    if model is None or origin is None:
+        return Located(sections, layer.place)
+    own = Located({name: entry for name, entry in model.mapping.items() if name != "from"}, model.place)
+    if isinstance(origin.value, str):
+        path = folder / Path(origin.value).expanduser()
+        read = read_architecture(path, show(path), origin.place, faults)
+        sections["model"] = merge(Located(dict(read), model.place), own)
+    else:
+        faults.append(Fault(origin.place, "model.from", "expects the path of a Hugging Face config.json"))
+        sections["model"] = own
+    return Located(sections, layer.place)
+
+
+def _read_overrides(overrides: Sequence[str], faults: list[Fault]) -> Located:
+    """All `--set a.b=value` as one layer, a later one over an earlier one."""
+    tree = Located({}, Place("--set"))
+    for override in overrides:
+        place = Place(f"--set {override}")
+        name, equals, text = override.partition("=")
+        parts = name.strip().split(".")
+        if not equals or not all(parts):
+            faults.append(Fault(place, "", "expects KEY=VALUE with a dotted key, such as optim.lr=1e-4"))
+            continue
+        if parts[0] == "base":
+            faults.append(Fault(place, "", "a base is given in a file only"))
+            continue
+        value = parse_yaml(text, place.source, faults, place)
+        if value is None:
+            continue
+        for part in reversed(parts):
+            value = Located({part: value}, place)
+        tree = merge(tree, value)
+    return _without_commands(tree, Path(), faults)
+
+
+def _with_run_name(tree: Located, source: Source) -> Located:
+    """`run.name` is the name of the config where nothing else is given."""
+    run = tree.mapping.get("run")
+    if run is not None and not isinstance(run.value, dict):
+        return tree
+    named = Located({"name": Located(run_name(source.stem), tree.place)}, run.place if run else tree.place)
+    return merge(Located({"run": named}, tree.place), tree)

@@ -1,0 +1,178 @@
+"""Reads the architecture out of a Hugging Face config.json of a DeepSeek-V3-class model (`model: {from: …}`).
+
+Files of transformers 4 (`rope_theta`, `rope_scaling`) and of transformers 5 (`rope_parameters`) are both read. Every
+key of the file is either taken, or known not to matter for pretraining, or checked to say what this model does; a key
+in none of these lists is a fault, because it may change the network.
+
+`initializer_range` is known and not taken: the published files say 0.02, which is not what V3 was trained with
+(0.006, V3 §4.2). Nor is anything of the recipe (`aux_loss_alpha`, …): that is `train`'s.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+
+from ..model.config import ModelConfig, RopeScaling
+from .load_yaml import Fault, Located, Place, Scalar, parse_yaml
+
+_NOT_TAKEN = {"initializer_range"}
+_ROPE = {"rope_theta", "rope_scaling"}
+_TAKEN = set(ModelConfig.model_fields) - _NOT_TAKEN - _ROPE
+_RENAMED = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
+_MUST_BE: dict[str, Scalar] = {
+    "attention_bias": False,
+    "attention_dropout": 0,
+    "hidden_act": "silu",
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
+_DOES_NOT_MATTER = _NOT_TAKEN | {
+    *("_name_or_path", "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "problem_type", "id2label", "label2id", "return_dict"),
+    *("is_encoder_decoder", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("chunk_size_feed_forward", "ep_size", "pretraining_tp", "quantization_config", "seq_aux", "aux_loss_alpha"),
+}
+_YARN = set(RopeScaling.model_fields) - {"type"}
+
+
+def read_architecture(path: Path, shown: str, asked: Place, faults: list[Fault]) -> dict[str, Located]:
+    """The keys of the `model` section that the file at `path` determines, all of them.
+
+    A key that the file leaves out has the default of transformers' DeepseekV3Config, which is also ours. `shown` is the
+    file's name in messages, `asked` the place that named it; what cannot be taken over is added to `faults`.
+    """
+    if path.is_dir():
+        path, shown = path / "config.json", f"{shown.rstrip('/')}/config.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+    except OSError as error:
+        faults.append(Fault(asked, "model.from", f"cannot read {shown}: {error.strerror}"))
+        return {}
+    except ValueError as error:  # JSON's and UTF-8's errors both are
+        faults.append(Fault(asked, "model.from", f"{shown} is not JSON: {error}"))
+        return {}
+    # JSON is YAML but for tabs, and there are none inside its strings: so lines are known here too.
+    tree = parse_yaml(text.replace("\t", " "), shown, faults)
+    if tree is None or not isinstance(tree.value, dict):
+        faults.append(Fault(asked, "model.from", f"{shown} holds no JSON object"))
+        return {}
+    return _Architecture(tree, faults).read()
+
+
+class _Architecture:
+    """One config.json on its way into the `model` section."""
+
+    def __init__(self, tree: Located, faults: list[Fault]) -> None:
+        self.entries, self.place, self.faults = tree.mapping, tree.place, faults
+
+    def read(self) -> dict[str, Located]:
+        if not self._is_deepseek_v3():
+            return {}
+        taken: dict[str, Located] = {}
+        for name, entry in self.entries.items():
+            target = _RENAMED.get(name, name)
+            if name in _MUST_BE:
+                self._must_be(name, _MUST_BE[name])
+            elif target in _TAKEN:
+                taken[target] = entry
+            elif name not in _DOES_NOT_MATTER | _ROPE | {"rope_parameters"} | self._derived().keys():
+                self._unknown(name, entry)
+        for name, expected in self._derived().items():
+            if expected is not None:
+                self._must_be(name, expected)
+        if "n_shared_experts" in taken and taken["n_shared_experts"].value is None:
+            taken["n_shared_experts"] = Located(0, taken["n_shared_experts"].place, "0")
+        taken |= self._rope()
+        defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if name not in _NOT_TAKEN}
+        return {name: taken.get(name) or Located(default, self.place) for name, default in defaults.items()}
+
+    def _is_deepseek_v3(self) -> bool:
+        kind, networks = self.entries.get("model_type"), self.entries.get("architectures")
+        names = [item.value for item in networks.value] if networks and isinstance(networks.value, list) else []
+        if (kind and kind.value == "deepseek_v3") or "DeepseekV3ForCausalLM" in names:
+            return True
+        place = kind.place if kind else self.place
+        found = f"{kind.value!r}" if kind else "none"
+        self._fault(place, "model_type", f"expects 'deepseek_v3', found {found}: this is the config of another model")
+        return False
+
+    def _derived(self) -> dict[str, int | None]:
+        """Keys that repeat what others say, with what they must be; None where it cannot be told."""
+
+        def number(name: str) -> int | None:
+            entry = self.entries.get(name)
+            value = ModelConfig.model_fields[name].default if entry is None else entry.value
+            return value if isinstance(value, int) else None
+
+        plain, rotated = number("qk_nope_head_dim"), number("qk_rope_head_dim")
+        both = None if plain is None or rotated is None else plain + rotated
+        return {"num_key_value_heads": number("num_attention_heads"), "head_dim": rotated, "qk_head_dim": both}
+
+    def _must_be(self, name: str, expected: Scalar) -> None:
+        entry = self.entries.get(name)
+        if entry is None or entry.value is None or entry.value == expected:
+            return
+        wanted = str(expected).lower() if isinstance(expected, bool) else repr(expected)
+        self._fault(entry.place, name, f"is {entry.text or repr(entry.value)}; this model only knows {wanted}")
+
+    def _rope(self) -> dict[str, Located]:
+        """rope_theta and rope_scaling, from either generation of files."""
+        entries = self.entries
+        given = entries.get("rope_parameters")
+        if given is None or given.value is None:
+            given = entries.get("rope_scaling")
+        inner = given.mapping if given else {}
+        rope: dict[str, Located] = {}
+        theta = inner.get("rope_theta") or entries.get("rope_theta")
+        if theta is not None:
+            rope["rope_theta"] = theta
+        if given is None or given.value is None:
+            return rope
+        kind = inner.get("rope_type") or inner.get("type")
+        if not isinstance(given.value, dict) or kind is None:
+            self._fault(given.place, "rope_scaling", "expects an object with a `type` (or `rope_type`)")
+        elif kind.value == "yarn":
+            rope["rope_scaling"] = Located(self._yarn(given.place, inner), given.place)
+        elif kind.value != "default":
+            self._fault(kind.place, "rope_scaling.type", f"is {kind.value!r}; this model only knows 'yarn'")
+        return rope
+
+    def _yarn(self, place: Place, inner: dict[str, Located]) -> dict[str, Located]:
+        """YaRN's keys; those left out get the meaning that transformers gives to their absence."""
+        for name, entry in inner.items():
+            if name == "attention_factor" and entry.value is not None:
+                self._fault(
+                    entry.place, "rope_scaling.attention_factor", "is not supported: use mscale, mscale_all_dim"
+                )
+            elif name == "truncate" and entry.value is not True:
+                self._fault(entry.place, "rope_scaling.truncate", f"is {entry.text}; this model only knows true")
+            elif name not in _YARN | {"type", "rope_type", "rope_theta", "attention_factor", "truncate"}:
+                self._unknown(name, entry, "rope_scaling.", _YARN)
+        mscale, all_dim = (inner[name].value if name in inner else None for name in ("mscale", "mscale_all_dim"))
+        if (all_dim and not mscale) or (mscale not in (None, 1) and not all_dim):
+            message = (
+                "give both mscale and mscale_all_dim: alone, transformers and DeepSeek's code read them differently"
+            )
+            self._fault(place, "rope_scaling", message)
+        if "factor" not in inner:
+            self._fault(place, "rope_scaling", "needs a `factor`")
+        yarn = {name: entry for name, entry in inner.items() if name in _YARN}
+        if "original_max_position_embeddings" not in yarn and "max_position_embeddings" in self.entries:
+            yarn["original_max_position_embeddings"] = self.entries["max_position_embeddings"]
+        for name, absent in (("mscale", 1.0), ("mscale_all_dim", 0.0)):
+            yarn.setdefault(name, Located(absent, place))
+        return yarn
+
+    def _unknown(self, name: str, entry: Located, above: str = "", known: set[str] | None = None) -> None:
+        near = difflib.get_close_matches(name, known or _TAKEN | set(_MUST_BE) | _ROPE | {"rope_parameters"}, n=1)
+        hint = f"did you mean {near[0]}?" if near else "it may change the network; remove it if it does not"
+        self._fault(entry.place, above + name, f"unknown key ({hint})")
+
+    def _fault(self, place: Place, name: str, message: str) -> None:
+        self.faults.append(Fault(place, name, message))

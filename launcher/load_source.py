@@ -1,0 +1,79 @@
+"""Finds the file that a CONFIG or a `base:` names."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from .. import configs
+from ..settings import UsageError
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of a YAML file. `shown` is its name in messages, `folder` what its relative paths start from."""
+
+    text: str
+    shown: str
+    folder: Path
+    identity: Path
+
+    @property
+    def stem(self) -> str:
+        """Name of the file without `.yaml`."""
+        return self.identity.stem
+
+
+def shipped() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(Path(entry.name).stem for entry in files(configs).iterdir() if entry.name.endswith(".yaml"))
+
+
+def find(name: str, folder: Path = Path()) -> Source:
+    """The file that `name` means: a path, relative to `folder`, or the name of a shipped config.
+
+    What ends in .yaml or .yml or holds a slash is a path. Raises UsageError where there is no such file.
+    """
+    is_path = name.endswith((".yaml", ".yml")) or "/" in name or os.sep in name
+    if not is_path and name in shipped():
+        path = Path(str(files(configs) / f"{name}.yaml"))
+    else:
+        path = folder / name
+        if not path.is_file():
+            raise UsageError(_not_found(name, path, is_path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {show(path)}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{show(path)} is not a text file in UTF-8: {error.reason} at byte {error.start}") from error
+    return Source(text, show(path), path.parent, path.resolve())
+
+
+def show(path: Path) -> str:
+    """A path as short as it can be read from here."""
+    short = os.path.normpath(path)
+    inside = os.path.relpath(short)
+    return short if inside.startswith(os.pardir) else inside
+
+
+def run_name(stem: str) -> str:
+    """The name of a run made from the name of its config file: one that can be a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-") or "run"
+
+
+def _not_found(name: str, path: Path, is_path: bool) -> str:
+    names = shipped()
+    near = difflib.get_close_matches(Path(name).stem if is_path else name, names, n=1, cutoff=0.5)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    if path.is_dir():
+        what = f"{show(path)} is a folder, not a config"
+    elif is_path:
+        what = f"there is no file {show(path)}"
+    else:
+        what = f"no config is called {name!r}"
+    return f"{what}{meant}; shipped: {', '.join(names)}; or give the path of a .yaml file"

@@ -1,0 +1,193 @@
+"""YAML text as plain values that remember where they were written.
+
+The reader takes YAML's scalars as YAML 1.2 and JSON define them. YAML 1.1, PyYAML's default, would read `1e-4` and
+`28.1e9` as text, `no` as false and `012` as ten; and it would let a second `lr:` silently replace the first.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import yaml
+
+Scalar = str | int | float | bool | None
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was written: a line of a file, or a `--set` of the command line (which has no lines)."""
+
+    source: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a configuration; as text `file.yaml:12: model.hidden_size: what is wrong`."""
+
+    place: Place
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (str(self.place), self.key, self.message) if part)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A value and the place of its key. `text` is a scalar as it was written, None where it stood in quotes."""
+
+    value: Scalar | dict[str, Located] | list[Located]
+    place: Place
+    text: str | None = None
+
+    @property
+    def mapping(self) -> dict[str, Located]:
+        """The entries of a mapping; empty for anything else."""
+        return self.value if isinstance(self.value, dict) else {}
+
+    def find(self, path: Path) -> Located | None:
+        """The value at `path`, None where it was not written."""
+        here = self
+        for part in path:
+            if isinstance(here.value, dict) and part in here.value:
+                here = here.value[str(part)]
+            elif isinstance(here.value, list) and isinstance(part, int) and part < len(here.value):
+                here = here.value[part]
+            else:
+                return None
+        return here
+
+    def nearest(self, path: Path) -> Located:
+        """The deepest value on `path` that was written."""
+        return next(found for end in range(len(path), -1, -1) if (found := self.find(path[:end])) is not None)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's reader with the scalars of YAML 1.2 alone."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own way)
+
+
+_DIGITS = r"[0-9]+(?:_[0-9]+)*"
+_SCALARS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", rf"[-+]?{_DIGITS}", list("-+0123456789")),
+    (
+        "float",
+        rf"[-+]?(?:\.{_DIGITS}|{_DIGITS}(?:\.(?:{_DIGITS})?)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+)
+for _name, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+def parse_yaml(text: str, source: str, faults: list[Fault], place: Place | None = None) -> Located | None:
+    """Read one YAML document (JSON is YAML). Problems are added to `faults`; None where nothing could be read.
+
+    With `place` every value is located there, not at its line: for text that came from the command line.
+    """
+    try:
+        node = _Loader(text).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = place or Place(source, mark.line + 1 if mark else None)
+        faults.append(Fault(where, "", f"cannot be read as YAML: {_explain(error)}"))
+        return None
+    except yaml.YAMLError as error:
+        faults.append(Fault(place or Place(source), "", f"cannot be read as YAML: {' '.join(str(error).split())}"))
+        return None
+    root = place or Place(source, 1)
+    if node is None:
+        return Located(None, root, "")
+    return _Builder(source, faults, place).build(node, root, "")
+
+
+def _explain(error: yaml.MarkedYAMLError) -> str:
+    problem = " ".join(part for part in (error.context, error.problem) if part)
+    if "'\\t'" in problem:
+        return f"{problem} (indent with spaces, not with tabs)"
+    if "alias" in problem or "anchor" in problem or "directive" in problem:
+        return f"{problem} (put text that starts with a special character in quotes)"
+    return problem
+
+
+class _Builder:
+    """Turns PyYAML's nodes into `Located` values, and its duplicate keys and odd tags into faults."""
+
+    def __init__(self, source: str, faults: list[Fault], place: Place | None) -> None:
+        self.source, self.faults, self.place = source, faults, place
+        self.open: list[yaml.Node] = []
+
+    def build(self, node: yaml.Node, place: Place, key: str) -> Located:
+        if any(node is above for above in self.open):
+            self.faults.append(Fault(place, key, "is an alias of something it is part of"))
+            return Located(None, place)
+        self.open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return Located(self._mapping(node, key), place)
+            if isinstance(node, yaml.SequenceNode):
+                items = [self.build(item, self._of(item), f"{key}[{i}]") for i, item in enumerate(node.value)]
+                return Located(items, place)
+            assert isinstance(node, yaml.ScalarNode)
+            return self._scalar(node, place, key)
+        finally:
+            self.open.pop()
+
+    def _of(self, node: yaml.Node) -> Place:
+        return self.place or Place(self.source, node.start_mark.line + 1)
+
+    def _mapping(self, node: yaml.MappingNode, above: str) -> dict[str, Located]:
+        entries: dict[str, Located] = {}
+        for key_node, value_node in node.value:
+            place = self._of(key_node)
+            name = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
+            key = f"{above}.{name}" if above else name
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.faults.append(Fault(place, above, "a key is a single word"))
+            elif name in entries:
+                first = entries[name].place
+                self.faults.append(Fault(place, key, f"is given twice (first on line {first.line})"))
+            entries[name] = self.build(value_node, place, key)
+        return entries
+
+    def _scalar(self, node: yaml.ScalarNode, place: Place, key: str) -> Located:
+        kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
+        written = text if node.style is None else None
+        try:
+            if kind == "str":
+                return Located(text, place, written)
+            if kind == "int":
+                return Located(int(text), place, written)
+            if kind == "float":
+                return Located(float(re.sub(r"\.(?=inf|nan)", "", text.lower())), place, written)
+            if kind == "bool":
+                return Located(text.lower() == "true", place, written)
+            if kind == "null":
+                return Located(None, place, written)
+        except ValueError:
+            pass
+        self.faults.append(Fault(place, key, f"cannot be read: {node.tag} {text!r} is not a plain YAML value"))
+        return Located(None, place)
+
+
+def merge(under: Located, over: Located) -> Located:
+    """`over` on top of `under`: mappings merge key by key; anything else, lists included, is replaced whole.
+
+    A merged mapping is placed where the topmost file has it: a complaint about a section as a whole names a line, not
+    whichever --set happened to touch it.
+    """
+    if not (isinstance(under.value, dict) and isinstance(over.value, dict)):
+        return over
+    entries = dict(under.value)
+    for name, value in over.value.items():
+        entries[name] = merge(entries[name], value) if name in entries else value
+    return Located(entries, under.place if over.place.line is None else over.place)

@@ -1,0 +1,206 @@
+"""`--nproc N`: the ranks of a run as processes of this machine, through torch's elastic agent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from ..settings import UsageError
+from .failures import FAILED, FailureRecord
+from .logs import log_path
+from .place import PARENT_VARIABLE, threads_per_process
+
+LAST_LINES = 20  # of a rank that left no traceback
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_ELASTIC_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
+
+
+def launch_local(nproc: int, command: Sequence[str], logs_folder: Path | None = None) -> int:
+    """Run `command` (what follows the interpreter: `-m counterflow train …`) as `nproc` ranks and wait for them.
+
+    Returns the exit code: 0, or 1 after printing the failure that came first, or 128 + the signal that ended this
+    process. Raises a worker's UsageError. Rank 0 has this process's console, the others none until they open their
+    logs (in `logs_folder`, which is only named here). When one rank ends badly all do; none outlives this process.
+    """
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="counterflow-")))
+        stack.enter_context(_worker_environment(nproc))
+        interrupted = stack.enter_context(_interrupt_ends_workers())
+        stack.enter_context(_quiet_elastic())
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",  # any free port
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            signals_to_handle=",".join(number.name for number in _ENDING_SIGNALS if not _is_ignored(number)),
+            logs_specs=DefaultLogsSpecs(str(scratch), redirects=dict.fromkeys(range(1, nproc), Std.ALL)),
+        )
+        # -P: our folders must not shadow other packages when this runs in the clone. $ is a macro to the agent.
+        arguments = ["-P", *(argument.replace("$", "$$") for argument in command)]
+        try:
+            elastic_launch(config, sys.executable)(*arguments)
+        except ChildFailedError as error:
+            return _report(error.failures, scratch, logs_folder)
+        except SignalException as error:
+            _restore_terminal()
+            return 128 + (signal.SIGINT if interrupted else error.sigval)
+    return 0
+
+
+@contextmanager
+def _worker_environment(nproc: int) -> Iterator[None]:
+    """What workers inherit beside their ranks. The agent offers no other way than this process's environment."""
+    added = {
+        "OMP_NUM_THREADS": str(threads_per_process(os.environ, nproc)),
+        PARENT_VARIABLE: str(os.getpid()),
+        **_loopback(os.environ),
+    }
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _loopback(environ: Mapping[str, str]) -> dict[str, str]:
+    """Keep gloo on this machine: it looks its own host name up otherwise, which fails on many laptops."""
+    if "GLOO_SOCKET_IFNAME" in environ:
+        return {}
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
+
+
+@contextmanager
+def _interrupt_ends_workers() -> Iterator[list[int]]:
+    """Turn Ctrl-C into SIGTERM for the workers; the list yielded is not empty afterwards.
+
+    SIGINT would not do: Python hears it only between instructions, and a worker inside a collective has none.
+    The agent sets its own handlers for other signals and leaves them, so all are put back.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_ENDING_SIGNALS)}
+    interrupted: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)
+        raise SignalException("interrupted", signal.SIGTERM)
+
+    if not _is_ignored(signal.SIGINT):
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    """Whether whoever started this process had it ignore a signal, as nohup does with SIGHUP."""
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
+class _Holder(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextmanager
+def _quiet_elastic() -> Iterator[None]:
+    """Hold back what the agent logs about failing workers, and show it if the agent itself fails."""
+    holder = _Holder()
+    loggers = [logging.getLogger(name) for name in _ELASTIC_LOGGERS]
+    for logger in loggers:
+        logger.addHandler(holder)
+        logger.propagate = False
+    try:
+        yield
+    except SignalException:
+        raise
+    except Exception:
+        for record in holder.records:
+            logging.getLogger().handle(record)
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(holder)
+            logger.propagate = True
+
+
+def _report(failures: Mapping[int, ProcessFailure], scratch: Path, logs_folder: Path | None) -> int:
+    """Say which rank failed first and why. Raises its UsageError; else prints and returns the exit code."""
+    folders = {rank: _folder(scratch, failure.local_rank) for rank, failure in failures.items()}
+    records = {rank: FailureRecord.read(folder / "error.json") for rank, folder in folders.items()}
+
+    def order(rank: int) -> tuple[bool, float]:
+        record, failure = records[rank], failures[rank]
+        if record is None:
+            # Ended by the agent, or seen at its next look and noted in whole seconds.
+            return failure.exitcode == -signal.SIGTERM, failure.timestamp - 0.1
+        return record.lost_peer, record.time
+
+    first = min(failures, key=order)
+    record = records[first]
+    _restore_terminal()
+    if record is not None and record.usage:
+        raise UsageError(record.text)
+    log = log_path(logs_folder, first) if logs_folder else None
+    log = log if log is not None and log.exists() else None
+    if record is not None:
+        print(f"rank {first} failed:\n{record.text}", file=sys.stderr)
+    else:
+        print(f"rank {first} {_ending(failures[first])}", file=sys.stderr)
+        lines = _last_lines(folders[first] / "stderr.log") or (_last_lines(log) if log else [])
+        if lines:
+            print("its last lines:", *lines, sep="\n  ", file=sys.stderr)
+    if log:
+        print(f"full log of rank {first}: {log}", file=sys.stderr)
+    return FAILED
+
+
+def _folder(scratch: Path, local_rank: int) -> Path:
+    (folder,) = scratch.glob(f"*/attempt_0/{local_rank}")
+    return folder
+
+
+def _ending(failure: ProcessFailure) -> str:
+    if failure.exitcode >= 0:
+        return f"ended with exit code {failure.exitcode} and left no traceback"
+    hint = " (the system does this when memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
+    return f"was killed by {failure.signal_name()}{hint}"
+
+
+def _last_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+
+
+def _restore_terminal() -> None:
+    """Leave the line of a progress bar that was cut off, and show the cursor it hid."""
+    if sys.stderr.isatty():
+        print("\x1b[?25h", file=sys.stderr)

@@ -1,0 +1,90 @@
+"""Where this process stands among its peers, as the environment says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..settings import UsageError
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+PARENT_VARIABLE = "COUNTERFLOW_PARENT"  # process id of the `counterflow` that started this worker
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among those of a run.
+
+    `launcher` says who started it: nobody (a plain shell), `torchrun` or anything that sets its variables, or
+    `local`, which is `counterflow train --nproc N` in process `parent`. `error_file` is where the launcher looks
+    for the reason when this process fails.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: Literal["none", "torchrun", "local"] = "none"
+    error_file: Path | None = None
+    parent: int | None = None
+
+
+def find_place(environ: Mapping[str, str], nproc: int = 1) -> Place:
+    """Read this process's place from the environment.
+
+    Raises UsageError where the variables are incomplete or wrong, or `nproc` asks for processes
+    that torchrun has already started.
+    """
+    if not any(name in environ for name in RANK_VARIABLES):
+        return Place()
+    numbers = {name: _number(environ, name) for name in RANK_VARIABLES}
+    rank, world_size, local_rank, local_world_size = numbers.values()
+    if rank >= world_size or local_rank >= local_world_size or local_world_size > world_size:
+        said = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        raise UsageError(f"the environment contradicts itself: {said}")
+    parent = environ.get(PARENT_VARIABLE)
+    if parent is None and nproc > 1:
+        raise UsageError(
+            f"--nproc {nproc} starts processes of its own, but this is already process {rank} of {world_size} "
+            "(RANK and WORLD_SIZE are set): leave out --nproc under torchrun"
+        )
+    error_file = environ.get("TORCHELASTIC_ERROR_FILE")
+    return Place(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        launcher="torchrun" if parent is None else "local",
+        error_file=Path(error_file) if error_file else None,
+        parent=None if parent is None else int(parent),
+    )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name)
+    if value is None:
+        given = " and ".join(each for each in RANK_VARIABLES if each in environ)
+        raise UsageError(
+            f"the environment sets {given} but not {name}: start with torchrun, or unset {', '.join(RANK_VARIABLES)}"
+        )
+    if not value.isdecimal():
+        raise UsageError(f"the environment sets {name}={value!r}, which is not a rank or a count")
+    return int(value)
+
+
+def threads_per_process(environ: Mapping[str, str], local_world_size: int) -> int:
+    """CPU threads of each of `local_world_size` processes: what the user set, or an equal share of the cores."""
+    given = environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    return max(1, usable_cores() // local_world_size)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which taskset and Slurm can make fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

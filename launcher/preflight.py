@@ -1,0 +1,119 @@
+"""What can be known to fail before a process is started or a file is written.
+
+Each check raises UsageError with the numbers that clash and what would work; all that fail are reported together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ..checkpoint.manifest import Manifest, check_same_model, complete_steps, read_manifest
+from ..parallel.layout import Layout
+from ..settings import UsageError
+from .config import Config
+from .plan_steps import Progress, total_steps
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A run that can start: its layout, its folder and the checkpoint it goes on from."""
+
+    config: Config
+    layout: Layout
+    run_dir: Path
+    total_steps: int
+    checkpoint: Path | None
+    progress: Progress
+
+    @property
+    def complete(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+
+def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool = False) -> Flight:
+    """Check a run on `world_size` ranks. `fresh` means that an existing run folder will be moved aside."""
+    faults: list[str] = []
+    layout = _collect(faults, lambda: _layout(config, world_size, ranks_per_node))
+    if layout is not None:
+        faults += _batch_faults(config, layout) + _expert_faults(config, layout)
+    faults += _vocabulary_faults(config)
+    run_dir = Path(config.run.dir) / config.run.name
+    found = None if fresh else _collect(faults, lambda: _latest_checkpoint(config, run_dir))
+    if faults:
+        raise UsageError("\n".join(faults) if len(faults) == 1 else "\n  ".join(["this run cannot start:", *faults]))
+    assert layout is not None
+    checkpoint, progress = found if found is not None else (None, Progress())
+    return Flight(config, layout, run_dir, total_steps(config), checkpoint, progress)
+
+
+def data_cache(config: Config) -> Path:
+    """Where tokenised text is kept: `data.cache_dir`, or the user's cache folder."""
+    if config.data.cache_dir is not None:
+        return Path(config.data.cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "counterflow"
+
+
+def _collect(faults: list[str], check: Callable[[], T]) -> T | None:
+    try:
+        return check()
+    except UsageError as error:
+        faults.append(str(error))
+        return None
+
+
+def _layout(config: Config, world_size: int, ranks_per_node: int) -> Layout:
+    asked = config.parallel
+    if asked.pp > 1:
+        raise UsageError(f"parallel.pp is {asked.pp}: this version has no pipeline schedule; set it to 1")
+    per_node = ranks_per_node if asked.gpus_per_node == "auto" else asked.gpus_per_node
+    return Layout.resolve(world_size, asked.pp, asked.ep, asked.dp, per_node)
+
+
+def _batch_faults(config: Config, layout: Layout) -> list[str]:
+    """Global batches that micro-batches on every rank cannot make up exactly."""
+    batch = config.batch
+    unit = layout.dp * batch.micro_sequences
+    sizes = {"batch.global_sequences": batch.global_sequences}
+    if batch.ramp is not None:
+        sizes |= {"batch.ramp.start": batch.ramp.start, "batch.ramp.increment": batch.ramp.increment}
+    return [
+        f"{key} {size} is not a multiple of {unit} (dp {layout.dp} x batch.micro_sequences {batch.micro_sequences}); "
+        f"nearest that work: {' or '.join(str(near) for near in (size // unit * unit, (size // unit + 1) * unit) if near)}"
+        for key, size in sizes.items()
+        if size % unit
+    ]
+
+
+def _expert_faults(config: Config, layout: Layout) -> list[str]:
+    experts = config.model.n_routed_experts
+    if experts % layout.ep == 0:
+        return []
+    works = [str(ep) for ep in range(1, experts + 1) if experts % ep == 0]
+    near = sorted(works, key=lambda ep: abs(int(ep) - layout.ep))[:3]
+    return [f"parallel.ep {layout.ep} does not divide model.n_routed_experts {experts}; nearest that do: {', '.join(near)}"]
+
+
+def _vocabulary_faults(config: Config) -> list[str]:
+    from ..data.tokenizer import ByteTokenizer
+
+    needed, given = ByteTokenizer().vocab_size, config.model.vocab_size
+    if given >= needed:
+        return []
+    return [f"model.vocab_size {given} is below the {needed} tokens of data.tokenizer {config.data.tokenizer}"]
+
+
+def _latest_checkpoint(config: Config, run_dir: Path) -> tuple[Path, Progress] | None:
+    steps = complete_steps(run_dir / "checkpoints")
+    if not steps:
+        return None
+    path = steps[max(steps)]
+    manifest: Manifest = read_manifest(path)
+    check_same_model(manifest, config.model.model_dump(mode="json"), path)
+    return path, Progress(**{key: manifest.progress[key] for key in ("step", "tokens", "sequences")})

@@ -1,0 +1,101 @@
+"""A decoder block, in phases: attention -> dispatch -> experts -> combine, computation and communication in turn.
+
+The pipeline's overlap engine advances the phases of two micro-batches against each other; `forward` here is the
+plain order. B sequences, S tokens of a sequence, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..comm.dispatcher import Dispatched, Dispatcher, Pending
+from .attention import LatentAttention, Rope
+from .config import ModelConfig
+from .feed_forward import FeedForward, MixtureOfExperts
+from .kernels import Kernels
+from .norm import RMSNorm
+from .recompute import Keep, Rebuild, RecomputePolicy
+from .router import Routing
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the attention phase leaves: the residual stream, its norm, and where the tokens go (None if dense)."""
+
+    residual: Tensor
+    normed: Tensor
+    routing: Routing | None
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm block with MLA and a dense or mixture-of-experts feed-forward: `[B, S, H]` -> `[B, S, H]`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        experts: Sequence[int] | None,
+        dispatcher: Dispatcher,
+        kernels: Kernels,
+        recompute: RecomputePolicy = "none",
+    ) -> None:
+        """`experts` are the global numbers of the routed experts this rank holds; None makes the block dense."""
+        super().__init__()
+        self.recompute = recompute
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.attention = LatentAttention(config, kernels)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.mlp: FeedForward | MixtureOfExperts
+        if experts is None:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, kernels)
+        else:
+            self.mlp = MixtureOfExperts(config, experts, dispatcher, kernels)
+
+    def forward(self, x: Tensor, rope: Rope, valid: Tensor) -> tuple[Tensor, Routing | None]:
+        """x `[B, S, H]`, valid `[B]` bool -> the next residual stream, and the routing for its statistics."""
+        if self.recompute == "full" and self.training:
+            # The statistics leave as outputs, so recomputing the block cannot count a token twice.
+            return checkpoint(self._run, x, rope, valid, Keep(), use_reentrant=False)  # type: ignore[no-any-return]
+        with Rebuild() if self.recompute == "v3" and self.training else Keep() as saved:
+            return self._run(x, rope, valid, saved)
+
+    def _run(self, x: Tensor, rope: Rope, valid: Tensor, saved: Keep | Rebuild) -> tuple[Tensor, Routing | None]:
+        attended = self.attend(x, rope, valid, saved)
+        if attended.routing is None:
+            return attended.residual + self.mlp(attended.normed, saved), None
+        pending = self.dispatch(attended)
+        shared = self.run_shared(attended, saved)  # while the tokens travel
+        dispatched = pending.wait()
+        combining = self.combine(self.run_experts(dispatched, saved), dispatched)
+        routed = combining.wait().view_as(x)
+        return attended.residual + (routed if shared is None else routed + shared), attended.routing
+
+    def attend(self, x: Tensor, rope: Rope, valid: Tensor, saved: Keep | Rebuild) -> Attended:
+        """Attention, the second norm and the router's choice: computation."""
+        residual = x + self.attention(self.attention_norm(x, saved), rope, saved)
+        normed = self.mlp_norm(residual, saved)
+        routing = self.mlp.route(normed, valid) if isinstance(self.mlp, MixtureOfExperts) else None
+        return Attended(residual, normed, routing)
+
+    def dispatch(self, attended: Attended) -> Pending[Dispatched]:
+        """Start sending tokens to their experts: communication."""
+        assert isinstance(self.mlp, MixtureOfExperts) and attended.routing is not None
+        return self.mlp.begin_dispatch(attended.normed, attended.routing)
+
+    def run_shared(self, attended: Attended, saved: Keep | Rebuild) -> Tensor | None:
+        """The experts every token passes: computation that needs no dispatch."""
+        assert isinstance(self.mlp, MixtureOfExperts)
+        return None if self.mlp.shared is None else self.mlp.shared(attended.normed, saved)
+
+    def run_experts(self, dispatched: Dispatched, saved: Keep | Rebuild) -> Tensor:
+        """The routed experts on the rows that arrived: computation."""
+        assert isinstance(self.mlp, MixtureOfExperts)
+        return self.mlp.compute(dispatched, saved)
+
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
+        """Start returning the experts' outputs to their tokens: communication."""
+        assert isinstance(self.mlp, MixtureOfExperts)
+        return self.mlp.begin_combine(y, dispatched)

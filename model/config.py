@@ -1,0 +1,81 @@
+"""The `model` section: the architecture, in the words of Hugging Face's DeepseekV3Config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from ..settings import Clash, Section, SectionFaults, key
+
+
+class RopeScaling(Section):
+    """YaRN context extension of the decoupled rotary key (V3 §4.3)."""
+
+    type: Literal["yarn"] = key("yarn", "kind of scaling")
+    factor: float = key(40.0, "how many times longer than the original context", ge=1)
+    original_max_position_embeddings: int = key(4096, "context of the first training phase", unit="tokens", ge=1)
+    beta_fast: float = key(32.0, "rotations above which a frequency is left alone")
+    beta_slow: float = key(1.0, "rotations below which a frequency is fully interpolated")
+    mscale: float = key(1.0, "attention temperature coefficient of the rotation")
+    mscale_all_dim: float = key(1.0, "attention temperature coefficient of the softmax scale; 0 turns it off")
+
+
+class ModelConfig(Section):
+    """Architecture of a DeepSeek-V3-class decoder. `from: config.json` reads a Hugging Face file first."""
+
+    vocab_size: int = key(129280, "rows of the embedding and of the output head", ge=2)
+    hidden_size: int = key(7168, "width of the residual stream", ge=1)
+    intermediate_size: int = key(18432, "inner width of the dense feed-forward layers", ge=1)
+    moe_intermediate_size: int = key(2048, "inner width of one expert", ge=1)
+    num_hidden_layers: int = key(61, "decoder blocks, MTP modules not counted", ge=1)
+    first_k_dense_replace: int = key(3, "how many of the first blocks are dense instead of MoE", ge=0)
+    num_attention_heads: int = key(128, "attention heads", ge=1)
+    q_lora_rank: int | None = key(1536, "width of the compressed query latent; null projects queries directly", ge=1)
+    kv_lora_rank: int = key(512, "width of the compressed key-value latent", ge=1)
+    qk_nope_head_dim: int = key(128, "query and key width a head that is not rotated", ge=1)
+    qk_rope_head_dim: int = key(64, "query and key width a head that is rotated; even", ge=2, multiple_of=2)
+    v_head_dim: int = key(128, "value width a head", ge=1)
+    n_routed_experts: int = key(256, "routed experts a layer", ge=1)
+    n_shared_experts: int = key(1, "shared experts a layer, computed as one of their joint width", ge=0)
+    num_experts_per_tok: int = key(8, "routed experts a token is sent to (top-k)", ge=1)
+    n_group: int = key(8, "expert groups of node-limited routing", ge=1)
+    topk_group: int = key(4, "groups a token may use", ge=1)
+    norm_topk_prob: bool = key(True, "normalise the selected scores to sum 1")
+    routed_scaling_factor: float = key(2.5, "factor on the gate weights after normalisation", gt=0)
+    num_nextn_predict_layers: int = key(1, "MTP modules (depth); 0 trains without multi-token prediction", ge=0)
+    max_position_embeddings: int = key(4096, "longest sequence the rotary tables cover", unit="tokens", ge=1)
+    rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0)
+    rope_scaling: RopeScaling | None = key(None, "YaRN context extension; null for none")
+    rms_norm_eps: float = key(1e-6, "epsilon of every RMSNorm", gt=0)
+    initializer_range: float = key(0.006, "standard deviation of the initial weights (V3 §4.2: 0.006)", gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        clashes = []
+        experts, groups, usable = self.n_routed_experts, self.n_group, self.topk_group
+        if experts % groups:
+            message = f"{experts} is not a multiple of n_group {groups}"
+            clashes.append(Clash(("n_routed_experts", "n_group"), message))
+        if usable > groups:
+            clashes.append(Clash(("topk_group", "n_group"), f"{usable} is above n_group {groups}"))
+        reachable = experts // groups * min(usable, groups)
+        if self.num_experts_per_tok > reachable:
+            keys = ("num_experts_per_tok", "topk_group", "n_group", "n_routed_experts")
+            limits = f"{usable} of {groups} groups of {experts} experts"
+            clashes.append(Clash(keys, f"{self.num_experts_per_tok} is above the {reachable} experts in {limits}"))
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            message = f"{self.first_k_dense_replace} is above num_hidden_layers {self.num_hidden_layers}"
+            clashes.append(Clash(("first_k_dense_replace", "num_hidden_layers"), message))
+        if clashes:
+            raise SectionFaults(clashes)
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head: the plain part and the rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block `layer` is a mixture of experts; MTP blocks (from num_hidden_layers on) always are."""
+        return layer >= self.first_k_dense_replace

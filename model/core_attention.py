@@ -1,0 +1,70 @@
+"""Causal attention itself, after the projections.
+
+On GPUs this is PyTorch's SDPA. On CPUs SDPA's kernel runs far below the speed of matrix multiplication (seen:
+78 ms forward and backward where the blocks below take 22 ms, BF16, 32 heads of 512 x 96), so there the same
+blockwise algorithm is written with batched GEMMs: scores of one block of queries live at a time, and the backward
+computes them again from queries and keys. Nothing quadratic in the sequence length is saved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 128  # queries a block: scores of 32 heads x 128 x 512 in BF16 are 4 MiB and stay in the cache
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention with a causal mask; the scale is already in the query.
+
+    query and key `[B, A, S, D]`, value `[B, A, S, V]`, result `[B, A, S, V]` (A heads).
+    """
+    if query.device.type == "cpu":
+        return _BlockwiseAttention.apply(query, key, value)  # type: ignore[no-any-return]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
+
+
+def _probabilities(query: Tensor, key: Tensor, start: int, stop: int, mask: Tensor) -> Tensor:
+    """Attention probabilities [G, stop-start, stop] of one block of queries over all keys it may see."""
+    scores = torch.bmm(query[:, start:stop], key[:, :stop].transpose(1, 2))
+    scores[:, :, start:] += mask[: stop - start, : stop - start]
+    return torch.softmax(scores, -1)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+        out = torch.empty(v.shape, dtype=v.dtype)
+        for start, stop, mask in _blocks(q):
+            out[:, start:stop] = torch.bmm(_probabilities(q, k, start, stop, mask), v[:, :stop])
+        return out.view(value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value = ctx.saved_tensors
+        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+        grad = grads[0].flatten(0, 1)
+        grad_q = torch.empty_like(q)
+        # Several blocks of queries add to one key: summed in FP32, rounded once.
+        grad_k = torch.zeros(k.shape, dtype=torch.float32)
+        grad_v = torch.zeros(v.shape, dtype=torch.float32)
+        for start, stop, mask in _blocks(q):
+            p = _probabilities(q, k, start, stop, mask)
+            g = grad[:, start:stop]
+            grad_p = torch.bmm(g, v[:, :stop].transpose(1, 2))
+            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            grad_q[:, start:stop] = torch.bmm(grad_s, k[:, :stop])
+            grad_k[:, :stop] += torch.bmm(grad_s.transpose(1, 2), q[:, start:stop])
+            grad_v[:, :stop] += torch.bmm(p.transpose(1, 2), g)
+        return grad_q.view(query.shape), grad_k.to(k.dtype).view(key.shape), grad_v.to(v.dtype).view(value.shape)
+
+
+def _blocks(query: Tensor) -> list[tuple[int, int, Tensor]]:
+    length = query.shape[1]
+    mask = torch.full((BLOCK, BLOCK), float("-inf"), dtype=query.dtype).triu_(1)
+    return [(start, min(start + BLOCK, length), mask) for start in range(0, length, BLOCK)]

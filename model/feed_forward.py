@@ -1,0 +1,84 @@
+"""Feed-forward layers: dense, shared and routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..comm.dispatcher import Dispatched, Dispatcher, Pending
+from ..fp8.linear import GroupedLinear, Linear
+from .config import ModelConfig
+from .kernels import Kernels, SwiGLUFunction
+from .recompute import Keep, Rebuild
+from .router import Router, Routing
+
+
+class FeedForward(nn.Module):
+    """SwiGLU feed-forward `[B, S, H]` -> `[B, S, H]`; gate and up projection are one GEMM."""
+
+    def __init__(self, hidden: int, inner: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.gate_up = Linear(hidden, 2 * inner)
+        self.down = Linear(inner, hidden)
+
+    def forward(self, x: Tensor, saved: Keep | Rebuild) -> Tensor:
+        return self.down(_swiglu(self.gate_up(x), None, self.kernels, saved))
+
+
+class RoutedExperts(nn.Module):
+    """The routed experts that this rank holds: rows `[R, H]` sorted by expert -> `[R, H]`."""
+
+    def __init__(self, config: ModelConfig, num_local: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.gate_up = GroupedLinear(num_local, config.hidden_size, 2 * config.moe_intermediate_size)
+        self.down = GroupedLinear(num_local, config.moe_intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor, weights: Tensor, offsets: Tensor, saved: Keep | Rebuild) -> Tensor:
+        return self.down(_swiglu(self.gate_up(x, offsets), weights, self.kernels, saved), offsets)
+
+
+class MixtureOfExperts(nn.Module):
+    """DeepSeekMoE (V3 §2.1.2), offered in the phases that the overlap of computation and all-to-all needs.
+
+    `route` and `compute` and `shared` are computation, `begin_dispatch` and `begin_combine` start communication.
+    `experts` are the global numbers of the experts this rank holds.
+    """
+
+    def __init__(self, config: ModelConfig, experts: Sequence[int], dispatcher: Dispatcher, kernels: Kernels) -> None:
+        super().__init__()
+        self.local_experts = tuple(experts)
+        self.dispatcher = dispatcher
+        self.gate = Router(config)
+        self.experts = RoutedExperts(config, len(self.local_experts), kernels)
+        self.shared: FeedForward | None = None
+        if config.n_shared_experts:
+            self.shared = FeedForward(
+                config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, kernels
+            )
+
+    def route(self, x: Tensor, valid: Tensor) -> Routing:
+        routing: Routing = self.gate(x, valid)
+        return routing
+
+    def begin_dispatch(self, x: Tensor, routing: Routing) -> Pending[Dispatched]:
+        return self.dispatcher.begin_dispatch(x.flatten(0, -2), routing.expert_ids, routing.weights)
+
+    def compute(self, dispatched: Dispatched, saved: Keep | Rebuild) -> Tensor:
+        y: Tensor = self.experts(dispatched.x, dispatched.weights, dispatched.offsets, saved)
+        return y
+
+    def begin_combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
+        return self.dispatcher.begin_combine(y, dispatched)
+
+
+def _swiglu(gate_up: Tensor, weights: Tensor | None, kernels: Kernels, saved: Keep | Rebuild) -> Tensor:
+    def activate() -> Tensor:
+        return SwiGLUFunction.apply(gate_up, weights, kernels)  # type: ignore[no-any-return]
+
+    hidden = activate()
+    saved.rebuild((hidden,), lambda: (activate(),))
+    return hidden
+

@@ -1,0 +1,82 @@
+"""Output head and cross-entropy in one step, without ever holding the logits of a whole micro-batch in FP32.
+
+Tokens pass in pieces. A piece's logits are one buffer in the model's format; its gradient overwrites it in place,
+a few rows at a time in FP32. The gradients of input and weight are made in the forward, where the logits are at
+hand, so nothing is computed twice and no logits wait for the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position that has no target."""
+
+LOGITS_BYTES = 256 * 2**20  # one piece's logits
+BLOCK_BYTES = 4 * 2**20  # rows turned to FP32 at a time: they stay in the cache
+
+
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of -log softmax(hidden W^T)[label], in nats, FP32 scalar.
+
+    hidden `[T, H]`, weight `[V, H]`, labels `[T]` int64, IGNORED where there is no target.
+    """
+    return _HeadLoss.apply(hidden, weight, labels)  # type: ignore[no-any-return]
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight: Tensor | None = None
+        vocabulary = weight.shape[0]
+        piece = max(1, LOGITS_BYTES // (vocabulary * hidden.element_size()))
+        for start in range(0, hidden.shape[0], piece):
+            rows = slice(start, start + piece)
+            logits = F.linear(hidden[rows], weight)
+            total += _loss_and_gradient(logits, labels[rows], needs_hidden or needs_weight)
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[rows])
+            if needs_weight:
+                part = torch.mm(logits.t(), hidden[rows])
+                # The first piece keeps its format; more pieces are summed in FP32.
+                grad_weight = part if grad_weight is None else grad_weight.float().add_(part)
+            del logits  # before the next piece's, or two of them live at once
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
+            None,
+        )
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor, needs_gradient: bool) -> Tensor:
+    """Loss summed over the rows; with `needs_gradient` the logits `[T, V]` are overwritten by softmax - one-hot."""
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    block = max(1, BLOCK_BYTES // (4 * logits.shape[1]))
+    for start in range(0, logits.shape[0], block):
+        rows = logits[start : start + block]
+        wanted = labels[start : start + block].unsqueeze(1)
+        target = wanted.clamp_min(0)
+        log_p = F.log_softmax(rows, -1, dtype=torch.float32)
+        total -= log_p.gather(1, target).masked_fill_(wanted == IGNORED, 0.0).sum()
+        if needs_gradient:
+            p = log_p.exp_()
+            p.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+            rows.copy_(p)
+    if needs_gradient:
+        logits.index_fill_(0, (labels == IGNORED).nonzero().flatten(), 0.0)
+    return total

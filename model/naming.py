@@ -1,0 +1,70 @@
+"""Names of the model's global tensors, and initial weights that depend on nothing but seed and name.
+
+A global tensor is called by its place in the whole network, whoever holds it: `layers.12.mlp.experts.37.w1`.
+w1 is the gate projection, w3 the up projection, w2 the down projection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from ..placement import Placed
+from .feed_forward import MixtureOfExperts
+from .transformer import Transformer
+
+
+def placements(model: Transformer) -> list[Placed]:
+    """Every parameter of this rank's model with the global tensors it holds, in a fixed order."""
+    experts_of = {
+        name: module.local_experts for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)
+    }
+    placed = [_place(name, parameter, experts_of) for name, parameter in model.named_parameters()]
+    names = [name for item in placed for name in item.names]
+    assert len(set(names)) == len(names), "two parameters claim one global tensor"
+    return placed
+
+
+def router_biases(model: Transformer) -> dict[str, Tensor]:
+    """The routers' selection biases by global name; every rank holds them all."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".gate.bias")}
+
+
+def _place(name: str, parameter: nn.Parameter, experts_of: dict[str, tuple[int, ...]]) -> Placed:
+    path, _, leaf = name.rpartition(".")
+    if leaf not in ("weight", "gain"):
+        return Placed(parameter, (name,))  # embedding, head
+    layer, _, projection = path.rpartition(".")
+    weights = {"gate_up": ("w1", "w3"), "down": ("w2",)}.get(projection)
+    if weights is None:
+        return Placed(parameter, (path,))
+    if layer.endswith(".experts"):
+        experts = experts_of[layer.removesuffix(".experts")]
+        return Placed(parameter, tuple(f"{layer}.{expert}.{w}" for expert in experts for w in weights), "edp")
+    return Placed(parameter, tuple(f"{layer}.{w}" for w in weights))
+
+
+def seed_of(*purpose: object) -> int:
+    """A 63-bit seed named by what it is for, independent of rank, layout and order."""
+    text = "/".join(map(str, purpose))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def initial_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """First value of a global tensor, FP32 on the CPU: ones for norm gains, else N(0, std) (V3 §4.2)."""
+    if len(shape) == 1:
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(seed_of("initial weight", seed, name))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Fill every parameter of `model` with its initial value and every router bias with zero."""
+    for item in placements(model):
+        for name, tensor in zip(item.names, item.tensors(), strict=True):
+            tensor.copy_(initial_tensor(name, item.shape, model.config.initializer_range, seed))
+    for bias in router_biases(model).values():
+        bias.zero_()

@@ -1,0 +1,26 @@
+"""Root-mean-square normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import Kernels, RMSNormFunction
+from .recompute import Keep, Rebuild
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * gain` over the last dimension. Its output is never kept where the policy recomputes norms."""
+
+    def __init__(self, width: int, eps: float, kernels: Kernels) -> None:
+        super().__init__()
+        self.eps, self.kernels = eps, kernels
+        self.gain = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor, saved: Keep | Rebuild) -> Tensor:
+        def normalise() -> Tensor:
+            return RMSNormFunction.apply(x, self.gain, self.eps, self.kernels)  # type: ignore[no-any-return]
+
+        normed = normalise()
+        saved.rebuild((normed,), lambda: (normalise(),))
+        return normed

@@ -1,0 +1,90 @@
+"""Activation recompute at the grain of single tensors, the way V3 saves memory (V3 §3.2.3).
+
+V3 keeps the inputs of RMSNorm, of the MLA up-projections and of SwiGLU, and computes their outputs again in the
+backward. Module-level checkpointing cannot say that without running the neighbouring GEMMs again. Here a module
+hands over a tensor together with the recipe that rebuilds it; whenever autograd saves that tensor (or a view of it)
+for the backward, it is dropped and the recipe kept instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+RecomputePolicy = Literal["none", "v3", "full"]
+
+
+class Keep:
+    """Save every activation that autograd asks for."""
+
+    def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
+        pass
+
+    def __enter__(self) -> Keep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Rebuild(torch.autograd.graph.saved_tensors_hooks):
+    """Drop the tensors that `rebuild` was told of and compute them again when the backward needs them.
+
+    Use one object for the forward of one block, as a context manager. A recipe must read only tensors that live
+    as long as the graph, and run the very operations of the forward, so that gradients are bit-equal.
+    """
+
+    def __init__(self) -> None:
+        self._recipes: dict[int, tuple[Tensor, _Recipe, int]] = {}
+        super().__init__(self._pack, self._unpack)
+
+    def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
+        """From now on, `recipe()` stands for `tensors` wherever autograd saves one of them."""
+        shared = _Recipe(recipe)
+        for index, tensor in enumerate(tensors):
+            assert tensor.storage_offset() == 0, "register whole tensors, not views into others"
+            # The tensor itself is held until the block's forward ends, so its address cannot be reused meanwhile.
+            self._recipes[tensor.untyped_storage().data_ptr()] = (tensor, shared, index)
+
+    def __exit__(self, *error: object) -> None:
+        self._recipes.clear()
+        super().__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        found = self._recipes.get(tensor.untyped_storage().data_ptr())
+        if found is None:
+            return tensor
+        _, recipe, index = found
+        recipe.users += 1
+        return recipe, index, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    @staticmethod
+    def _unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        recipe, index, size, stride, offset = packed
+        return recipe.take(index).as_strided(size, stride, offset)
+
+
+class _Recipe:
+    """A recipe whose results are shared by all users of the dropped tensors and freed after the last one."""
+
+    def __init__(self, make: Callable[[], tuple[Tensor, ...]]) -> None:
+        self.make = make
+        self.users = 0
+        self._left = 0
+        self._values: tuple[Tensor, ...] = ()
+
+    def take(self, index: int) -> Tensor:
+        if not self._values:
+            with torch.no_grad():
+                self._values = self.make()
+            self._left = self.users
+        value = self._values[index]
+        self._left -= 1
+        if self._left <= 0:
+            self._values = ()
+        return value

@@ -1,0 +1,114 @@
+"""The rank grid: which rank holds which slice of the model and of the batch.
+
+Pure arithmetic: nothing here touches `torch.distributed`, so a layout of 16,384 ranks costs nothing.
+Ranks are counted with `ep` fastest (an expert parallel group fills a node first), then `edp`, then `pp`:
+`rank = (pp_index * edp + edp_index) * ep + ep_index`. DeepSeek-V3: 2048 = pp 16 x edp 2 x ep 64 (V3 §3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..settings import UsageError
+
+
+class Coordinates(NamedTuple):
+    """Where a rank stands in the grid."""
+
+    pp: int
+    edp: int
+    ep: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`world_size` ranks as a grid pp x edp x ep.
+
+    Raises UsageError, with the numbers that clash and the nearest that work, if no such grid exists.
+    """
+
+    world_size: int
+    pp: int = 1
+    ep: int = 1
+    gpus_per_node: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "pp", "ep", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        unit = self.pp * self.ep
+        if self.world_size % unit:
+            below, above = self.world_size // unit * unit, (self.world_size // unit + 1) * unit
+            sizes = f"{below} or {above}" if below else f"{above}"
+            degrees = [ep for ep in range(1, self.ep + 1) if self.world_size % (self.pp * ep) == 0]
+            also = f", or parallel.ep {degrees[-1]}" if degrees else ""
+            raise UsageError(
+                f"{self.world_size} ranks cannot be laid out as pp {self.pp} x ep {self.ep}: "
+                f"the number of ranks must be a multiple of {unit}; nearest that work: {sizes} ranks{also}"
+            )
+
+    @classmethod
+    def resolve(cls, world_size: int, pp: int, ep: int, dp: int | str, gpus_per_node: int) -> Layout:
+        """The layout that a `parallel` section asks for on `world_size` ranks; `dp` may be "auto"."""
+        if isinstance(dp, int):
+            if dp % ep:
+                near = sorted({dp // ep * ep, (dp // ep + 1) * ep} - {0})
+                raise UsageError(
+                    f"parallel.dp {dp} is not a multiple of parallel.ep {ep} (dp = ep x edp); "
+                    f"nearest that work: dp {' or '.join(map(str, near))}"
+                )
+            if pp * dp != world_size:
+                raise UsageError(
+                    f"parallel.pp {pp} x parallel.dp {dp} needs {pp * dp} ranks, but there are {world_size}: "
+                    f"start {pp * dp} ranks, or set parallel.dp to auto"
+                )
+        return cls(world_size, pp, ep, gpus_per_node)
+
+    @property
+    def edp(self) -> int:
+        """Data parallel replicas of an expert."""
+        return self.world_size // (self.pp * self.ep)
+
+    @property
+    def dp(self) -> int:
+        """Data parallel replicas of everything that is not an expert."""
+        return self.ep * self.edp
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.world_size // self.gpus_per_node)
+
+    def coordinates(self, rank: int) -> Coordinates:
+        rest, ep = divmod(rank, self.ep)
+        pp, edp = divmod(rest, self.edp)
+        return Coordinates(pp, edp, ep)
+
+    def rank(self, pp: int, edp: int, ep: int) -> int:
+        return (pp * self.edp + edp) * self.ep + ep
+
+    def node(self, rank: int) -> int:
+        return rank // self.gpus_per_node
+
+    def ep_groups(self) -> Iterator[list[int]]:
+        """Ranks that hold the experts of one replica of a stage and exchange tokens."""
+        for first in range(0, self.world_size, self.ep):
+            yield list(range(first, first + self.ep))
+
+    def edp_groups(self) -> Iterator[list[int]]:
+        """Ranks that hold the same experts: expert gradients are summed over these."""
+        for pp in range(self.pp):
+            for ep in range(self.ep):
+                yield [self.rank(pp, edp, ep) for edp in range(self.edp)]
+
+    def dp_groups(self) -> Iterator[list[int]]:
+        """Ranks that hold the same stage: gradients of all that is not an expert are summed over these."""
+        for first in range(0, self.world_size, self.dp):
+            yield list(range(first, first + self.dp))
+
+    def pp_groups(self) -> Iterator[list[int]]:
+        """Ranks that together hold one whole model replica, in stage order."""
+        for edp in range(self.edp):
+            for ep in range(self.ep):
+                yield [self.rank(pp, edp, ep) for pp in range(self.pp)]

@@ -1,0 +1,49 @@
+"""The contract between model, optimizer and checkpoint: which global tensors a local parameter holds.
+
+The model names them, the optimizer shards them, the checkpoint stores them under these names. A parameter that
+stacks several global tensors (the experts of a rank, or a fused gate and up projection) lists one name for each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+Replicas = Literal["dp", "edp"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A local parameter and the global tensors in it.
+
+    `parameter` has as many elements as its `names` have global tensors of shape `shape`, one after another in memory.
+    `replicas` names the ranks that hold the same values: `dp` for what every rank of a stage holds, `edp` for experts.
+    """
+
+    parameter: nn.Parameter
+    names: tuple[str, ...]
+    replicas: Replicas = "dp"
+
+    def __post_init__(self) -> None:
+        assert self.parameter.numel() % len(self.names) == 0, (self.names, self.parameter.shape)
+        assert self.parameter.is_contiguous(), self.names
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of each global tensor."""
+        *lead, rows, columns = (1, *self.parameter.shape) if self.parameter.dim() > 1 else (1, 1, *self.parameter.shape)
+        if self.parameter.dim() == 1:
+            assert len(self.names) == 1
+            return (columns,)
+        slices = 1
+        for size in lead:
+            slices *= size
+        assert (slices * rows) % len(self.names) == 0
+        return (slices * rows // len(self.names), columns)
+
+    def tensors(self, of: Tensor | None = None) -> list[Tensor]:
+        """Views of each global tensor, in the parameter or in another tensor `of` its size."""
+        flat = (self.parameter.data if of is None else of).view(len(self.names), *self.shape)
+        return list(flat.unbind(0))

@@ -1,0 +1,26 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+import math
+
+
+def format_count(value: float) -> str:
+    """A count in at most six characters: 987, 12.3K, 671.0B."""
+    if not math.isfinite(value):
+        return str(value)
+    for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= factor * 0.99995:  # 999,950 would read 1000.0K
+            return f"{value / factor:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """1:05, 2:03:04 or 12d 03h; "--:--" when it is not known yet."""
+    if not math.isfinite(seconds):
+        return "--:--"
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours // 24}d {hours % 24:02d}h"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,185 @@
+"""The measurements of a step, and the files they go to: `metrics.jsonl` and TensorBoard.
+
+`metrics.jsonl` has one JSON object a step, in order, each step once, across any number of resumes. A field that was
+not measured is null. JSON has no word for a number that is not finite, and null would hide the very step
+one looks for, so those are the strings "NaN", "Infinity" and "-Infinity" (Python's `float()` reads all three).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if TYPE_CHECKING:
+    import torch
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+log = logging.getLogger(__name__)
+
+
+class StepMetrics(BaseModel):
+    """What is known after one optimizer step. Losses are means over the global batch, in nats a token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    step: int  # counted from 1
+    tokens: int  # of training so far, this step included
+    sequences: int  # of this step's global batch
+    loss: float  # next-token cross-entropy alone
+    loss_mtp: float | None = None  # mean over MTP depths, before its weight; None without MTP
+    loss_balance: float | None = None  # sum over layers, before its weight; None without MoE layers
+    grad_norm: float  # global, before clipping
+    lr: float
+    bias_update_speed: float
+    mtp_weight: float
+    tokens_per_second: float  # of all ranks together
+    mfu: float | None = None  # share of the peak, 1.0 = all of it
+    max_vio: float | None = None  # mean over MoE layers of (largest - mean) / mean expert load
+    max_vio_worst: float | None = None  # the same of the worst layer
+    memory_gib: float  # peak of the rank that writes
+    step_seconds: float
+    validation_loss: float | None = None  # on the steps that evaluate
+
+
+def max_violation(loads: torch.Tensor) -> tuple[float, float]:
+    """How far the fullest expert of a layer is above the mean: (largest - mean) / mean, 0 is perfect balance.
+
+    `loads` [layers, E]: tokens each expert was sent in the global batch. Returns the mean over layers and the worst
+    layer. A layer that was sent nothing counts as 0. Source: MaxVio of arXiv 2408.15664.
+    """
+    if loads.ndim != 2 or not loads.numel():
+        raise ValueError(f"expert loads must be [layers, experts] and not empty, got {list(loads.shape)}")
+    counts = loads.double()
+    at_least = 1.0 / counts.shape[1]  # the smallest mean of a layer that was sent anything
+    violation = (counts.amax(dim=1) / counts.mean(dim=1).clamp(min=at_least) - 1.0).clamp(min=0.0)
+    return float(violation.mean()), float(violation.max())
+
+
+def utilization(tokens_per_second: float, flops_per_token: float, ranks: int, peak_tflops: float) -> float:
+    """MFU: the share of `ranks` devices' peak that the model's own FLOPs make up, 1.0 = all of it.
+
+    `tokens_per_second` is that of all ranks together, `peak_tflops` that of one rank's device.
+    """
+    return tokens_per_second * flops_per_token / (ranks * peak_tflops * 1e12)
+
+
+def read_metrics(run_dir: str | Path) -> Iterator[StepMetrics]:
+    """The steps recorded in a run folder, in order. A line that a kill cut short is left out.
+
+    Raises FileNotFoundError if the run has no metrics yet, ValueError naming file and line at any other bad line.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield StepMetrics.model_validate_json(line)
+            except ValidationError as error:
+                if line.endswith(b"\n"):
+                    raise ValueError(f"{path}, line {number} does not record a step: {error}") from error
+
+
+class MetricsWriter:
+    """Writes every step's metrics into a run folder; for the one rank that does so.
+
+    `resume_step` is the last step the run has behind it, 0 for a fresh run: lines of later steps, which a killed run
+    wrote after the checkpoint it resumes from, are dropped (the file is replaced in one move), and TensorBoard is told
+    to forget them. Each line is handed to the operating system at once, so a killed process loses none.
+    """
+
+    def __init__(self, run_dir: str | Path, tensorboard: bool, resume_step: int = 0) -> None:
+        self.path = Path(run_dir) / METRICS_FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            _keep_until(self.path, resume_step)
+        self._last_step = resume_step
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._events = _open_tensorboard(self.path.parent / TENSORBOARD_FOLDER, resume_step) if tensorboard else None
+
+    def write(self, metrics: StepMetrics) -> None:
+        assert metrics.step > self._last_step, f"step {metrics.step} written after step {self._last_step}"
+        self._last_step = metrics.step
+        self._file.write(metrics.model_dump_json() + "\n")
+        self._file.flush()
+        if self._events is not None:
+            _write_scalars(self._events, metrics)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _keep_until(path: Path, last_step: int) -> None:
+    """Drop the lines of steps after `last_step`, and those that are no record of a step, from a metrics file."""
+    unreadable = 0
+    partial = path.with_suffix(".partial")
+    with open(path, "rb") as lines, open(partial, "wb") as kept:
+        for line in lines:
+            step = _step_of(line)
+            if step is not None and step <= last_step:
+                kept.write(line.rstrip(b"\n") + b"\n")  # the last line may have lost no more than its end
+            unreadable += step is None
+        kept.flush()
+        os.fsync(kept.fileno())
+    os.replace(partial, path)
+    if unreadable:
+        log.warning("%s: dropped %d unreadable line(s), as a killed run leaves behind", path, unreadable)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step a line records, None if it is not a whole record."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # also what bytes that are not UTF-8 raise
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> Any | None:
+    """A SummaryWriter, or None with a warning if tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning(
+            "tensorboard is not installed, so no events are written (metrics.jsonl has the same numbers): "
+            "`pip install tensorboard`, or set log.tensorboard to false"
+        )
+        return None
+    make: Callable[..., Any] = SummaryWriter
+    return make(str(folder), purge_step=resume_step + 1)
+
+
+GROUPS = {
+    "loss": ("loss", "loss_mtp", "loss_balance", "validation_loss"),
+    "optimizer": ("grad_norm", "lr", "bias_update_speed", "mtp_weight", "sequences", "tokens"),
+    "speed": ("tokens_per_second", "mfu", "step_seconds", "memory_gib"),
+    "balance": ("max_vio", "max_vio_worst"),
+}
+"""TensorBoard's sections: field `lr` appears as `optimizer/lr`."""
+
+
+def _write_scalars(events: Any, metrics: StepMetrics) -> None:
+    for group, fields in GROUPS.items():
+        for field in fields:
+            value = getattr(metrics, field)
+            if value is not None:
+                events.add_scalar(f"{group}/{field}", value, metrics.step)
+    events.flush()  # so that after a kill the events reach as far as metrics.jsonl

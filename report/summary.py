@@ -1,0 +1,52 @@
+"""What is said before the first step and after the last: rows of a name and a text."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from .format import format_count
+from .hardware import Peak
+
+
+def describe_run(
+    *,
+    total_parameters: int,
+    active_parameters: int,
+    mtp_parameters: int,
+    layout: str,
+    flop_convention: str,
+    peak: Peak,
+    run_dir: str,
+) -> dict[str, str]:
+    """The header's rows. `mtp_parameters` are those of all MTP modules, not part of `total_parameters`."""
+    model = f"{format_count(total_parameters)} parameters, {format_count(active_parameters)} active per token"
+    if mtp_parameters:
+        model += f"; MTP adds {format_count(mtp_parameters)}"
+    return {
+        "model": model,
+        "layout": layout,
+        "MFU": flop_convention,
+        "peak": f"{peak.tflops:.3g} TFLOP/s a rank, {peak.source}",
+        "run": run_dir,
+    }
+
+
+class RunSummary(BaseModel):
+    """The result of a run; as JSON, the last line of `train --json`. Losses in nats a token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    steps: int  # of the whole run, earlier parts of a resumed one included
+    loss: float  # of the last step
+    validation_loss: float | None
+    unigram_entropy: float | None  # of the validation data: the loss of a model that knows token frequencies only
+    tokens_per_second: float  # of all ranks together
+    run_dir: str
+
+    def rows(self) -> dict[str, str]:
+        rows = {"steps": str(self.steps), "loss": f"{self.loss:.4f}"}
+        if self.validation_loss is not None:
+            rows["validation loss"] = f"{self.validation_loss:.4f}"
+        if self.unigram_entropy is not None:
+            rows["unigram entropy"] = f"{self.unigram_entropy:.4f}, the loss of token frequencies alone"
+        return {**rows, "speed": f"{format_count(self.tokens_per_second)} tok/s", "run folder": self.run_dir}

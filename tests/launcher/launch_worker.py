@@ -1,0 +1,74 @@
+"""A rank for the tests of the launcher: `launch_worker.py MODE LOGS_FOLDER`. MODE says what rank 1 does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from counterflow.launcher.failures import supervised
+from counterflow.launcher.logs import open_log
+from counterflow.launcher.place import Place, find_place
+from counterflow.settings import UsageError
+
+FOREVER = 600.0
+
+
+def misbehave(mode: str, place: Place) -> None:
+    if place.rank != 1:
+        return
+    if mode == "raise":
+        raise ArithmeticError("the cause")
+    if mode == "usage":
+        raise UsageError("data.path is missing: set it")
+    if mode == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def reduce_until(mode: str, place: Place) -> None:
+    """Keep every rank in collectives until rank 1 misbehaves, or for a few rounds if it does not."""
+    import torch
+    import torch.distributed as dist
+
+    from counterflow.launcher.bootstrap import bootstrap
+
+    with bootstrap(place, device="cpu", threads=1) as process:
+        total = torch.tensor([float(process.rank + 1)])
+        dist.all_reduce(total)
+        print(f"rank {process.rank} of {process.world_size} sees the sum {total.item()}")
+        for _ in range(3):
+            dist.all_reduce(total)
+        misbehave(mode, place)
+        while mode != "agree":
+            dist.all_reduce(total)
+        dist.barrier()
+
+
+def main(mode: str, logs: Path, collective: bool) -> None:
+    place = find_place(os.environ)
+    if mode == "break" and place.rank == 1:
+        raise ImportError("before anybody watches")
+    with supervised(place):
+        if mode == "early":
+            misbehave("raise", place)
+            time.sleep(FOREVER)
+        with open_log(logs, place.rank, place.world_size):
+            logging.getLogger("counterflow.test").info("logged by %d", place.rank)
+            print(f"printed by {place.rank}")
+            os.write(2, f"from C++ on {place.rank}\n".encode())
+            if collective:
+                reduce_until(mode, place)
+                return
+            threads = os.environ["OMP_NUM_THREADS"]
+            (logs / f"here-{place.rank}").write_text(json.dumps({"pid": os.getpid(), "threads": threads}))
+            misbehave(mode, place)
+            if mode != "agree":
+                time.sleep(FOREVER)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), collective="collective" in sys.argv)

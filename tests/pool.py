@@ -1,0 +1,298 @@
+"""One pool of gloo processes for every multi-process test.
+
+    def test_ranks_agree(pool):
+        assert pool.run(_sum_of_ranks, 4) == [6, 6, 6, 6]
+
+    def _sum_of_ranks(worker):                      # a lambda, a closure or a method does as well
+        total = torch.tensor(worker.rank)
+        torch.distributed.all_reduce(total)
+        return int(total)
+
+`pool.run(function, world_size, *args)` calls `function(worker, *args)` in `world_size` processes and returns what
+each rank returned, in rank order. While it runs, torch's default process group holds exactly these ranks, freshly
+made; afterwards every group is destroyed, so no run sees another's groups. Functions, arguments and results travel by
+cloudpickle: what a test file defines travels by value, what `counterflow` defines by name.
+
+An exception in a rank fails the test with that rank's traceback; a rank that is still running after `timeout` seconds
+fails it with the stack of every rank, and the pool starts anew for the next test.
+
+Starting a process that knows torch costs seconds, so one process (the nursery) imports everything and forks the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+
+POOL_SIZE = 8
+START_TIMEOUT = 120.0  # seconds; a start is 3 to 5 s on two idle cores
+GRACE = 5.0  # seconds for the others after the first rank has failed
+TESTS = str(Path(__file__).parent) + os.sep
+
+# What workers use, imported once before the fork: torch.optim imports torch._dynamo, a second for each process.
+PRELOAD = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "torch.utils.checkpoint",
+    "pydantic",
+    "yaml",
+)
+
+
+@dataclass
+class Worker:
+    """What a function run by the pool knows about its place."""
+
+    rank: int
+    world_size: int
+    ranks: list[int] = field(default_factory=list)
+
+
+class RankFailure(AssertionError):
+    """A rank raised or hung; the message holds its traceback or all stacks."""
+
+
+class Pool:
+    """Up to 8 gloo processes with one thread each, started at the first `run`."""
+
+    def __init__(self) -> None:
+        self._nursery: subprocess.Popen[bytes] | None = None
+        self._connections: list[Connection] = []
+        self._pids: list[int] = []
+        self._stacks: tempfile.TemporaryDirectory[str] | None = None
+        self._runs = 0
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+        """Call `function(worker, *args)` on ranks 0 to world_size - 1.
+
+        Args:
+            function: called with a `Worker` first.
+            world_size: number of ranks, 1 to 8.
+            args: the same for every rank; pickled.
+            timeout: seconds until the run counts as hung.
+
+        Returns:
+            The ranks' return values in rank order.
+
+        Raises:
+            RankFailure: a rank raised, died, or was still running after `timeout`.
+        """
+        if not 1 <= world_size <= POOL_SIZE:
+            raise ValueError(f"the pool has {POOL_SIZE} processes, world_size {world_size} does not fit")
+        if self._nursery is None:
+            self._start()
+        self._runs += 1
+        header = cloudpickle.dumps((self._runs, world_size, timeout))
+        payload = _dumps_by_value(function, args)
+        for connection in self._connections[:world_size]:
+            connection.send_bytes(header)
+            connection.send_bytes(payload)
+        return self._collect(world_size, timeout)
+
+    def close(self) -> None:
+        """End all processes; the next `run` starts new ones."""
+        if self._nursery is None:
+            return
+        assert self._nursery.stdin is not None and self._stacks is not None
+        self._nursery.stdin.close()  # the nursery kills its children when this end closes, also when pytest dies
+        self._nursery.wait(timeout=30)
+        for connection in self._connections:
+            connection.close()
+        self._stacks.cleanup()
+        self._nursery, self._connections, self._pids, self._stacks = None, [], [], None
+
+    def _start(self) -> None:
+        pipes = [Pipe() for _ in range(POOL_SIZE)]
+        self._connections = [ours for ours, _ in pipes]
+        handles = [theirs.fileno() for _, theirs in pipes]
+        self._stacks = tempfile.TemporaryDirectory(prefix="counterflow-pool-")
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # no C++ stack traces when the workers are killed
+            "GLOO_SOCKET_IFNAME": "lo",  # never ask a name server what this machine is called
+        }
+        code = f"from counterflow.tests.pool import nursery; nursery({handles!r}, {self._stacks.name!r})"
+        self._nursery = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.PIPE,
+            pass_fds=handles,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for pytest, which then closes the pool
+        )
+        for _, theirs in pipes:
+            theirs.close()
+        deadline = time.monotonic() + START_TIMEOUT
+        for connection in self._connections:
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
+                self.close()
+                raise RankFailure(f"the pool's processes did not start within {START_TIMEOUT:.0f} s")
+            self._pids.append(cloudpickle.loads(connection.recv_bytes()))
+
+    def _collect(self, world_size: int, timeout: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, tuple[float, str]] = {}  # when, and the traceback
+        dead: list[int] = []
+        waiting = {self._connections[rank]: rank for rank in range(world_size)}
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                try:
+                    succeeded, value = cloudpickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    succeeded, value = False, (0.0, f"the process of rank {rank} died\n")
+                    dead.append(rank)
+                if succeeded:
+                    results[rank] = value
+                else:
+                    failures[rank] = value
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        hung = sorted(waiting.values())
+        stacks = self._dump_stacks(world_size) if hung else ""
+        if hung or dead:
+            self.close()
+        if hung or failures:
+            raise RankFailure(_describe(world_size, failures, hung, timeout, stacks))
+        return [results[rank] for rank in range(world_size)]
+
+    def _dump_stacks(self, world_size: int) -> str:
+        assert self._stacks is not None
+        for pid in self._pids[:world_size]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        time.sleep(0.5)  # the handlers write at once, but they need a processor
+        parts = []
+        for rank in range(world_size):
+            stack = Path(self._stacks.name, f"rank-{rank}").read_text()
+            parts.append(f"--- stack of rank {rank}\n{stack}")
+        return "".join(parts)
+
+
+def _describe(
+    world_size: int, failures: dict[int, tuple[float, str]], hung: list[int], timeout: float, stacks: str
+) -> str:
+    parts = []
+    if failures:
+        # The earliest is the cause; the others mostly lost their connection to it.
+        cause, *echoes = sorted(failures, key=lambda rank: failures[rank][0])
+        parts.append(f"rank {cause} of {world_size} failed:\n{failures[cause][1]}")
+        parts += [f"rank {rank} failed after it: {failures[rank][1].strip().splitlines()[-1]}\n" for rank in echoes]
+    if hung:
+        since = f"{GRACE:g} s after the first rank had failed" if failures else f"after {timeout:g} s"
+        parts.append(f"ranks {hung} were still running {since}\n{stacks}")
+    return "".join(parts)
+
+
+def _dumps_by_value(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    """Pickle with everything that test files define by value: a worker cannot import them by name."""
+    modules = [module for module in list(sys.modules.values()) if _is_test_file(module)]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps((function, args))
+    finally:
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _is_test_file(module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None) or ""
+    return file.startswith(TESTS) and module.__name__ != __name__
+
+
+# Below: what runs in the other processes.
+
+
+def nursery(handles: list[int], stacks: str) -> None:
+    """Import everything, fork the workers, and kill them when our standard input closes."""
+    for name in PRELOAD:
+        __import__(name)
+    listener = socket.create_server(("127.0.0.1", 0))
+    children = []
+    for rank, handle in enumerate(handles):
+        pid = os.fork()
+        if pid == 0:
+            for later in handles[rank + 1 :]:
+                os.close(later)
+            try:
+                _serve(rank, Connection(handle), listener, Path(stacks))
+            finally:
+                os._exit(0)
+        children.append(pid)
+        os.close(handle)
+    listener.close()
+    sys.stdin.buffer.read()
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    os._exit(0)
+
+
+def _serve(rank: int, connection: Connection, listener: socket.socket, stacks: Path) -> None:
+    """Answer runs until the other end closes."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    port = listener.getsockname()[1]
+    fd = listener.detach()
+    if rank == 0:
+        server = dict(is_master=True, master_listen_fd=fd)
+    else:
+        os.close(fd)
+        server = dict(is_master=False)
+    with open(stacks / f"rank-{rank}", "w") as stack_file:
+        faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+        store = dist.TCPStore("127.0.0.1", port, wait_for_workers=False, **server)
+        connection.send_bytes(cloudpickle.dumps(os.getpid()))
+        while True:
+            try:
+                run, world_size, timeout = cloudpickle.loads(connection.recv_bytes())
+                payload = connection.recv_bytes()
+            except EOFError:
+                return
+            run_store = dist.PrefixStore(f"run-{run}", store)  # group names repeat from run to run
+            connection.send_bytes(_answer(rank, world_size, timeout, payload, run_store))
+
+
+def _answer(rank: int, world_size: int, timeout: float, payload: bytes, store: Any) -> bytes:
+    """Run one function in a world of its own; pickled (succeeded, result or traceback)."""
+    import torch.distributed as dist
+
+    try:
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=2 * timeout)
+        )
+        function, args = cloudpickle.loads(payload)
+        result = function(Worker(rank, world_size, list(range(world_size))), *args)
+        return cloudpickle.dumps((True, result))
+    except BaseException:
+        return cloudpickle.dumps((False, (time.monotonic(), traceback.format_exc())))
+    finally:
+        # Closing the connections also makes the others fail at once where one rank has failed.
+        if dist.is_initialized():
+            dist.destroy_process_group()
