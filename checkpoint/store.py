@@ -62,9 +62,7 @@ def save(
     return final
 
 
-def load(
-    path: Path, tensors: Mapping[str, DTensor], model: dict[str, Any], group: dist.ProcessGroup
-) -> dict[str, Any]:
+def load(path: Path, tensors: Mapping[str, DTensor], model: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Any]:
     """Fill `tensors` from checkpoint `path`, written in any layout, and return its progress.
 
     Raises UsageError if it is torn, of another model, lacks or has extra tensors, or if what was read does not have
@@ -107,7 +105,9 @@ def _collect_records(tensors: Mapping[str, DTensor], group: dist.ProcessGroup) -
             before = records[name].checksum if name in records else 0
             records[name] = TensorRecord(shape, dtype, (before + checksum) % 2**64)
     for name, record in records.items():
-        assert elements[name] == torch.Size(record.shape).numel(), f"{name}: {elements[name]} elements of {record.shape}"
+        assert elements[name] == torch.Size(record.shape).numel(), (
+            f"{name}: {elements[name]} elements of {record.shape}"
+        )
     return records
 
 

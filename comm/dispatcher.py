@@ -1,6 +1,6 @@
 """What every token dispatcher offers: an MoE layer's two all-to-alls, with autograd and asynchronous forms.
 
-T tokens of this rank, K top-k, H hidden, E experts of the layer, R rows received by this rank's E / (group size) experts.
+T tokens of this rank, K top-k, H hidden, E experts of the layer, E_local of them on this rank, R rows it receives.
 """
 
 from __future__ import annotations

@@ -7,20 +7,20 @@ Each direction is two autograd Functions, a start that launches and a wait that 
 
 so no tensor that is still being received is ever visible to autograd, its hooks or its anomaly mode.
 
-The Functions keep their indices on the shared `_Route` and save no tensors: an index is 2 % of the row it moves, dispatch
-and combine share them, and with nothing left to save after it a recomputed layer stops before its combine instead of
-sending it once more.
+The Functions keep their indices on the shared `_Route` and save no tensors: an index is a fraction of a percent of the
+row it moves, dispatch and combine share them, and as combine saves nothing, a checkpointed layer that ends with it is
+recomputed only up to the last tensor its experts saved: the rows are not sent back a second time.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ..settings import UsageError
 from .dispatcher import Dispatched, Pending
@@ -57,14 +57,13 @@ class FlatDispatcher:
         return self.begin_dispatch(x, expert_ids, weights).wait()
 
     def begin_dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
-        tokens, top_k = expert_ids.shape
-        assert x.shape[0] == tokens, f"{x.shape[0]} tokens but expert ids for {tokens}"
+        assert x.shape[0] == expert_ids.shape[0], f"{x.shape[0]} tokens but expert ids for {expert_ids.shape[0]}"
         assert weights.shape == expert_ids.shape, f"weights {weights.shape} for expert ids {expert_ids.shape}"
         assert weights.dtype == torch.float32, f"gate weights are FP32, not {weights.dtype}"
         route = _Route(expert_ids, self.num_experts, self.group)
         transfer = _Transfer(route)
         ticket = _DispatchStart.apply(x, weights, transfer)
-        return Pending(ticket, partial(_finish_dispatch, transfer))
+        return Pending(ticket, lambda ticket: _finish_dispatch(ticket, transfer))
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
         return self.begin_combine(y, dispatched).wait()
@@ -74,7 +73,7 @@ class FlatDispatcher:
         assert y.shape[0] == route.rows_received, f"{y.shape[0]} rows to combine, {route.rows_received} were dispatched"
         transfer = _Transfer(route)
         ticket = _CombineStart.apply(y, transfer)
-        return Pending(ticket, partial(_CombineWait.apply, transfer=transfer))
+        return Pending(ticket, lambda ticket: _CombineWait.apply(ticket, transfer))
 
 
 class _Route:
@@ -157,11 +156,14 @@ class _DispatchStart(Function):
         return _ticket(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         order = ctx.transfer.route.order
         grad_rows, grad_row_weights = ctx.transfer.wait()
         grad_x = None if grad_rows is None else gather_sum(grad_rows, order.row_of_slot)
-        grad_weights = None if grad_row_weights is None else grad_row_weights[order.row_of_slot]
+        grad_weights = None
+        if grad_row_weights is not None:
+            grad_weights = grad_row_weights.index_select(0, order.row_of_slot.view(-1)).view_as(order.row_of_slot)
         return grad_x, grad_weights, None
 
 
@@ -171,11 +173,13 @@ class _DispatchWait(Function):
         rows, row_weights = transfer.wait()
         assert rows is not None and row_weights is not None
         outputs = _select(rows, transfer.route.by_expert), _select(row_weights, transfer.route.by_expert)
-        ctx.mark_non_differentiable(*(out for out, needed in zip(outputs, transfer.needs_grad, strict=True) if not needed))
+        constant = [out for out, needs_grad in zip(outputs, transfer.needs_grad, strict=True) if not needs_grad]
+        ctx.mark_non_differentiable(*constant)
         ctx.transfer = transfer
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_row_weights: Tensor) -> tuple[Tensor, None]:
         route, (rows_need_it, weights_need_it) = ctx.transfer.route, ctx.transfer.needs_grad
         ctx.transfer.launch(
@@ -185,7 +189,7 @@ class _DispatchWait(Function):
         return _ticket(grad_rows), None
 
 
-def _finish_dispatch(transfer: _Transfer, ticket: Tensor) -> Dispatched:
+def _finish_dispatch(ticket: Tensor, transfer: _Transfer) -> Dispatched:
     route = transfer.route
     rows, row_weights = _DispatchWait.apply(ticket, transfer)
     return Dispatched(rows, row_weights, route.offsets, route.tokens_per_expert, route)
@@ -199,6 +203,7 @@ class _CombineStart(Function):
         return _ticket(y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         (grad_rows,) = ctx.transfer.wait()
         return _select(grad_rows, ctx.transfer.route.by_expert), None
@@ -213,6 +218,7 @@ class _CombineWait(Function):
         return gather_sum(rows, transfer.route.order.row_of_slot)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         route = ctx.transfer.route
         ctx.transfer.launch(route.send(grad.index_select(0, route.order.token_of_row)))

@@ -6,6 +6,7 @@ Gathers only, no scattered additions: the same inputs give the same bits on ever
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,12 +77,22 @@ def gather_sum(rows: Tensor, index: Tensor) -> Tensor:
         return rows.new_empty((0, rows.shape[1]))
     rows = rows.detach()  # embedding_bag prepares a backward of its own for what requires a gradient
     if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16):
-        # embedding_bag is faster still here but rounds ties away from zero: every 20th sum of four, always outward.
+        # embedding_bag takes a third of the time but rounds ties away from zero: 7 % of the sums of four BF16.
         starts = torch.arange(0, index.numel() + 1, top_k)
         ones = torch.ones(index.numel(), dtype=rows.dtype)
-        choice = torch.sparse_csr_tensor(starts, index.reshape(-1), ones, (tokens, rows.shape[0]))
+        choice = _csr(starts, index.reshape(-1), ones, (tokens, rows.shape[0]))
         return torch.sparse.mm(choice, rows, "sum")
     return F.embedding_bag(index, rows, mode="sum")
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+
+
+with warnings.catch_warnings():
+    # torch says once in a process that CSR tensors are in beta; a user could not do anything about it.
+    warnings.simplefilter("ignore")
+    _csr(torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0), (0, 0))
 
 
 def transpose_blocks(sizes: Tensor, num_rows: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -69,23 +69,21 @@ def bootstrap(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     backend: Literal["auto", "gloo", "nccl"] = "auto",
     timeout: float = 600.0,
-    threads: int | None = None,
 ) -> Iterator[Process]:
     """Join the process group of the run and leave it at the end.
 
-    `timeout` is how long a collective may wait for its peers, in seconds (`parallel.timeout`); `threads` are the CPU
-    threads of this process, torch's own choice if None. A process that nobody launched is a group of one and
-    needs no rendezvous. Raises UsageError as `choose_device` does.
+    `timeout` is how long a collective may wait for its peers, in seconds (`parallel.timeout`). A process that nobody
+    launched is a group of one and needs no rendezvous. Raises UsageError as `choose_device` does.
     """
     assert not dist.is_initialized(), "this process already belongs to a group"
     chosen, library = choose_device(device, backend, place.local_rank, place.local_world_size)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if place.threads is not None:
+        torch.set_num_threads(place.threads)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group(
         library,
-        store=_store_of_one() if place.launcher == "none" else None,  # None: the launcher's, from the environment
+        store=dist.HashStore() if place.launcher == "none" else None,  # None: the launcher's, from the environment
         rank=place.rank,
         world_size=place.world_size,
         timeout=timedelta(seconds=timeout),
@@ -99,8 +97,3 @@ def bootstrap(
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
-
-
-def _store_of_one() -> Any:
-    """A store in this process's memory."""
-    return dist.HashStore()  # type: ignore[attr-defined]

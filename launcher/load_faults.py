@@ -92,8 +92,8 @@ class _Report:
         first = next((error for error in errors if error.kind in _BOUNDS), errors[0])
         if isinstance(first.cause, SectionFaults):
             return self._between_keys(first.path, first.cause)
-        if self.taken_out:  # then this only follows from what was taken out
-            self._hide(first.path[:-1])  # so that the rest, complete again, can be checked further
+        if self.taken_out:  # then this only follows from what was taken out; without its section the rest is sound
+            self._hide(first.path[:-1] or first.path)
             return []
         meant_by_another = first.path in self.hidden
         self._hide(first.path)

@@ -20,7 +20,7 @@ class Place:
 
     `launcher` says who started it: nobody (a plain shell), `torchrun` or anything that sets its variables, or
     `local`, which is `counterflow train --nproc N` in process `parent`. `error_file` is where the launcher looks
-    for the reason when this process fails.
+    for the reason when this process fails. `threads` are its CPU threads, torch's own choice if None.
     """
 
     rank: int = 0
@@ -30,6 +30,7 @@ class Place:
     launcher: Literal["none", "torchrun", "local"] = "none"
     error_file: Path | None = None
     parent: int | None = None
+    threads: int | None = None
 
 
 def find_place(environ: Mapping[str, str], nproc: int = 1) -> Place:
@@ -60,6 +61,7 @@ def find_place(environ: Mapping[str, str], nproc: int = 1) -> Place:
         launcher="torchrun" if parent is None else "local",
         error_file=Path(error_file) if error_file else None,
         parent=None if parent is None else int(parent),
+        threads=threads_per_process(environ, local_world_size),
     )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..checkpoint.manifest import Manifest, check_same_model, complete_steps, read_manifest
+from ..data.open import Data, open_data
+from ..data.tokenizer import ByteTokenizer
 from ..parallel.layout import Layout
 from ..settings import UsageError
 from .config import Config
@@ -28,6 +30,7 @@ class Flight:
     layout: Layout
     run_dir: Path
     total_steps: int
+    data: Data
     checkpoint: Path | None
     progress: Progress
 
@@ -43,13 +46,19 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
     if layout is not None:
         faults += _batch_faults(config, layout) + _expert_faults(config, layout)
     faults += _vocabulary_faults(config)
+    data = _collect(faults, lambda: _open_data(config))
     run_dir = Path(config.run.dir) / config.run.name
     found = None if fresh else _collect(faults, lambda: _latest_checkpoint(config, run_dir))
     if faults:
         raise UsageError("\n".join(faults) if len(faults) == 1 else "\n  ".join(["this run cannot start:", *faults]))
-    assert layout is not None
+    assert layout is not None and data is not None
     checkpoint, progress = found if found is not None else (None, Progress())
-    return Flight(config, layout, run_dir, total_steps(config), checkpoint, progress)
+    return Flight(config, layout, run_dir, total_steps(config), data, checkpoint, progress)
+
+
+def _open_data(config: Config) -> Data:
+    extra = 1 + config.model.num_nextn_predict_layers
+    return open_data(config.data, config.batch.sequence_length, extra, config.run.seed, data_cache(config))
 
 
 def data_cache(config: Config) -> Path:
@@ -97,12 +106,12 @@ def _expert_faults(config: Config, layout: Layout) -> list[str]:
         return []
     works = [str(ep) for ep in range(1, experts + 1) if experts % ep == 0]
     near = sorted(works, key=lambda ep: abs(int(ep) - layout.ep))[:3]
-    return [f"parallel.ep {layout.ep} does not divide model.n_routed_experts {experts}; nearest that do: {', '.join(near)}"]
+    return [
+        f"parallel.ep {layout.ep} does not divide model.n_routed_experts {experts}; nearest that do: {', '.join(near)}"
+    ]
 
 
 def _vocabulary_faults(config: Config) -> list[str]:
-    from ..data.tokenizer import ByteTokenizer
-
     needed, given = ByteTokenizer().vocab_size, config.model.vocab_size
     if given >= needed:
         return []

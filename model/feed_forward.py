@@ -81,4 +81,3 @@ def _swiglu(gate_up: Tensor, weights: Tensor | None, kernels: Kernels, saved: Ke
     hidden = activate()
     saved.rebuild((hidden,), lambda: (activate(),))
     return hidden
-

@@ -132,7 +132,14 @@ class AssembleFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key_value: Tensor, rotary_key: Tensor, cos: Tensor, sin: Tensor, scale: float, kernels: Kernels
+        ctx: Any,
+        query: Tensor,
+        key_value: Tensor,
+        rotary_key: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float,
+        kernels: Kernels,
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, heads, width = query.shape
         rotated = rotary_key.shape[-1]
@@ -156,7 +163,9 @@ class AssembleFunction(torch.autograd.Function):
         plain, scale, kernels = ctx.plain, ctx.scale, ctx.kernels
         out_query = grad_query.new_empty(grad_query.shape)
         torch.mul(grad_query[..., :plain], scale, out=out_query[..., :plain])
-        out_query[..., plain:] = kernels.rotate_backward(grad_query[..., plain:], cos[:, None] * scale, sin[:, None] * scale)
+        out_query[..., plain:] = kernels.rotate_backward(
+            grad_query[..., plain:], cos[:, None] * scale, sin[:, None] * scale
+        )
         out_key_value = torch.cat((grad_key[..., :plain], grad_value), -1)
         shared = grad_key[..., plain:].sum(2, dtype=torch.float32).to(grad_key.dtype)
         return out_query, out_key_value, kernels.rotate_backward(shared, cos, sin), None, None, None, None

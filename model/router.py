@@ -98,4 +98,3 @@ def update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
     """
     load = counts.double()
     bias.add_((load.mean(-1, keepdim=True) - load).sign().to(bias.dtype), alpha=speed)
-

@@ -23,7 +23,13 @@ class Update:
 
 @torch.no_grad()
 def adamw(
-    master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, config: OptimConfig, decay: float, now: Update
+    master: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    config: OptimConfig,
+    decay: float,
+    now: Update,
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, algorithm 2) in place on flat tensors of one length.
 

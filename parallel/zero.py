@@ -78,7 +78,10 @@ class _Bucket:
             owned = len(slot.owned(self.rank))
             for name, rows in zip(slot.placed.names, slot.in_shard(flat), strict=True):
                 local = rows[:owned].view(owned, *shape[1:])
-                yield name, DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+                yield (
+                    name,
+                    DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride),
+                )
 
 
 class ShardedOptimizer:
@@ -141,9 +144,7 @@ class ShardedOptimizer:
         now = Update(lr, self.steps, scale)
         for bucket in self._buckets:
             decay = self.config.weight_decay if bucket.plan.decayed else 0.0
-            adamw(
-                bucket.master, bucket.shard_gradient, bucket.exp_avg, bucket.exp_avg_sq, self.config, decay, now
-            )
+            adamw(bucket.master, bucket.shard_gradient, bucket.exp_avg, bucket.exp_avg_sq, self.config, decay, now)
         self.publish()
 
     @torch.no_grad()

@@ -260,14 +260,13 @@ def _serve(rank: int, connection: Connection, listener: socket.socket, stacks: P
     torch.set_num_threads(1)
     port = listener.getsockname()[1]
     fd = listener.detach()
-    if rank == 0:
-        server = dict(is_master=True, master_listen_fd=fd)
-    else:
+    if rank != 0:
         os.close(fd)
-        server = dict(is_master=False)
     with open(stacks / f"rank-{rank}", "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
-        store = dist.TCPStore("127.0.0.1", port, wait_for_workers=False, **server)
+        store = dist.TCPStore(
+            "127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, master_listen_fd=fd if rank == 0 else None
+        )
         connection.send_bytes(cloudpickle.dumps(os.getpid()))
         while True:
             try:

@@ -135,9 +135,10 @@ def test_what_is_imported_is_declared(
     """What is imported at the top must be installed by the package; tests may use the dev extra."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = [*project["dependencies"], *(project["optional-dependencies"]["dev"] if outside else [])]
-    modules = {"pyyaml": "yaml"}
+    modules = {"pyyaml": ["yaml"], "pydantic": ["pydantic", "pydantic_core"]}
     installed = {requirement.split(";")[0].split(">")[0].split("=")[0].strip().lower() for requirement in declared}
-    available = {modules.get(name, name) for name in installed} | {"counterflow"} | sys.stdlib_module_names
+    available = {module for name in installed for module in modules.get(name, [name])}
+    available |= {"counterflow"} | sys.stdlib_module_names
     files = [p for p in project_files if p.suffix == ".py" and p not in package_files] if outside else package_files
     faults = [
         f"{path}: {name}"

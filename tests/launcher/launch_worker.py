@@ -36,7 +36,7 @@ def reduce_until(mode: str, place: Place) -> None:
 
     from counterflow.launcher.bootstrap import bootstrap
 
-    with bootstrap(place, device="cpu", threads=1) as process:
+    with bootstrap(place, device="cpu") as process:
         total = torch.tensor([float(process.rank + 1)])
         dist.all_reduce(total)
         print(f"rank {process.rank} of {process.world_size} sees the sum {total.item()}")

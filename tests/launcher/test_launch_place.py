@@ -25,8 +25,8 @@ def test_plain_shell_is_one_process_whatever_nproc_says() -> None:
 
 
 def test_torchrun_gives_the_place() -> None:
-    place = find_place({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": "error.json"})
-    assert place == Place(5, 8, 1, 4, "torchrun", error_file=Path("error.json"))
+    place = find_place({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": "error.json", "OMP_NUM_THREADS": "3"})
+    assert place == Place(5, 8, 1, 4, "torchrun", error_file=Path("error.json"), threads=3)
 
 
 def test_nproc_is_refused_under_torchrun_and_not_in_our_own_workers() -> None:
@@ -86,7 +86,7 @@ def test_group_of_one_is_left_after_a_failure_too() -> None:
 def test_bootstrap_sets_the_threads() -> None:
     before = torch.get_num_threads()
     try:
-        with bootstrap(Place(), device="cpu", threads=before + 1):
+        with bootstrap(Place(threads=before + 1), device="cpu"):
             assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)

@@ -1,0 +1,99 @@
+"""`counterflow train CONFIG`: trains in this process, in local processes (`--nproc`), or as a torchrun worker."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from ..settings import UsageError
+from .load import add_config_arguments, load_config
+from .place import Place, find_place
+from .preflight import Flight, preflight
+from .run_folder import move_aside, write_config
+
+if TYPE_CHECKING:
+    from .bootstrap import Process
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_config_arguments(parser)
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside and start again")
+    parser.add_argument("--json", action="store_true", help="end with the result as one JSON line on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; an unfinished run of the same name goes on from its last checkpoint."""
+    if args.nproc < 1:
+        raise UsageError(f"--nproc is {args.nproc}: it must be at least 1")
+    place = find_place(os.environ, args.nproc)
+    if place.launcher == "none" and args.nproc > 1:
+        return _launch(args)
+    from .failures import supervised
+
+    with supervised(place):
+        return _work(args, place)
+
+
+def _launch(args: argparse.Namespace) -> int:
+    """Check everything that can be checked, then start the ranks and wait for them."""
+    flight = preflight(load_config(args.config, args.overrides), args.nproc, args.nproc, args.fresh)
+
+    from .local_launch import launch_local
+
+    if args.fresh:
+        move_aside(flight.run_dir)  # once, here: the ranks find no earlier run
+    command = ["-m", "counterflow", "train", args.config]
+    for override in args.overrides:
+        command += ["--set", override]
+    if args.json:
+        command.append("--json")
+    return launch_local(args.nproc, command, flight.run_dir / "logs")
+
+
+def _work(args: argparse.Namespace, place: Place) -> int:
+    """One rank, from its environment to the end of the run."""
+    config = load_config(args.config, args.overrides)
+    flight = preflight(config, place.world_size, place.local_world_size, args.fresh)
+
+    import torch.distributed as dist
+
+    from .bootstrap import bootstrap
+    from .logs import open_log
+
+    with bootstrap(place, config.train.device, config.comm.backend, config.parallel.timeout) as process:
+        changes: list[str] = []
+        if process.rank == 0:
+            if args.fresh:
+                move_aside(flight.run_dir)
+            changes = write_config(flight.run_dir, config)
+        dist.barrier()  # nobody opens a log in a folder that is about to be moved
+        with open_log(flight.run_dir / "logs", process.rank, process.world_size):
+            if changes:
+                logger.info("config changed since the last start of this run: %s", "; ".join(changes))
+            return _train(flight, process, args.json)
+
+
+def _train(flight: Flight, process: Process, as_json: bool) -> int:
+    from ..parallel.groups import Groups
+    from ..report.progress import Progress
+    from .train_loop import run_training, summarise
+
+    config = flight.config
+    if flight.complete:
+        heading = "already complete: raise train.steps to go on, or start again with --fresh"
+        summary = summarise(flight)
+    else:
+        heading = "done"
+        groups = Groups.create(flight.layout, process.device.type, timeout=config.parallel.timeout)
+        summary = run_training(flight, groups, process.device)
+    if process.rank == 0:
+        Progress(config.log, config.run.name, flight.total_steps).show_rows(heading, summary.rows())
+        if as_json:
+            print(summary.model_dump_json(), flush=True)
+    return 0

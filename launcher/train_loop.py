@@ -1,0 +1,98 @@
+"""A whole run on one rank: restore, step, evaluate, save, report."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+
+import torch
+
+from ..model.counts import FLOP_CONVENTION, count_parameters
+from ..parallel.groups import Groups
+from ..parallel.picture import draw_layout
+from ..report.hardware import Peak, peak_tflops
+from ..report.metrics import MetricsWriter, StepMetrics, read_metrics
+from ..report.progress import Progress as ProgressDisplay
+from ..report.summary import RunSummary, describe_run
+from .build import DTYPES
+from .config import Config
+from .preflight import Flight
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(flight: Flight, groups: Groups, device: torch.device) -> RunSummary:
+    """Train from the flight's checkpoint, or from the start, to its last step."""
+    config, data = flight.config, flight.data
+    peak = _peak(config, device)
+    trainer = Trainer(config, groups, device, data, peak)
+    if flight.checkpoint is not None:
+        record = trainer.restore(flight.checkpoint)
+        logger.info("resumed from %s", flight.checkpoint)
+        if record["data_digest"] != data.digest:
+            logger.warning("the text is not the one this run was started on: losses will not continue exactly")
+    with ExitStack() as stack:
+        stack.callback(trainer.close)
+        watch = stack.enter_context(_Watch(flight, groups, peak)) if groups.rank == 0 else None
+        metrics: StepMetrics | None = None
+        while trainer.progress.step < flight.total_steps:
+            metrics = trainer.step()
+            step, last = metrics.step, metrics.step == flight.total_steps
+            if last or step % config.train.evaluate_every == 0:
+                metrics = metrics.model_copy(update={"validation_loss": trainer.evaluate()})
+            if watch is not None:
+                watch.step(metrics)
+            if last or step % config.checkpoint.every == 0:
+                path = trainer.save(flight.run_dir / "checkpoints")
+                logger.info("checkpoint %s written", path)
+    return summarise(flight)
+
+
+def summarise(flight: Flight) -> RunSummary:
+    """The result of a finished run, from what it recorded."""
+    steps = list(read_metrics(flight.run_dir))
+    rates = sorted(step.tokens_per_second for step in steps)
+    validations = [step.validation_loss for step in steps if step.validation_loss is not None]
+    return RunSummary(
+        steps=steps[-1].step,
+        loss=steps[-1].loss,
+        validation_loss=validations[-1] if validations else None,
+        unigram_entropy=flight.data.unigram_entropy,
+        tokens_per_second=rates[len(rates) // 2],
+        run_dir=str(flight.run_dir),
+    )
+
+
+class _Watch(ExitStack):
+    """What rank 0 shows and writes."""
+
+    def __init__(self, flight: Flight, groups: Groups, peak: Peak) -> None:
+        super().__init__()
+        config, first = flight.config, flight.progress.step
+        self._display = ProgressDisplay(config.log, config.run.name, flight.total_steps, first)
+        counts = count_parameters(config.model)
+        self._display.note(draw_layout(groups.layout))
+        rows = describe_run(
+            total_parameters=counts.total,
+            active_parameters=counts.active,
+            mtp_parameters=counts.mtp_module * config.model.num_nextn_predict_layers,
+            layout="as drawn above",
+            flop_convention=FLOP_CONVENTION,
+            peak=peak,
+            run_dir=str(flight.run_dir),
+        )
+        self._display.show_rows(config.run.name, rows)
+        self._writer = self.enter_context(MetricsWriter(flight.run_dir, config.log.tensorboard, first))
+        self.enter_context(self._display)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._writer.write(metrics)
+        self._display.update(metrics)
+
+
+def _peak(config: Config, device: torch.device) -> Peak:
+    """The peak MFU is measured against. All ranks of a node measure at the same time, because they share its cores."""
+    if config.log.peak_tflops == "auto":
+        return peak_tflops(device, DTYPES[config.precision.recipe])
+    return Peak(config.log.peak_tflops, "set by log.peak_tflops")
