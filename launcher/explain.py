@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 from ..settings import Phase, Section, TokenSchedule
 from .config import Config
 from .load_schema import choices, section_of
-from .load_yaml import Fault, parse_yaml
+from .load_yaml import Fault, Place, parse_yaml
 
 _WIDTH = 80
 _NOTES_AT = 40
@@ -151,10 +151,10 @@ def _inline(value: Any) -> str:
 
 def _quoted(text: str) -> str:
     """Text as a YAML scalar, in quotes wherever a reader could take it for something else."""
-    simple = re.fullmatch(r"[A-Za-z0-9_./~+-][\w./~+ -]*", text, re.ASCII) and not text.endswith(" ")
+    simple = re.fullmatch(r"[A-Za-z_/][\w./~+ -]*", text, re.ASCII) and not text.endswith(" ")
     if simple and text.lower() not in ("yes", "no", "on", "off", "y", "n"):  # words that YAML 1.1 takes for booleans
         faults: list[Fault] = []
-        read = parse_yaml(f"- {text}", "", faults)
+        read = parse_yaml(f"- {text}", Place(""), faults)
         if not faults and read and isinstance(read.value, list) and read.value[0].value == text:
             return text
     return yaml.dump(text, default_style='"', width=float("inf"), allow_unicode=True).strip()

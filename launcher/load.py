@@ -26,9 +26,10 @@ class ConfigError(UsageError):
         super().__init__("\n".join([f"{count} in the configuration", *(f"  {fault}" for fault in self.faults)]))
 
 
-def _position(fault: Fault) -> tuple[bool, str, int]:
-    """By file and line, the command line last."""
-    return fault.place.line is None, fault.place.source, fault.place.line or 0
+def _position(fault: Fault) -> tuple[bool, int, str, int]:
+    """The config itself first, by line; then its bases; the command line last."""
+    place = fault.place
+    return place.level < 0, place.level, place.source, place.line or 0
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +69,8 @@ class _Unreadable(Exception):
 
 def _read_layers(source: Source, below: tuple[Source, ...], faults: list[Fault]) -> Located:
     """The file on top of its bases; `below` are the files whose base, directly or not, it is."""
-    top = Place(source.shown, 1)
-    tree = parse_yaml(source.text, source.shown, faults)
+    top = Place(source.shown, 1, level=len(below))
+    tree = parse_yaml(source.text, top, faults)
     if tree is None:
         raise _Unreadable
     if not isinstance(tree.value, dict | None):
@@ -115,9 +116,9 @@ def _without_commands(layer: Located, folder: Path, faults: list[Fault]) -> Loca
 
 def _read_overrides(overrides: Sequence[str], faults: list[Fault]) -> Located:
     """All `--set a.b=value` as one layer, a later one over an earlier one."""
-    tree = Located({}, Place("--set"))
+    tree = Located({}, Place("--set", level=-1))
     for override in overrides:
-        place = Place(f"--set {override}")
+        place = Place(f"--set {override}", level=-1)
         name, equals, text = override.partition("=")
         parts = name.strip().split(".")
         if not equals or not all(parts):
@@ -126,7 +127,7 @@ def _read_overrides(overrides: Sequence[str], faults: list[Fault]) -> Located:
         if parts[0] == "base":
             faults.append(Fault(place, "", "a base is given in a file only"))
             continue
-        value = parse_yaml(text, place.source, faults, place)
+        value = parse_yaml(text, place, faults)
         if value is None:
             continue
         for part in reversed(parts):

@@ -112,8 +112,10 @@ class _Report:
         for keys, message in cause.clashes:
             paths: list[Path] = [(*section, *name.split(".")) for name in keys]
             if not any(path[: len(out)] == out for path in paths for out in self.taken_out):
-                written = next(filter(None, map(self.tree.find, paths)), self.tree.nearest(paths[0]))
-                faults.append(Fault(written.place, dotted(paths[0]), message))
+                # Of the keys involved, the line of the one that was written last: on the command line, above a base.
+                written = [found for path in paths if (found := self.tree.find(path))] or [self.tree.nearest(paths[0])]
+                place = min((found.place for found in written), key=lambda place: place.level)
+                faults.append(Fault(place, dotted(paths[0]), message))
             for path in paths:
                 self._hide(path)
         return faults

@@ -58,7 +58,7 @@ def read_architecture(path: Path, shown: str, asked: Place, faults: list[Fault])
         faults.append(Fault(asked, "model.from", f"{shown} is not JSON: {error}"))
         return {}
     # JSON is YAML but for tabs, and there are none inside its strings: so lines are known here too.
-    tree = parse_yaml(text.replace("\t", " "), shown, faults)
+    tree = parse_yaml(text.replace("\t", " "), Place(shown, 1, asked.level), faults)
     if tree is None or not isinstance(tree.value, dict):
         faults.append(Fault(asked, "model.from", f"{shown} holds no JSON object"))
         return {}

@@ -42,7 +42,7 @@ def find(name: str, folder: Path = Path()) -> Source:
     if not is_path and name in shipped():
         path = Path(str(files(configs) / f"{name}.yaml"))
     else:
-        path = folder / name
+        path = folder / Path(name).expanduser()
         if not path.is_file():
             raise UsageError(_not_found(name, path, is_path))
     try:

@@ -7,7 +7,7 @@ The reader takes YAML's scalars as YAML 1.2 and JSON define them. YAML 1.1, PyYA
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import yaml
 
@@ -17,10 +17,14 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was written: a line of a file, or a `--set` of the command line (which has no lines)."""
+    """Where something was written: a line of a file, or a `--set` of the command line, which has no lines.
+
+    `level` counts the files that stand above it: 0 for the config itself, 1 for its base; -1 for the command line.
+    """
 
     source: str
     line: int | None = None
+    level: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return self.source if self.line is None else f"{self.source}:{self.line}"
@@ -89,25 +93,26 @@ for _name, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
-def parse_yaml(text: str, source: str, faults: list[Fault], place: Place | None = None) -> Located | None:
+def parse_yaml(text: str, top: Place, faults: list[Fault]) -> Located | None:
     """Read one YAML document (JSON is YAML). Problems are added to `faults`; None where nothing could be read.
 
-    With `place` every value is located there, not at its line: for text that came from the command line.
+    `top` is the text's first line; where it has no line, as on the command line, every value is located right there.
     """
     try:
         node = _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = place or Place(source, mark.line + 1 if mark else None)
+        where = _place(top, mark)
         faults.append(Fault(where, "", f"cannot be read as YAML: {_explain(error)}"))
         return None
     except yaml.YAMLError as error:
-        faults.append(Fault(place or Place(source), "", f"cannot be read as YAML: {' '.join(str(error).split())}"))
+        faults.append(Fault(_place(top, None), "", f"cannot be read as YAML: {' '.join(str(error).split())}"))
         return None
-    root = place or Place(source, 1)
-    if node is None:
-        return Located(None, root, "")
-    return _Builder(source, faults, place).build(node, root, "")
+    return Located(None, top, "") if node is None else _Builder(top, faults).build(node, top, "")
+
+
+def _place(top: Place, mark: yaml.Mark | None) -> Place:
+    return replace(top, line=None if top.line is None or mark is None else mark.line + 1)
 
 
 def _explain(error: yaml.MarkedYAMLError) -> str:
@@ -122,8 +127,8 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
 class _Builder:
     """Turns PyYAML's nodes into `Located` values, and its duplicate keys and odd tags into faults."""
 
-    def __init__(self, source: str, faults: list[Fault], place: Place | None) -> None:
-        self.source, self.faults, self.place = source, faults, place
+    def __init__(self, top: Place, faults: list[Fault]) -> None:
+        self.top, self.faults = top, faults
         self.open: list[yaml.Node] = []
 
     def build(self, node: yaml.Node, place: Place, key: str) -> Located:
@@ -135,20 +140,20 @@ class _Builder:
             if isinstance(node, yaml.MappingNode):
                 return Located(self._mapping(node, key), place)
             if isinstance(node, yaml.SequenceNode):
-                items = [self.build(item, self._of(item), f"{key}[{i}]") for i, item in enumerate(node.value)]
+                items = [
+                    self.build(item, _place(self.top, item.start_mark), f"{key}[{i}]")
+                    for i, item in enumerate(node.value)
+                ]
                 return Located(items, place)
             assert isinstance(node, yaml.ScalarNode)
             return self._scalar(node, place, key)
         finally:
             self.open.pop()
 
-    def _of(self, node: yaml.Node) -> Place:
-        return self.place or Place(self.source, node.start_mark.line + 1)
-
     def _mapping(self, node: yaml.MappingNode, above: str) -> dict[str, Located]:
         entries: dict[str, Located] = {}
         for key_node, value_node in node.value:
-            place = self._of(key_node)
+            place = _place(self.top, key_node.start_mark)
             name = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
             key = f"{above}.{name}" if above else name
             if not isinstance(key_node, yaml.ScalarNode):

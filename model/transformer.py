@@ -142,7 +142,8 @@ class Transformer(nn.Module):
     def _rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rotary tables of the first `length` positions, made at the first use and kept."""
         if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
-            self._tables = rotary_tables(self.config, length, device)
+            with torch.inference_mode(False):  # tables made while sampling or evaluating must serve training later
+                self._tables = rotary_tables(self.config, length, device)
         cos, sin = self._tables
         return cos[:length], sin[:length]
 

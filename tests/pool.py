@@ -34,7 +34,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,7 +42,7 @@ from typing import Any
 import cloudpickle
 
 POOL_SIZE = 8
-START_TIMEOUT = 120.0  # seconds; a start is 3 to 5 s on two idle cores
+START_TIMEOUT = 120.0  # seconds; a start takes 3 on two idle cores, forking anew half of one
 GRACE = 5.0  # seconds for the others after the first rank has failed
 TESTS = str(Path(__file__).parent) + os.sep
 
@@ -55,6 +55,14 @@ PRELOAD = (
     "pydantic",
     "yaml",
 )
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # no C++ stack traces when workers are killed
+    "GLOO_SOCKET_IFNAME": "lo",  # never ask a name server what this machine is called
+}
 
 
 @dataclass
@@ -74,10 +82,11 @@ class Pool:
     """Up to 8 gloo processes with one thread each, started at the first `run`."""
 
     def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # the socket and the workers' stacks
+        self._listener: socket.socket | None = None
         self._nursery: subprocess.Popen[bytes] | None = None
-        self._connections: list[Connection] = []
+        self._connections: list[Connection] = []  # by rank; empty: no workers yet, or none any more
         self._pids: list[int] = []
-        self._stacks: tempfile.TemporaryDirectory[str] | None = None
         self._runs = 0
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -97,7 +106,7 @@ class Pool:
         """
         if not 1 <= world_size <= POOL_SIZE:
             raise ValueError(f"the pool has {POOL_SIZE} processes, world_size {world_size} does not fit")
-        if self._nursery is None:
+        if not self._connections:
             self._start()
         self._runs += 1
         header = cloudpickle.dumps((self._runs, world_size, timeout))
@@ -109,44 +118,59 @@ class Pool:
 
     def close(self) -> None:
         """End all processes; the next `run` starts new ones."""
-        if self._nursery is None:
-            return
-        assert self._nursery.stdin is not None and self._stacks is not None
-        self._nursery.stdin.close()  # the nursery kills its children when this end closes, also when pytest dies
-        self._nursery.wait(timeout=30)
+        self._drop_workers()
+        if self._nursery is not None:
+            assert self._nursery.stdin is not None and self._listener is not None and self._folder is not None
+            self._nursery.stdin.close()
+            self._nursery.wait(timeout=30)
+            self._listener.close()
+            self._folder.cleanup()
+            self._nursery = self._listener = self._folder = None
+
+    def _drop_workers(self) -> None:
         for connection in self._connections:
             connection.close()
-        self._stacks.cleanup()
-        self._nursery, self._connections, self._pids, self._stacks = None, [], [], None
+        self._connections, self._pids = [], []
 
     def _start(self) -> None:
-        pipes = [Pipe() for _ in range(POOL_SIZE)]
-        self._connections = [ours for ours, _ in pipes]
-        handles = [theirs.fileno() for _, theirs in pipes]
-        self._stacks = tempfile.TemporaryDirectory(prefix="counterflow-pool-")
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",  # no C++ stack traces when the workers are killed
-            "GLOO_SOCKET_IFNAME": "lo",  # never ask a name server what this machine is called
-        }
-        code = f"from counterflow.tests.pool import nursery; nursery({handles!r}, {self._stacks.name!r})"
-        self._nursery = subprocess.Popen(
-            [sys.executable, "-P", "-c", code],
-            stdin=subprocess.PIPE,
-            pass_fds=handles,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for pytest, which then closes the pool
-        )
-        for _, theirs in pipes:
-            theirs.close()
+        """Fork new workers, in a new nursery if there is none yet; those of before are killed."""
+        if self._nursery is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="counterflow-pool-")
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(f"{self._folder.name}/socket")
+            self._listener.listen(POOL_SIZE)
+            self._nursery = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-c",
+                    "from counterflow.tests.pool import nursery; nursery()",
+                    self._folder.name,
+                ],
+                stdin=subprocess.PIPE,
+                env=os.environ | ENVIRONMENT,
+                start_new_session=True,  # Ctrl-C is for pytest, which then closes the pool
+            )
+        assert self._nursery.stdin is not None
+        self._nursery.stdin.write(b"fork\n")
+        self._nursery.stdin.flush()
+        connections = [self._accept() for _ in range(POOL_SIZE)]
+        places = [cloudpickle.loads(connection.recv_bytes()) for connection in connections]
+        self._connections = [connections[places.index((rank, pid))] for rank, pid in sorted(places)]
+        self._pids = [pid for _, pid in sorted(places)]
+
+    def _accept(self) -> Connection:
+        assert self._listener is not None and self._nursery is not None
         deadline = time.monotonic() + START_TIMEOUT
-        for connection in self._connections:
-            if not connection.poll(max(0.0, deadline - time.monotonic())):
-                self.close()
-                raise RankFailure(f"the pool's processes did not start within {START_TIMEOUT:.0f} s")
-            self._pids.append(cloudpickle.loads(connection.recv_bytes()))
+        self._listener.settimeout(0.5)
+        while time.monotonic() < deadline:
+            if self._nursery.poll() is not None:
+                raise RankFailure("the pool's processes could not start: see their messages above")
+            with contextlib.suppress(TimeoutError):
+                accepted, _ = self._listener.accept()
+                accepted.setblocking(True)
+                return Connection(accepted.detach())
+        raise RankFailure(f"the pool's processes did not start within {START_TIMEOUT:.0f} s")
 
     def _collect(self, world_size: int, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -174,20 +198,23 @@ class Pool:
         hung = sorted(waiting.values())
         stacks = self._dump_stacks(world_size) if hung else ""
         if hung or dead:
-            self.close()
+            self._drop_workers()
+        # Only now may ranks close their connections: until here another could still be making its end of one.
+        for connection in self._connections[:world_size]:
+            connection.send_bytes(b"leave")
         if hung or failures:
             raise RankFailure(_describe(world_size, failures, hung, timeout, stacks))
         return [results[rank] for rank in range(world_size)]
 
     def _dump_stacks(self, world_size: int) -> str:
-        assert self._stacks is not None
+        assert self._folder is not None
         for pid in self._pids[:world_size]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
         time.sleep(0.5)  # the handlers write at once, but they need a processor
         parts = []
         for rank in range(world_size):
-            stack = Path(self._stacks.name, f"rank-{rank}").read_text()
+            stack = Path(self._folder.name, f"rank-{rank}").read_text()
             parts.append(f"--- stack of rank {rank}\n{stack}")
         return "".join(parts)
 
@@ -227,55 +254,64 @@ def _is_test_file(module: ModuleType) -> bool:
 # Below: what runs in the other processes.
 
 
-def nursery(handles: list[int], stacks: str) -> None:
-    """Import everything, fork the workers, and kill them when our standard input closes."""
+def nursery() -> None:
+    """Import everything once; fork a new set of workers for every line read, end them with the last."""
     for name in PRELOAD:
         __import__(name)
-    listener = socket.create_server(("127.0.0.1", 0))
-    children = []
-    for rank, handle in enumerate(handles):
-        pid = os.fork()
-        if pid == 0:
-            for later in handles[rank + 1 :]:
-                os.close(later)
-            try:
-                _serve(rank, Connection(handle), listener, Path(stacks))
-            finally:
-                os._exit(0)
-        children.append(pid)
-        os.close(handle)
-    listener.close()
-    sys.stdin.buffer.read()
+    children: list[int] = []
+    for _ in sys.stdin.buffer:  # ends when the other end closes, also because pytest died
+        _kill(children)
+        with socket.create_server(("127.0.0.1", 0)) as store_listener:
+            children = [_fork_worker(rank, store_listener, Path(sys.argv[1])) for rank in range(POOL_SIZE)]
+    _kill(children)
+    os._exit(0)  # without a second of tidying up
+
+
+def _kill(children: list[int]) -> None:
     for pid in children:
         os.kill(pid, signal.SIGKILL)
+    for pid in children:
         os.waitpid(pid, 0)
-    os._exit(0)
 
 
-def _serve(rank: int, connection: Connection, listener: socket.socket, stacks: Path) -> None:
+def _fork_worker(rank: int, store_listener: socket.socket, folder: Path) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _serve(rank, store_listener, folder)
+        except EOFError:
+            pass  # the pool has closed
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def _serve(rank: int, store_listener: socket.socket, folder: Path) -> None:
     """Answer runs until the other end closes."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    port = listener.getsockname()[1]
-    fd = listener.detach()
-    if rank != 0:
-        os.close(fd)
-    with open(stacks / f"rank-{rank}", "w") as stack_file:
+    port, handle = store_listener.getsockname()[1], store_listener.detach()
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=handle)
+    else:
+        os.close(handle)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    with open(folder / f"rank-{rank}", "w") as stack_file, socket.socket(socket.AF_UNIX) as client:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
-        store = dist.TCPStore(
-            "127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, master_listen_fd=fd if rank == 0 else None
-        )
-        connection.send_bytes(cloudpickle.dumps(os.getpid()))
+        client.connect(f"{folder}/socket")
+        connection = Connection(client.detach())
+        connection.send_bytes(cloudpickle.dumps((rank, os.getpid())))
         while True:
-            try:
-                run, world_size, timeout = cloudpickle.loads(connection.recv_bytes())
-                payload = connection.recv_bytes()
-            except EOFError:
-                return
+            run, world_size, timeout = cloudpickle.loads(connection.recv_bytes())
+            payload = connection.recv_bytes()
             run_store = dist.PrefixStore(f"run-{run}", store)  # group names repeat from run to run
             connection.send_bytes(_answer(rank, world_size, timeout, payload, run_store))
+            connection.recv_bytes()  # all have answered
+            _leave_world()
 
 
 def _answer(rank: int, world_size: int, timeout: float, payload: bytes, store: Any) -> bytes:
@@ -290,8 +326,13 @@ def _answer(rank: int, world_size: int, timeout: float, payload: bytes, store: A
         result = function(Worker(rank, world_size, list(range(world_size))), *args)
         return cloudpickle.dumps((True, result))
     except BaseException:
-        return cloudpickle.dumps((False, (time.monotonic(), traceback.format_exc())))
-    finally:
-        # Closing the connections also makes the others fail at once where one rank has failed.
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        failure = time.monotonic(), traceback.format_exc()
+    _leave_world()  # breaks the connections that others wait on, so that they fail now and not by timeout
+    return cloudpickle.dumps((False, failure))
+
+
+def _leave_world() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counterflow.launcher.config import Config
@@ -129,6 +129,7 @@ def test_run_is_named_after_its_config_unless_it_has_a_name(write: Write) -> Non
     assert load_config(write("base: named.yaml", "top.yaml")).run.name == "given"
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.text())
 def test_every_file_name_gives_a_run_name_that_is_accepted(stem: str) -> None:
     assert Config(run={"name": run_name(stem)}, train={"steps": 1}).run.name == run_name(stem)
@@ -192,6 +193,7 @@ PHASES = st.lists(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     lr=st.one_of(st.floats(0, allow_infinity=False), PHASES),
     eps=st.floats(1e-300, 1e300),
@@ -221,6 +223,15 @@ def test_printed_yaml_loads_to_an_equal_config(
         assert load_config(str(path)) == config
 
 
+@pytest.mark.parametrize(
+    "text", ["yes", "off", "null", "2026-01-31", "012", "1e5", "- a", "a: b", "#", "", " a", "~", "é"]
+)
+def test_printed_text_is_text_to_every_yaml_reader(text: str) -> None:
+    printed = to_yaml(load_config("tiny", [f"run.dir={text!r}"]))
+    assert yaml.safe_load(printed)["run"]["dir"] == text
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_printed_numbers_mean_the_same_to_yaml_1_1_readers(value: float) -> None:
     assert yaml.safe_load(number(value)) == value

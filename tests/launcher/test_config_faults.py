@@ -46,8 +46,6 @@ train:
   steps: 1.5
 """
     assert faults_of(text, "parallel.dp=atuo", "log.every=0", "run.name=.x") == [
-        "low.yaml:2: data.source: expects builtin or folder, got 'file' (did you mean folder?)",
-        "low.yaml:4: comm: expects a section of keys, got 7",
         "run.yaml:3: model.hiden_size: unknown key (did you mean model.hidden_size?)",
         "run.yaml:4: model.n_routed_experts: 256 is not a multiple of n_group 3",
         "run.yaml:4: model.topk_group: 4 is above n_group 3",
@@ -59,6 +57,8 @@ train:
         "run.yaml:12: optim.lr[1].vlue: unknown key (did you mean optim.lr[1].value?)",
         "run.yaml:13: optim.clip_norm: must be finite, is .inf",
         "run.yaml:15: train.steps: expects a whole number or null, got 1.5",
+        "low.yaml:2: data.source: expects builtin or folder, got 'file' (did you mean folder?)",
+        "low.yaml:4: comm: expects a section of keys, got 7",
         "--set log.every=0: log.every: must be at least 1, is 0",
         "--set parallel.dp=atuo: parallel.dp: expects a whole number or auto, got 'atuo' (did you mean auto?)",
         "--set run.name=.x: run.name: is '.x'; as a folder it starts with a letter or digit and holds only those, "
@@ -125,6 +125,14 @@ def test_sections_are_checked_against_each_other_at_the_line_of_the_key() -> Non
     ]
     assert faults_of("base: tiny", "parallel.dp=-4") == [
         "--set parallel.dp=-4: parallel.dp: -4 is not a positive multiple of parallel.ep 1 (nearest: 1)"
+    ]
+
+
+def test_clash_of_a_key_with_one_of_a_base_is_put_where_the_user_wrote_last() -> None:
+    (fault,) = faults_of("base: tiny\nmodel:\n  n_group: 3\n")
+    assert fault == "run.yaml:3: model.n_routed_experts: 8 is not a multiple of n_group 3"
+    assert faults_of("base: tiny\nmodel:\n  n_routed_experts: 6\n", "model.n_group=5") == [
+        "--set model.n_group=5: model.n_routed_experts: 6 is not a multiple of n_group 5"
     ]
 
 

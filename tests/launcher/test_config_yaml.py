@@ -7,7 +7,7 @@ import math
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counterflow.launcher.load_yaml import Fault, Located, Place, merge, parse_yaml
@@ -15,7 +15,7 @@ from counterflow.launcher.load_yaml import Fault, Located, Place, merge, parse_y
 
 def read(text: str) -> Located:
     faults: list[Fault] = []
-    tree = parse_yaml(text, "f.yaml", faults)
+    tree = parse_yaml(text, Place("f.yaml", 1), faults)
     assert not faults
     assert tree is not None
     return tree
@@ -52,6 +52,7 @@ def test_the_stock_reader_falls_into_the_traps_that_ours_avoids() -> None:
     assert yaml.safe_load("{lr: 1, lr: 2}") == {"lr": 2}
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.recursive(
         st.none()
