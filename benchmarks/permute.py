@@ -1,10 +1,10 @@
-"""Moving tokens to expert order and back on one rank: ours beside a plain index_select and index_add.
+"""Moving tokens to expert order and back on one rank: ours beside plain index_select and index_add.
 
     python -P benchmarks/permute.py [--threads 2] [--rounds 30]
 
-Forward and backward in BF16 without experts between, gate weights included. Both sides run in turn in one process; a
-line gives the medians and the median of the rounds' ratios with its quartiles. The plain version also rounds after
-every addition, so it is less accurate besides.
+Forward and backward in BF16 without experts between, gate weights included. "bf16 adds" lets index_add round after
+every addition, "fp32 adds" sums in FP32 and rounds once as ours does. All sides run in turn in one process; a line gives
+their medians and the median, with quartiles, of the rounds' ratios to ours.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from counterflow.comm.flat import FlatDispatcher
 
+Side = Callable[..., tuple[Tensor, Tensor]]
 SHAPES = ((2048, 512, 4, 16), (8192, 1024, 8, 64))  # tokens, hidden, top-k, experts
 
 
@@ -33,13 +34,23 @@ def ours(x: Tensor, expert_ids: Tensor, weights: Tensor, num_experts: int) -> tu
 def plain(x: Tensor, expert_ids: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     flat = expert_ids.flatten()
     order = torch.argsort(flat, stable=True)
+    torch.bincount(flat, minlength=num_experts).cumsum(0)
     token = order // expert_ids.shape[1]
     rows = x.index_select(0, token)
-    torch.bincount(flat, minlength=num_experts).cumsum(0)
     return torch.zeros_like(x).index_add(0, token, rows), weights.flatten().index_select(0, order)
 
 
-def measure(side: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, Tensor, Tensor, int]) -> float:
+def plain_fp32(x: Tensor, expert_ids: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    flat = expert_ids.flatten()
+    order = torch.argsort(flat, stable=True)
+    torch.bincount(flat, minlength=num_experts).cumsum(0)
+    token = order // expert_ids.shape[1]
+    rows = x.float().index_select(0, token).to(x.dtype)  # so that the backward adds in FP32, too
+    total = torch.zeros(x.shape).index_add(0, token, rows.float()).to(x.dtype)
+    return total, weights.flatten().index_select(0, order)
+
+
+def measure(side: Side, inputs: tuple[Tensor, Tensor, Tensor, int]) -> float:
     """Seconds of one forward and backward."""
     x, _, weights, _ = inputs
     x.grad = weights.grad = None
@@ -66,23 +77,26 @@ def main() -> None:
     keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     print(f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds")
-    print("tokens hidden top-k experts    ours ms   plain ms   plain/ours [quartiles]")
+    print(
+        "tokens hidden top-k experts    ours ms   bf16 adds ms  / ours [quartiles]   fp32 adds ms  / ours [quartiles]"
+    )
     for tokens, hidden, top_k, experts in SHAPES:
         x = torch.randn(tokens, hidden, generator=generator).bfloat16().requires_grad_()
         expert_ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
         weights = torch.rand(tokens, top_k, generator=generator).requires_grad_()
-        inputs = (x, expert_ids, weights, experts)
-        times: dict[Callable[..., tuple[Tensor, Tensor]], list[float]] = {ours: [], plain: []}
-        for round_number in range(options.rounds + 3):
-            for side in (ours, plain) if round_number % 2 else (plain, ours):
-                times[side].append(measure(side, inputs))
-        kept = {side: seconds[3:] for side, seconds in times.items()}  # the first rounds warm up
-        ratios = [theirs / own for own, theirs in zip(kept[ours], kept[plain], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        times: dict[Side, list[float]] = {ours: [], plain: [], plain_fp32: []}
+        for round_number in range(options.rounds + 3):  # the first three warm up
+            for side in (list(times), list(times)[::-1])[round_number % 2]:
+                times[side].append(measure(side, (x, expert_ids, weights, experts)))
         print(
-            f"{tokens:6} {hidden:6} {top_k:5} {experts:7} {1e3 * statistics.median(kept[ours]):10.2f} "
-            f"{1e3 * statistics.median(kept[plain]):10.2f}   {middle:5.2f} [{low:.2f}, {high:.2f}]"
+            f"{tokens:6} {hidden:6} {top_k:5} {experts:7} {1e3 * statistics.median(times[ours][3:]):10.2f}"
+            f"{compare(times[plain][3:], times[ours][3:])}{compare(times[plain_fp32][3:], times[ours][3:])}"
         )
+
+
+def compare(theirs: list[float], own: list[float]) -> str:
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(theirs, own, strict=True)], n=4)
+    return f"   {1e3 * statistics.median(theirs):12.2f}   {middle:4.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
+
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.model.config import ModelConfig
 from counterflow.model.counts import FLOP_CONVENTION, flops_per_token
@@ -103,16 +104,20 @@ def main() -> None:
     parser.add_argument("--profile", metavar="FILE", help="profile our step instead: a table here, a trace to FILE")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    tokens = torch.randint(0, ARCHITECTURE["vocab_size"], (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, ARCHITECTURE["vocab_size"], (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0)
+    )
     if args.profile:
-        return profile(ours(tokens, args.compile), args.profile)
+        profile(ours(tokens, args.compile), args.profile)
+        return
     sides = {"counterflow": ours(tokens, compile=False)}
     if args.compile:
         sides["counterflow, compiled kernels"] = ours(tokens, compile=True)
     for attention, experts in THEIRS:
         sides[f"transformers, {attention} attention, {experts} experts"] = theirs(tokens, attention, experts)
     for step in sides.values():
-        step(), step()
+        step()
+        step()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     peaks = []
     for _ in range(args.rounds):
@@ -129,7 +134,9 @@ def report(seconds: dict[str, list[float]], peak: float) -> None:
     for name, times in seconds.items():
         middle = statistics.median(times)
         print(f"{name:<52} {tokens / middle:>7.0f} tokens/s  {middle * 1e3:>6.0f} ms  MFU {flops / middle / peak:.1%}")
-    fastest = min((name for name in seconds if name.startswith("transformers")), key=lambda n: statistics.median(seconds[n]))
+    fastest = min(
+        (name for name in seconds if name.startswith("transformers")), key=lambda n: statistics.median(seconds[n])
+    )
     for name in (name for name in seconds if name.startswith("counterflow")):
         ratios = [a / b for a, b in zip(seconds[fastest], seconds[name], strict=True)]
         ratio = statistics.median(seconds[fastest]) / statistics.median(seconds[name])
@@ -137,7 +144,8 @@ def report(seconds: dict[str, list[float]], peak: float) -> None:
 
 
 def profile(step: Callable[[], None], path: str) -> None:
-    step(), step()
+    step()
+    step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         for _ in range(3):
             step()

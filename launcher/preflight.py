@@ -92,12 +92,14 @@ def _batch_faults(config: Config, layout: Layout) -> list[str]:
     sizes = {"batch.global_sequences": batch.global_sequences}
     if batch.ramp is not None:
         sizes |= {"batch.ramp.start": batch.ramp.start, "batch.ramp.increment": batch.ramp.increment}
-    return [
-        f"{key} {size} is not a multiple of {unit} (dp {layout.dp} x batch.micro_sequences {batch.micro_sequences}); "
-        f"nearest that work: {' or '.join(str(near) for near in (size // unit * unit, (size // unit + 1) * unit) if near)}"
-        for key, size in sizes.items()
-        if size % unit
-    ]
+    made_of = f"{unit} (dp {layout.dp} x batch.micro_sequences {batch.micro_sequences})"
+    faults = []
+    for key, size in sizes.items():
+        if size % unit:
+            near = [str(size // unit * unit)] if size > unit else []
+            near.append(str((size // unit + 1) * unit))
+            faults.append(f"{key} {size} is not a multiple of {made_of}; nearest that work: {' or '.join(near)}")
+    return faults
 
 
 def _expert_faults(config: Config, layout: Layout) -> list[str]:

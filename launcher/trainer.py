@@ -188,7 +188,7 @@ class Trainer:
         dist.all_reduce(totals.counts, group=self.groups.dp)
         return totals
 
-    def _losses(self, totals: Totals, tokens: int, sequences: int) -> dict[str, float | None]:
+    def _losses(self, totals: Totals, tokens: int, sequences: int) -> dict[str, Any]:
         loss, balance, *mtp = totals.losses.tolist()
         moe = bool(totals.counts.numel())
         mean_vio, worst_vio = max_violation(totals.counts) if moe else (None, None)
@@ -200,7 +200,7 @@ class Trainer:
             "max_vio_worst": worst_vio,
         }
 
-    def _speed(self, tokens_per_second: float) -> dict[str, float | None]:
+    def _speed(self, tokens_per_second: float) -> dict[str, Any]:
         mfu = None
         if self.peak is not None:
             mfu = utilization(tokens_per_second, self._flops, self.groups.layout.world_size, self.peak.tflops)

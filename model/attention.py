@@ -12,8 +12,6 @@ from .norm import RMSNorm
 from .recompute import Keep, Rebuild
 from .rope import softmax_scale
 
-Rope = tuple[Tensor, Tensor]
-
 
 class LatentAttention(nn.Module):
     """MLA: queries and keys-values pass through narrow latents; one rotary key serves all heads.
@@ -23,7 +21,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.config, self.kernels = config, kernels
+        self.config = config
         self.scale = softmax_scale(config)
         hidden, heads = config.hidden_size, config.num_attention_heads
         if config.q_lora_rank is None:
@@ -37,28 +35,27 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.out = Linear(heads * config.v_head_dim, hidden)
 
-    def forward(self, x: Tensor, rope: Rope, saved: Keep | Rebuild) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, saved: Keep | Rebuild) -> Tensor:
         query = self.q_proj(x) if self.config.q_lora_rank is None else self.q_down(x)
         key_value, rotary_key = self.kv_down(x).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
-        parts = self._up_project(query, key_value, rotary_key, rope, saved)
+        parts = self._up_project(query, key_value, rotary_key, turns, saved)
         # The latents are kept, their norms and up-projections are not (V3 §3.2.3).
-        saved.rebuild(parts, lambda: self._up_project(query, key_value, rotary_key, rope, Keep()))
+        saved.rebuild(parts, lambda: self._up_project(query, key_value, rotary_key, turns, Keep()))
         attended = causal_attention(*parts)
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _up_project(
-        self, query: Tensor, key_value: Tensor, rotary_key: Tensor, rope: Rope, saved: Keep | Rebuild
+        self, query: Tensor, key_value: Tensor, rotary_key: Tensor, turns: Tensor, saved: Keep | Rebuild
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From the latents to query, key and value `[B, A, S, …]` as attention takes them (A heads)."""
         heads = self.config.num_attention_heads
         if self.config.q_lora_rank is not None:
             query = self.q_up(self.q_norm(query, saved))
         key_value = self.kv_up(self.kv_norm(key_value, saved))
-        return AssembleFunction.apply(  # type: ignore[no-any-return]
+        return AssembleFunction.apply(
             query.unflatten(-1, (heads, -1)),
             key_value.unflatten(-1, (heads, -1)),
             rotary_key,
-            *rope,
+            turns,
             self.scale,
-            self.kernels,
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..comm.dispatcher import Dispatched, Dispatcher, Pending
-from .attention import LatentAttention, Rope
+from .attention import LatentAttention
 from .config import ModelConfig
 from .feed_forward import FeedForward, MixtureOfExperts
 from .kernels import Kernels
@@ -54,16 +54,17 @@ class DecoderBlock(nn.Module):
         else:
             self.mlp = MixtureOfExperts(config, experts, dispatcher, kernels)
 
-    def forward(self, x: Tensor, rope: Rope, valid: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor, turns: Tensor, valid: Tensor) -> tuple[Tensor, Routing | None]:
         """x `[B, S, H]`, valid `[B]` bool -> the next residual stream, and the routing for its statistics."""
         if self.recompute == "full" and self.training:
             # The statistics leave as outputs, so recomputing the block cannot count a token twice.
-            return checkpoint(self._run, x, rope, valid, Keep(), use_reentrant=False)  # type: ignore[no-any-return]
-        with Rebuild() if self.recompute == "v3" and self.training else Keep() as saved:
-            return self._run(x, rope, valid, saved)
+            return checkpoint(self._run, x, turns, valid, Keep(), use_reentrant=False)
+        saved = Rebuild() if self.recompute == "v3" and self.training else Keep()
+        with saved:
+            return self._run(x, turns, valid, saved)
 
-    def _run(self, x: Tensor, rope: Rope, valid: Tensor, saved: Keep | Rebuild) -> tuple[Tensor, Routing | None]:
-        attended = self.attend(x, rope, valid, saved)
+    def _run(self, x: Tensor, turns: Tensor, valid: Tensor, saved: Keep | Rebuild) -> tuple[Tensor, Routing | None]:
+        attended = self.attend(x, turns, valid, saved)
         if attended.routing is None:
             return attended.residual + self.mlp(attended.normed, saved), None
         pending = self.dispatch(attended)
@@ -73,9 +74,9 @@ class DecoderBlock(nn.Module):
         routed = combining.wait().view_as(x)
         return attended.residual + (routed if shared is None else routed + shared), attended.routing
 
-    def attend(self, x: Tensor, rope: Rope, valid: Tensor, saved: Keep | Rebuild) -> Attended:
+    def attend(self, x: Tensor, turns: Tensor, valid: Tensor, saved: Keep | Rebuild) -> Attended:
         """Attention, the second norm and the router's choice: computation."""
-        residual = x + self.attention(self.attention_norm(x, saved), rope, saved)
+        residual = x + self.attention(self.attention_norm(x, saved), turns, saved)
         normed = self.mlp_norm(residual, saved)
         routing = self.mlp.route(normed, valid) if isinstance(self.mlp, MixtureOfExperts) else None
         return Attended(residual, normed, routing)

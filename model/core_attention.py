@@ -23,7 +23,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query and key `[B, A, S, D]`, value `[B, A, S, V]`, result `[B, A, S, V]` (A heads).
     """
     if query.device.type == "cpu":
-        return _BlockwiseAttention.apply(query, key, value)  # type: ignore[no-any-return]
+        return _BlockwiseAttention.apply(query, key, value)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
 
 

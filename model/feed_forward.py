@@ -76,7 +76,7 @@ class MixtureOfExperts(nn.Module):
 
 def _swiglu(gate_up: Tensor, weights: Tensor | None, kernels: Kernels, saved: Keep | Rebuild) -> Tensor:
     def activate() -> Tensor:
-        return SwiGLUFunction.apply(gate_up, weights, kernels)  # type: ignore[no-any-return]
+        return SwiGLUFunction.apply(gate_up, weights, kernels)
 
     hidden = activate()
     saved.rebuild((hidden,), lambda: (activate(),))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms of the last dimension, FP32 `[..., 1]`."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (norm * norm / x.shape[-1] + eps).rsqrt()
+
+
 def _rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], gain, eps)
+    return (x.float() * _reciprocal_rms(x, eps) * gain.float()).to(x.dtype)
 
 
 def _rms_norm_backward(grad: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x32 = x.float()
-    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    normed = x32 * rstd
-    grad32 = grad.float()
-    grad_gain = (grad32 * normed).flatten(0, -2).sum(0)
-    grad_normed = grad32 * gain
-    along = (grad_normed * normed).mean(-1, keepdim=True)
-    return ((grad_normed - normed * along) * rstd).to(x.dtype), grad_gain.to(gain.dtype)
+    rstd, wide_gain, wide_grad = _reciprocal_rms(x, eps), gain.float(), grad.float()
+    normed = x.float() * rstd
+    product = wide_grad * normed
+    along = (product @ wide_gain).unsqueeze(-1) / x.shape[-1]
+    grad_x = (wide_grad * wide_gain).addcmul_(normed, along, value=-1.0).mul_(rstd)
+    return grad_x.to(x.dtype), product.sum(0)
 
 
 def _swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
@@ -41,48 +46,79 @@ def _swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     gate, up = gate_up.chunk(2, -1)
-    silu = F.silu(gate)
-    grad_gate_up = torch.empty_like(gate_up)
-    grad_gate, grad_up = grad_gate_up.chunk(2, -1)
-    grad_weights = None
+    grad_up, grad_silu, grad_weights = grad * F.silu(gate), grad * up, None
     if weights is not None:
-        grad_weights = torch.linalg.vecdot(grad * silu, up).float()
-        grad = grad * weights.unsqueeze(-1).to(grad.dtype)
-    torch.mul(grad, silu, out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-    return grad_gate_up, grad_weights
+        grad_weights = (grad_up * up).sum(-1, dtype=torch.float32)
+        factor = weights.unsqueeze(-1).to(grad.dtype)
+        grad_up, grad_silu = grad_up * factor, grad_silu * factor
+    return torch.cat((torch.ops.aten.silu_backward(grad_silu, gate), grad_up), -1), grad_weights
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (x0, x1), (x2, x3), … by their position's angle; the result lists first, then second members.
+def _rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Multiply neighbouring pairs of x `[..., R]`, read as complex numbers, by `turns` complex64 `[..., R/2]`."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
-    x [..., D] with neighbouring pairs as DeepSeek stores them, cos and sin broadcastable to [..., D/2].
+
+BLOCK_ELEMENTS = 2**17  # FP32 temporaries of 512 KiB: they stay in the cache of a core
+
+
+def _by_rows(
+    kernel: Callable[..., tuple[Tensor | None, ...]], rows: tuple[Tensor | None, ...], *rest: Any, summed: int = 0
+) -> tuple[Any, ...]:
+    """Run a kernel on a CPU a block of rows at a time, so that its temporaries never leave the cache.
+
+    Every operand in `rows` and every result has a row a row of the input, but for the last `summed` results, which
+    are added up in FP32. Temporaries of the whole input would be mapped and unmapped by the system every time: seen
+    on one busy core, 2048 x 512 BF16, RMSNorm's backward takes 3.5 ms instead of 22 ms.
     """
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).to(x.dtype)
-
-
-def _rotate_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = grad.float().chunk(2, -1)
-    return torch.stack((first * cos + second * sin, second * cos - first * sin), -1).flatten(-2).to(grad.dtype)
+    first = rows[0]
+    assert first is not None
+    count = first.shape[0]
+    block = max(1, BLOCK_ELEMENTS // max(1, first.shape[-1])) if first.device.type == "cpu" else count
+    if count <= block:
+        return kernel(*rows, *rest)
+    results: list[Tensor | None] = []
+    for start in range(0, count, block):
+        part = slice(start, start + block)
+        made = kernel(*(None if x is None else x[part] for x in rows), *rest)
+        if not results:
+            by_row = len(made) - summed
+            results = [
+                None if x is None else x if i >= by_row else x.new_empty(count, *x.shape[1:])
+                for i, x in enumerate(made)
+            ]
+        for i, x in enumerate(made):
+            whole = results[i]
+            if x is None or whole is None:
+                continue
+            if i < by_row:
+                whole[part] = x
+            elif start:
+                whole += x
+    return tuple(results)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of a model; `make(compile=True)` fuses each by torch.compile."""
+    """The kernels of a model, on operands with one row a token; `make(compile=True)` fuses each by torch.compile."""
 
-    rms_norm: Callable[..., Any] = _rms_norm
-    rms_norm_backward: Callable[..., Any] = _rms_norm_backward
-    swiglu: Callable[..., Any] = _swiglu
-    swiglu_backward: Callable[..., Any] = _swiglu_backward
-    rotate: Callable[..., Any] = _rotate
-    rotate_backward: Callable[..., Any] = _rotate_backward
+    rms_norm: Callable[..., Tensor]
+    rms_norm_backward: Callable[..., tuple[Tensor, Tensor]]
+    swiglu: Callable[..., Tensor]
+    swiglu_backward: Callable[..., tuple[Tensor, Tensor | None]]
 
     @classmethod
     def make(cls, compile: bool = False) -> Kernels:
-        if not compile:
-            return cls()
-        return cls(**{name: torch.compile(f, dynamic=True) for name, f in vars(cls()).items()})
+        if compile:
+            fuse = partial(torch.compile, dynamic=True)
+            return cls(fuse(_rms_norm), fuse(_rms_norm_backward), fuse(_swiglu), fuse(_swiglu_backward))
+        return cls(
+            lambda x, gain, eps: _by_rows(lambda *a: (_rms_norm(*a),), (x,), gain, eps)[0],
+            lambda grad, x, gain, eps: _by_rows(_rms_norm_backward, (grad, x), gain, eps, summed=1),
+            lambda gate_up, weights: _by_rows(lambda *a: (_swiglu(*a),), (gate_up, weights))[0],
+            lambda grad, gate_up, weights: _by_rows(_swiglu_backward, (grad, gate_up, weights)),
+        )
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -92,80 +128,72 @@ class RMSNormFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x, gain)
         ctx.eps, ctx.kernels = eps, kernels
-        return kernels.rms_norm(x, gain, eps)
+        return kernels.rms_norm(_rows(x), gain, eps).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, gain = ctx.saved_tensors
-        grad_x, grad_gain = ctx.kernels.rms_norm_backward(grads[0], x, gain, ctx.eps)
-        return grad_x, grad_gain, None, None
+        grad_x, grad_gain = ctx.kernels.rms_norm_backward(_rows(grads[0]), _rows(x), gain, ctx.eps)
+        return grad_x.view(x.shape), grad_gain.to(gain.dtype), None, None
 
 
 class SwiGLUFunction(torch.autograd.Function):
     """`silu(gate) * up`, times the routing weight of each row where there is one.
 
-    gate_up [R, 2I] (gate first), weights [R] FP32 or None, result [R, I]. V3 multiplies the gate weight in here, so
-    that combining is a plain sum and the weight's gradient needs no saved expert output (V3 profile: facts of its
-    fused kernel `swiglu_forward_with_weight`).
+    gate_up [..., 2I] (gate first), weights [R] FP32 or None, result [..., I]. As in V3, the gate weight is multiplied
+    in here, so that combining is a plain sum and the weight's gradient needs no saved expert output.
     """
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(gate_up, weights)
         ctx.kernels = kernels
-        return kernels.swiglu(gate_up, weights)
+        return kernels.swiglu(_rows(gate_up), weights).view(*gate_up.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gate_up, weights = ctx.saved_tensors
-        grad_gate_up, grad_weights = ctx.kernels.swiglu_backward(grads[0], gate_up, weights)
-        return grad_gate_up, grad_weights, None
+        grad_gate_up, grad_weights = ctx.kernels.swiglu_backward(_rows(grads[0]), _rows(gate_up), weights)
+        return grad_gate_up.view(gate_up.shape), grad_weights, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)
 
 
 class AssembleFunction(torch.autograd.Function):
     """Rotate and lay out queries, keys and values for attention.
 
     In: query `[B, S, A, N+R]`, keys and values `[B, S, A, N+V]`, the one rotary key `[B, S, R]` that all heads share,
-    cos and sin `[S, R/2]`. Out, heads before positions: query `[B, A, S, N+R]` times `scale`, key `[B, A, S, N+R]`,
+    turns `[S, R/2]` complex. Out, heads before positions: query `[B, A, S, N+R]` times `scale`, key `[B, A, S, N+R]`,
     value `[B, A, S, V]` (A heads, N plain width, R rotated width, V value width). Saves no activation.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key_value: Tensor,
-        rotary_key: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        scale: float,
-        kernels: Kernels,
+        ctx: Any, query: Tensor, key_value: Tensor, rotary_key: Tensor, turns: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, heads, width = query.shape
-        rotated = rotary_key.shape[-1]
-        plain = width - rotated
-        ctx.save_for_backward(cos, sin)
-        ctx.scale, ctx.kernels, ctx.plain = scale, kernels, plain
+        plain = width - rotary_key.shape[-1]
+        ctx.save_for_backward(turns)
+        ctx.scale, ctx.plain = scale, plain
         out_query = query.new_empty(batch, heads, length, width)
         out_key = torch.empty_like(out_query)
         torch.mul(query[..., :plain].transpose(1, 2), scale, out=out_query[..., :plain])
-        # cos and sin times the scale: the rotated part is scaled for free.
-        turned = kernels.rotate(query[..., plain:], cos[:, None] * scale, sin[:, None] * scale)
-        out_query[..., plain:] = turned.transpose(1, 2)
+        # Turning by a longer arrow scales the rotated part for nothing.
+        out_query[..., plain:] = _rotate(query[..., plain:], turns[:, None] * scale).transpose(1, 2)
         out_key[..., :plain] = key_value[..., :plain].transpose(1, 2)
-        out_key[..., plain:] = kernels.rotate(rotary_key, cos, sin).unsqueeze(1)
+        out_key[..., plain:] = _rotate(rotary_key, turns).unsqueeze(1)
         return out_query, out_key, key_value[..., plain:].transpose(1, 2).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)  # back to [B, S, A, …]
-        cos, sin = ctx.saved_tensors
-        plain, scale, kernels = ctx.plain, ctx.scale, ctx.kernels
+        (turns,) = ctx.saved_tensors
+        plain, scale, back = ctx.plain, ctx.scale, turns.conj()
         out_query = grad_query.new_empty(grad_query.shape)
         torch.mul(grad_query[..., :plain], scale, out=out_query[..., :plain])
-        out_query[..., plain:] = kernels.rotate_backward(
-            grad_query[..., plain:], cos[:, None] * scale, sin[:, None] * scale
-        )
+        out_query[..., plain:] = _rotate(grad_query[..., plain:], back[:, None] * scale)
         out_key_value = torch.cat((grad_key[..., :plain], grad_value), -1)
         shared = grad_key[..., plain:].sum(2, dtype=torch.float32).to(grad_key.dtype)
-        return out_query, out_key_value, kernels.rotate_backward(shared, cos, sin), None, None, None, None
+        return out_query, out_key_value, _rotate(shared, back), None, None

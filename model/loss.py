@@ -25,7 +25,7 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
     hidden `[T, H]`, weight `[V, H]`, labels `[T]` int64, IGNORED where there is no target.
     """
-    return _HeadLoss.apply(hidden, weight, labels)  # type: ignore[no-any-return]
+    return _HeadLoss.apply(hidden, weight, labels)
 
 
 class _HeadLoss(torch.autograd.Function):

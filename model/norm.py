@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, saved: Keep | Rebuild) -> Tensor:
         def normalise() -> Tensor:
-            return RMSNormFunction.apply(x, self.gain, self.eps, self.kernels)  # type: ignore[no-any-return]
+            return RMSNormFunction.apply(x, self.gain, self.eps, self.kernels)
 
         normed = normalise()
         saved.rebuild((normed,), lambda: (normalise(),))

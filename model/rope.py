@@ -10,14 +10,17 @@ from torch import Tensor
 from .config import ModelConfig, RopeScaling
 
 
-def rotary_tables(config: ModelConfig, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, both FP32 `[length, qk_rope_head_dim / 2]`."""
+def rotary_turns(config: ModelConfig, length: int, device: torch.device | str = "cpu") -> Tensor:
+    """What a position's pairs are multiplied by, `cos + i sin` of their angles: complex64 `[length, R/2]`.
+
+    DeepSeek stores the members of a pair side by side, so a pair is a complex number as it lies in memory.
+    """
     frequencies = _frequencies(config)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     temperature = 1.0
     if (scaling := config.rope_scaling) is not None:
         temperature = _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
-    return (angles.cos() * temperature).to(device), (angles.sin() * temperature).to(device)
+    return torch.polar(torch.full_like(angles, temperature), angles).to(device)
 
 
 def softmax_scale(config: ModelConfig) -> float:

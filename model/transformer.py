@@ -20,8 +20,8 @@ from .kernels import Kernels
 from .loss import IGNORED, cross_entropy_sum
 from .norm import RMSNorm
 from .recompute import Keep, RecomputePolicy
-from .rope import rotary_tables
-from .router import Router
+from .rope import rotary_turns
+from .router import Router, Routing
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(
             MTPModule(config, block(layers + depth), kernels) for depth in range(config.num_nextn_predict_layers)
         )
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._table: Tensor | None = None
 
     def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Output:
         """tokens `[B, S+1+D]` int64: position i predicts token i+1, MTP depth k token i+1+k.
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         for k, module in enumerate(self.mtp, start=1):
             assert isinstance(module, MTPModule)
             x = module.join(hidden, F.embedding(tokens[:, k : length + k], self.embedding))
-            x, routing = module.block(x, self._rope(length, x.device), valid)
+            x, routing = module.block(x, self._turns(length, x.device), valid)
             routings.append(routing)
             hidden = module.norm(x, Keep())
             mtp_losses.append(self._head_loss(hidden, targets[:, k + 1 : length + k + 1]))
@@ -119,13 +119,13 @@ class Transformer(nn.Module):
             balance, counts = loss.new_zeros(()), tokens.new_zeros(0, self.config.n_routed_experts)
         return Output(loss, tuple(mtp_losses), balance, counts)
 
-    def hidden_states(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, list]:
+    def hidden_states(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, list[Routing | None]]:
         """Residual stream `[B, S, H]` after the last block, before the final norm, and each block's routing."""
         x = F.embedding(tokens, self.embedding)
-        rope = self._rope(tokens.shape[1], x.device)
+        turns = self._turns(tokens.shape[1], x.device)
         routings = []
         for layer in self.layers:
-            x, routing = layer(x, rope, valid)
+            x, routing = layer(x, turns, valid)
             routings.append(routing)
         return x, routings
 
@@ -139,13 +139,11 @@ class Transformer(nn.Module):
         """Routers of the MoE layers in order, MTP modules last: the rows of `Output.counts`."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def _rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rotary tables of the first `length` positions, made at the first use and kept."""
-        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
-            with torch.inference_mode(False):  # tables made while sampling or evaluating must serve training later
-                self._tables = rotary_tables(self.config, length, device)
-        cos, sin = self._tables
-        return cos[:length], sin[:length]
+    def _turns(self, length: int, device: torch.device) -> Tensor:
+        """Rotary factors of the first `length` positions, made at the first use and kept."""
+        if self._table is None or self._table.shape[0] < length or self._table.device != device:
+            self._table = rotary_turns(self.config, length, device)
+        return self._table[:length]
 
     def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy_sum(hidden.flatten(0, 1), self.head, labels.flatten())

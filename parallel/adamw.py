@@ -41,8 +41,10 @@ def adamw(
         piece = slice(start, start + CHUNK)
         grad = gradient[piece] * now.gradient_scale
         # Copies also of FP32 moments: what follows works in place on them.
-        first = exp_avg[piece].to(torch.float32, copy=True).lerp_(grad, 1.0 - config.beta1)
-        second = exp_avg_sq[piece].to(torch.float32, copy=True).mul_(config.beta2).addcmul_(grad, grad, value=1.0 - config.beta2)
+        first = exp_avg[piece].to(torch.float32, copy=True)
+        second = exp_avg_sq[piece].to(torch.float32, copy=True)
+        first.lerp_(grad, 1.0 - config.beta1)
+        second.mul_(config.beta2).addcmul_(grad, grad, value=1.0 - config.beta2)
         exp_avg[piece] = first
         exp_avg_sq[piece] = second
         denominator = second.div_(correction2).sqrt_().add_(config.eps)

@@ -21,6 +21,10 @@ from .config import OptimConfig
 from .groups import Groups
 from .shards import Plan, plan_buckets
 
+# As of torch 2.13 these have new names, and the old ones warn.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class _Bucket:
     """Gradients, and this rank's shard of the state, of the parameters of one plan."""
@@ -56,7 +60,7 @@ class _Bucket:
             return None
         by_rank = self.gradient.new_empty(self.plan.ranks, self.plan.shard_numel)
         self.plan.to_shards(self.gradient, by_rank)
-        work = dist.reduce_scatter_tensor(self.shard_gradient, by_rank.view(-1), group=self.group, async_op=True)
+        work = _reduce_scatter(self.shard_gradient, by_rank.view(-1), group=self.group, async_op=True)
         assert work is not None
         return work, by_rank  # by_rank must live until the work is done
 
@@ -67,7 +71,7 @@ class _Bucket:
             self.plan.from_shards(shard.unsqueeze(0))
             return
         gathered = shard.new_empty(self.plan.ranks, self.plan.shard_numel)
-        dist.all_gather_into_tensor(gathered.view(-1), shard, group=self.group)
+        _all_gather(gathered.view(-1), shard, group=self.group)
         self.plan.from_shards(gathered)
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, DTensor]]:
@@ -154,7 +158,7 @@ class ShardedOptimizer:
             bucket.publish()
 
     def state(self) -> dict[str, DTensor]:
-        """Master weights and moments by `weights.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`; writing there writes here."""
+        """Views of master weights and moments, as `weights.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
         fields = {"weights": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
         return {f"{key}.{name}": tensor for key, field in fields.items() for name, tensor in self._named(field)}
 

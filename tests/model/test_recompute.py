@@ -1,0 +1,239 @@
+"""Recompute policies: the same numbers, less memory between forward and backward."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, UntypedStorage
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from counterflow.model import attention as attention_module
+from counterflow.model.config import ModelConfig
+from counterflow.model.kernels import Kernels
+from counterflow.model.recompute import Rebuild, RecomputePolicy
+from counterflow.model.transformer import Output, Transformer
+from counterflow.tests.model.small import build, global_gradients, random_tokens, small_config, total_loss
+
+POLICIES: tuple[RecomputePolicy, ...] = ("none", "v3", "full")
+
+
+def run(
+    policy: RecomputePolicy, config: ModelConfig, steps: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[Output, dict[str, Tensor]]:
+    """Output of the last of `steps` micro-batches, and the gradients of all together."""
+    model = build(config, recompute=policy)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+    for step in range(steps):
+        output = model(random_tokens(config, 2, 140, seed=step), torch.tensor([True, step != 1]))
+        total_loss(output).backward()
+    return output, global_gradients(model)
+
+
+@pytest.mark.parametrize("policy", ["v3", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("q_lora_rank", [20, None])
+def test_losses_gradients_and_counts_are_bit_equal(
+    policy: RecomputePolicy, dtype: torch.dtype, q_lora_rank: int | None
+) -> None:
+    config = small_config(q_lora_rank=q_lora_rank)
+    expected, expected_gradients = run("none", config, steps=2, dtype=dtype)
+    output, gradients = run(policy, config, steps=2, dtype=dtype)
+    assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(output.balance, expected.balance)
+    assert all(map(torch.equal, output.mtp_losses, expected.mtp_losses))
+    assert torch.equal(output.counts, expected.counts)
+    for name, gradient in expected_gradients.items():
+        assert torch.equal(gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_backward_does_not_count_tokens_again(policy: RecomputePolicy) -> None:
+    config = small_config()
+    output = build(config, recompute=policy)(random_tokens(config, 2, 30))
+    before = output.counts.clone()
+    total_loss(output).backward()
+    assert torch.equal(output.counts, before)
+    assert output.counts.sum(1).tolist() == [2 * 30 * config.num_experts_per_tok] * 3
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_graph_can_be_walked_twice(policy: RecomputePolicy) -> None:
+    config = small_config()
+    model = build(config, recompute=policy)
+    loss = total_loss(model(random_tokens(config, 2, 30)))
+    loss.backward(retain_graph=True)
+    once = {name: gradient.clone() for name, gradient in global_gradients(model).items()}
+    loss.backward()
+    for name, gradient in global_gradients(model).items():
+        assert torch.equal(gradient, 2 * once[name]), name
+
+
+def storages(values: Any) -> list[UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor) and x.layout == torch.strided]
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers every storage that operations make, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage.data_ptr() for storage in storages((args, kwargs))}  # a view makes nothing
+        for storage in storages(result):
+            if storage.data_ptr() not in given:
+                self._made[StorageWeakRef(storage)] = storage.nbytes()
+        return result
+
+    def bytes_alive(self) -> int:
+        gc.collect()
+        return sum(size for storage, size in self._made.items() if not storage.expired())
+
+
+def bytes_held(policy: RecomputePolicy) -> int:
+    """What one micro-batch holds between its forward and its backward."""
+    config = small_config(num_nextn_predict_layers=0, num_hidden_layers=4)
+    model = build(config, recompute=policy)
+    tokens = random_tokens(config, 2, 256)
+    model(tokens)  # rotary tables are made once and stay
+    with Allocations() as allocations:
+        output = model(tokens)
+    held = allocations.bytes_alive()
+    del output
+    assert allocations.bytes_alive() == 0  # nothing stays behind when the graph is gone
+    return held
+
+
+def test_v3_holds_less_than_none_and_full_less_than_v3() -> None:
+    none, v3, full = (bytes_held(policy) for policy in POLICIES)
+    print(f"held for the backward: none {none / 2**20:.2f} MiB, v3 {v3 / 2**20:.2f} MiB, full {full / 2**20:.2f} MiB")
+    assert v3 < 0.75 * none
+    assert full < 0.25 * v3
+
+
+Watched = dict[str, list[StorageWeakRef]]
+
+
+def watch(watched: Watched, name: str, tensor: Tensor) -> None:
+    watched.setdefault(name, []).append(StorageWeakRef(tensor.untyped_storage()))
+
+
+def watched_forward(
+    policy: RecomputePolicy, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Watched, Output, Transformer, Callable[[], int]]:
+    """A forward that notes the outputs of norms and SwiGLU and the inputs of attention."""
+    watched: Watched = {}
+    plain, calls = Kernels.make(), [0]
+
+    def norm(*args: Any) -> Tensor:
+        calls[0] += 1
+        result = plain.rms_norm(*args)
+        watch(watched, "norm", result)
+        return result
+
+    def swiglu(*args: Any) -> Tensor:
+        calls[0] += 1
+        result = plain.swiglu(*args)
+        watch(watched, "swiglu", result)
+        return result
+
+    attend = attention_module.causal_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            watch(watched, name, tensor)
+        return attend(query, key, value)
+
+    monkeypatch.setattr(attention_module, "causal_attention", attention)
+    config = small_config(num_nextn_predict_layers=0)
+    kernels = Kernels(**{**vars(plain), "rms_norm": norm, "swiglu": swiglu})
+    model = build(config, recompute=policy, kernels=kernels)
+    output = model(random_tokens(config, 2, 64))
+    gc.collect()
+    return watched, output, model, lambda: calls[0]
+
+
+def alive(watched: Watched) -> dict[str, int]:
+    return {name: sum(not ref.expired() for ref in refs) for name, refs in watched.items()}
+
+
+def test_v3_drops_norm_outputs_attention_inputs_and_swiglu_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, output, *_ = watched_forward("v3", monkeypatch)
+    assert output.loss.requires_grad
+    # Three layers with four norms each and the final norm; one dense layer and two with routed and shared experts.
+    assert {name: len(refs) for name, refs in watched.items()} == {
+        "norm": 13, "query": 3, "key": 3, "value": 3, "swiglu": 5
+    }
+    assert alive(watched) == {"norm": 0, "query": 0, "key": 0, "value": 0, "swiglu": 0}
+
+
+def test_without_recompute_they_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the test above can fail."""
+    watched, output, *_ = watched_forward("none", monkeypatch)
+    assert output.loss.requires_grad
+    assert alive(watched) == {"norm": 12, "query": 3, "key": 3, "value": 3, "swiglu": 5}  # the head keeps no input
+
+
+def test_v3_rebuilds_each_tensor_once_and_frees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, output, _, calls = watched_forward("v3", monkeypatch)
+    forward = calls()
+    total_loss(output).backward()
+    # All but the final norm again. The norms of the latents only inside the up-projections' recipe and once by
+    # themselves, for the weights of the up-projections.
+    assert calls() - forward <= forward - 1 + 2 * 3
+    del output
+    gc.collect()
+    assert set(alive(watched).values()) == {0}
+
+
+def test_evaluation_does_not_prepare_recompute() -> None:
+    config = small_config()
+    tokens = random_tokens(config, 2, 20)
+    results = []
+    for policy in POLICIES:
+        with torch.no_grad():
+            results.append(build(config, recompute=policy).eval()(tokens).loss)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_rebuild_serves_views_and_several_users_from_one_recipe() -> None:
+    made = []
+    x = torch.randn(6, 4, requires_grad=True)
+
+    def recipe() -> tuple[Tensor]:
+        made.append(1)
+        return (x.detach() * 2,)
+
+    with Rebuild() as saved:
+        doubled = x * 2
+        saved.rebuild((doubled,), recipe)
+        view = doubled.view(4, 6).t()
+        loss = (view * view).sum() + (doubled**3).sum()
+        reference = StorageWeakRef(doubled.untyped_storage())
+    del doubled, view
+    assert reference.expired()
+    loss.backward()
+    assert len(made) == 1
+    expected = 2 * (2 * 2 * x) + 2 * 3 * (2 * x) ** 2
+    assert torch.allclose(x.grad, expected)
+
+
+def test_rebuild_leaves_other_tensors_alone() -> None:
+    x = torch.randn(5, requires_grad=True)
+    with Rebuild() as saved:
+        dropped = x.exp()
+        saved.rebuild((dropped,), lambda: (x.detach().exp(),))
+        loss = (dropped.sin() * x.sigmoid()).sum()
+    (expected,) = torch.autograd.grad((x.exp().sin() * x.sigmoid()).sum(), x)
+    loss.backward()
+    assert torch.equal(x.grad, expected)
