@@ -3,8 +3,8 @@
     python -P benchmarks/permute.py [--threads 2] [--rounds 30]
 
 Forward and backward in BF16 without experts between, gate weights included. "bf16 adds" lets index_add round after
-every addition, "fp32 adds" sums in FP32 and rounds once as ours does. All sides run in turn in one process; a line gives
-their medians and the median, with quartiles, of the rounds' ratios to ours.
+every addition, "fp32 adds" sums in FP32 and rounds once, as ours does. All sides run in turn in one process; a line
+gives their medians and the median, with quartiles, of the rounds' ratios to ours.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure(side: Side, inputs: tuple[Tensor, Tensor, Tensor, int]) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from giving memory back: the page faults of fresh memory, equal on both sides, drown the difference."""
+    """Stop glibc from giving memory back: page faults of fresh memory, equal on all sides, drown the difference."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

@@ -1,7 +1,7 @@
 """Our names of global tensors and Hugging Face's DeepSeek-V3 names: one table, read both ways.
 
-`{}` stands for a number; the only names it does not cover are the MTP modules' copies of the embedding and of the
-output head, which Hugging Face's files repeat and we share (`shared_copies`).
+The only names it does not cover are the MTP modules' copies of the embedding and of the output head, which Hugging
+Face's files repeat and we share (`shared_copies`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ _BLOCK = {
     "mlp.shared.w1": "mlp.shared_experts.gate_proj.weight",
     "mlp.shared.w2": "mlp.shared_experts.down_proj.weight",
     "mlp.shared.w3": "mlp.shared_experts.up_proj.weight",
-    "mlp.experts.{}.w1": "mlp.experts.{}.gate_proj.weight",
-    "mlp.experts.{}.w2": "mlp.experts.{}.down_proj.weight",
-    "mlp.experts.{}.w3": "mlp.experts.{}.up_proj.weight",
 }
+_EXPERT = {"w1": "gate_proj.weight", "w2": "down_proj.weight", "w3": "up_proj.weight"}  # of mlp.experts.N
 _MTP = {
     "hidden_norm": "hnorm.weight",
     "embedding_norm": "enorm.weight",
@@ -47,24 +45,29 @@ def to_hugging_face(name: str, num_hidden_layers: int) -> str:
     """
     if name in _OUTSIDE:
         return _OUTSIDE[name]
-    kind, layer, rest = _split(name)
-    if kind == "mtp":
-        theirs = _MTP[rest] if rest in _MTP else _translate(rest.removeprefix("block."), _BLOCK)
-        return f"model.layers.{num_hidden_layers + layer}.{theirs}"
-    return f"model.layers.{layer}.{_translate(rest, _BLOCK)}"
+    kind, number, rest = _split(name)
+    if kind == "layers" and number < num_hidden_layers:
+        return f"model.layers.{number}.{_translate(rest, _BLOCK, _EXPERT)}"
+    if kind == "mtp" and rest in _MTP:
+        return f"model.layers.{num_hidden_layers + number}.{_MTP[rest]}"
+    if kind == "mtp" and rest.startswith("block."):
+        theirs = _translate(rest.removeprefix("block."), _BLOCK, _EXPERT)
+        return f"model.layers.{num_hidden_layers + number}.{theirs}"
+    raise KeyError(name)
 
 
 def from_hugging_face(name: str, num_hidden_layers: int) -> str:
     """Our name of Hugging Face's tensor `name`. Raises KeyError for a name that has no counterpart of ours."""
-    outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+    outside, block, expert, mtp = (_reversed(table) for table in (_OUTSIDE, _BLOCK, _EXPERT, _MTP))
     if name in outside:
         return outside[name]
-    _, layer, rest = _split(name.removeprefix("model."))
-    if layer < num_hidden_layers:
-        return f"layers.{layer}.{_translate(rest, _reversed(_BLOCK))}"
-    module = f"mtp.{layer - num_hidden_layers}"
-    mtp = _reversed(_MTP)
-    return f"{module}.{mtp[rest]}" if rest in mtp else f"{module}.block.{_translate(rest, _reversed(_BLOCK))}"
+    if not name.startswith("model.layers."):
+        raise KeyError(name)
+    _, number, rest = _split(name.removeprefix("model."))
+    if number < num_hidden_layers:
+        return f"layers.{number}.{_translate(rest, block, expert)}"
+    module = f"mtp.{number - num_hidden_layers}"
+    return f"{module}.{mtp[rest]}" if rest in mtp else f"{module}.block.{_translate(rest, block, expert)}"
 
 
 def shared_copies(num_hidden_layers: int, mtp_depth: int) -> dict[str, str]:
@@ -76,18 +79,19 @@ def shared_copies(num_hidden_layers: int, mtp_depth: int) -> dict[str, str]:
     return copies
 
 
+_NUMBER = "(0|[1-9][0-9]*)"  # as we write it: a name has one spelling
+
+
 def _split(name: str) -> tuple[str, int, str]:
-    match = re.fullmatch(r"(layers|mtp)\.(\d+)\.(.+)", name)
+    match = re.fullmatch(rf"(layers|mtp)\.{_NUMBER}\.(.+)", name)
     if match is None:
         raise KeyError(name)
     return match[1], int(match[2]), match[3]
 
 
-def _translate(rest: str, table: dict[str, str]) -> str:
-    number = re.search(r"\d+", rest.removeprefix("mlp.experts.")) if rest.startswith("mlp.experts.") else None
-    if number is None:
-        return table[rest]
-    return table[rest.replace(f".{number[0]}.", ".{}.", 1)].format(number[0])
+def _translate(rest: str, block: dict[str, str], expert: dict[str, str]) -> str:
+    match = re.fullmatch(rf"mlp\.experts\.{_NUMBER}\.(.+)", rest)
+    return block[rest] if match is None else f"mlp.experts.{match[1]}.{expert[match[2]]}"
 
 
 def _reversed(table: dict[str, str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ a folder of that name without a manifest, or with files of another size than it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from ..settings import UsageError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+INDEX = ".metadata"  # in which torch.distributed.checkpoint says where each tensor's parts are
 
 # May change between writing and reading: they shape no tensor, and training stages do change them (V3 §4.3).
 FREE_MODEL_KEYS = frozenset({"max_position_embeddings", "rope_scaling", "initializer_range"})
@@ -39,16 +41,29 @@ class Manifest:
     tensors: dict[str, TensorRecord]
     files: dict[str, int]
     """Size in bytes of every other file in the folder."""
+    index_digest: str
+    """Of the file without which the others cannot be read; tensors have checksums of their own."""
     format: int = FORMAT
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
+        """The text of the file, which ends with a digest of all that is in it."""
+        content = asdict(self)
+        return json.dumps({**content, "digest": _digest(content)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
+        """Raises UsageError for another format; anything else that it raises is damage."""
         raw = json.loads(text)
-        tensors = {k: TensorRecord(tuple(v["shape"]), v["dtype"], v["checksum"]) for k, v in raw["tensors"].items()}
-        return cls(raw["model"], raw["progress"], tensors, raw["files"], raw["format"])
+        if raw["format"] != FORMAT:
+            raise UsageError(f"has format {raw['format']}; this version reads format {FORMAT}")
+        if raw.pop("digest") != _digest(raw):
+            raise ValueError("its digest does not fit")
+        tensors = {k: TensorRecord(tuple(v["shape"]), v["dtype"], v["checksum"]) for k, v in raw.pop("tensors").items()}
+        return cls(tensors=tensors, **raw)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def complete_steps(folder: Path) -> dict[int, Path]:
@@ -61,23 +76,37 @@ def complete_steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def remedy(path: Path) -> str:
+    """What to do about a checkpoint that cannot be read."""
+    others = [other.name for other in complete_steps(path.parent).values() if other != path]
+    return f"delete {path} to go on from {others[-1]}" if others else f"delete {path} to start again"
+
+
+def digest_of(path: Path) -> str:
+    """Hexadecimal digest of a file's contents."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read and check the manifest of checkpoint `path` against the files beside it. Raises UsageError if torn."""
-    others = [p.name for p in complete_steps(path.parent).values() if p != path]
-    remedy = f"delete {path} to go on from {others[-1]}" if others else f"delete {path} to start again"
+
+    def torn(why: str) -> UsageError:
+        return UsageError(f"checkpoint {path} is torn: {why}; {remedy(path)}")
+
     try:
-        manifest = Manifest.from_json((path / MANIFEST).read_text())
+        manifest = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"checkpoint {path} is torn: it has no {MANIFEST}; {remedy}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"checkpoint {path} is torn: {MANIFEST} cannot be read ({error}); {remedy}") from None
-    if manifest.format != FORMAT:
-        raise UsageError(f"checkpoint {path} has format {manifest.format}; this version reads format {FORMAT}")
+        raise torn(f"it has no {MANIFEST}") from None
+    except UsageError as error:
+        raise UsageError(f"checkpoint {path} {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise torn(f"{MANIFEST} cannot be read ({error})") from None
     for name, size in manifest.files.items():
         actual = (path / name).stat().st_size if (path / name).is_file() else None
         if actual != size:
-            state = "is missing" if actual is None else f"has {actual} bytes"
-            raise UsageError(f"checkpoint {path} is torn: {name} {state}, {size} were written; {remedy}")
+            raise torn(f"{name} is missing" if actual is None else f"{name} has {actual} bytes of {size}")
+    if digest_of(path / INDEX) != manifest.index_digest:
+        raise torn(f"{INDEX} has been changed")
     return manifest
 
 
@@ -85,7 +114,7 @@ def check_same_model(manifest: Manifest, model: dict[str, Any], path: Path) -> N
     """Raise UsageError, with every difference, if the checkpoint was written by a model of another architecture."""
     keys = sorted((manifest.model.keys() | model.keys()) - FREE_MODEL_KEYS)
     differences = [
-        f"  model.{key}: {manifest.model.get(key)} in the checkpoint, {model.get(key)} in the config"
+        f"  model.{key}: {json.dumps(manifest.model.get(key))} in the checkpoint, {json.dumps(model.get(key))} in the config"
         for key in keys
         if manifest.model.get(key) != model.get(key)
     ]

@@ -10,15 +10,28 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..settings import UsageError
-from .manifest import MANIFEST, Manifest, TensorRecord, check_same_model, complete_steps, read_manifest
+from .manifest import (
+    INDEX,
+    MANIFEST,
+    Manifest,
+    TensorRecord,
+    check_same_model,
+    complete_steps,
+    digest_of,
+    read_manifest,
+    remedy,
+)
+
+T = TypeVar("T")
 
 _SUM_CHUNK = 2**22
 
@@ -44,20 +57,23 @@ def save(
             shutil.rmtree(left_over)
         aside.mkdir(parents=True)
     dist.barrier(group)
-    writer = dcp.FileSystemWriter(aside, sync_files=True)
-    dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+    try:
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(aside, sync_files=True), process_group=group)
+    except CheckpointException as error:
+        raise RuntimeError(f"checkpoint {final} could not be written: {_cause(error)}") from None
     records = _collect_records(tensors, group)
     if first:
         assert records is not None
         files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-        _write_synced(aside / MANIFEST, Manifest(model, progress, records, files).to_json())
+        manifest = Manifest(model, progress, records, files, digest_of(aside / INDEX))
+        _write_synced(aside / MANIFEST, manifest.to_json())
         _sync_folder(aside)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         aside.rename(final)
         _sync_folder(folder)
         for old in list(complete_steps(folder).values())[: -keep if keep else 0]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier(group)
     return final
 
@@ -70,31 +86,71 @@ def load(path: Path, tensors: Mapping[str, DTensor], model: dict[str, Any], grou
     """
     manifest = read_manifest(path)
     check_same_model(manifest, model, path)
-    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), process_group=group)
-    verdict: list[str | None] = [None]
-    records = _collect_records(tensors, group)
-    if records is not None:
-        verdict[0] = _compare(manifest.tensors, records)
-    dist.broadcast_object_list(verdict, group=group, group_src=0)
-    if verdict[0] is not None:
-        raise UsageError(f"checkpoint {path} cannot be used: {verdict[0]}")
+    wanted = _gather({name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}, group)
+    _refuse(path, None if wanted is None else _find_strangers(manifest.tensors, wanted), group)
+    try:
+        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), process_group=group)
+    except CheckpointException as error:
+        raise UsageError(f"checkpoint {path} is torn: {_cause(error)}; {remedy(path)}") from None
+    read = _collect_records(tensors, group)
+    _refuse(path, None if read is None else _find_damage(manifest.tensors, read, path), group)
     return manifest.progress
 
 
-def _compare(written: Mapping[str, TensorRecord], read: Mapping[str, TensorRecord]) -> str | None:
-    missing, extra = sorted(read.keys() - written.keys()), sorted(written.keys() - read.keys())
-    if missing or extra:
-        return f"{len(missing)} tensors are missing ({missing[:3]}), {len(extra)} are unknown ({extra[:3]})"
-    damaged = [name for name, record in written.items() if record != read[name]]
-    return f"{len(damaged)} tensors differ from what was written, first {damaged[0]}" if damaged else None
+def _refuse(path: Path, fault: str | None, group: dist.ProcessGroup) -> None:
+    """Raise UsageError on every rank if the first one has found a fault."""
+    verdict = [fault]
+    dist.broadcast_object_list(verdict, group=group, group_src=0)
+    if verdict[0] is not None:
+        raise UsageError(f"checkpoint {path} {verdict[0]}")
+
+
+def _find_strangers(
+    written: Mapping[str, TensorRecord], parts: list[dict[str, tuple[tuple[int, ...], str]]]
+) -> str | None:
+    """What keeps the written tensors from being those of this run: names, shapes or formats."""
+    wanted = {name: form for part in parts for name, form in part.items()}
+    lines = []
+    for names, fault in (
+        (wanted.keys() - written.keys(), "missing in it"),
+        (written.keys() - wanted.keys(), "in it and unknown here"),
+    ):
+        if names:
+            lines.append(f"  {len(names)} tensors are {fault}, such as {min(names)}")
+    for name in sorted(wanted.keys() & written.keys()):
+        record, (shape, dtype) = written[name], wanted[name]
+        if (record.shape, record.dtype) != (shape, dtype):
+            there, here = f"{record.dtype} {list(record.shape)}", f"{dtype} {list(shape)}"
+            hint = "; did optim.moments change?" if record.shape == shape else ""
+            lines.append(f"  {name} is {there} in it and {here} here{hint}")
+            break
+    return "\n".join(["does not hold the state of this run:", *lines]) if lines else None
+
+
+def _find_damage(written: Mapping[str, TensorRecord], read: Mapping[str, TensorRecord], path: Path) -> str | None:
+    damaged = sorted(name for name, record in written.items() if record != read[name])
+    if not damaged:
+        return None
+    return f"is damaged: {len(damaged)} tensors are not what was written, such as {damaged[0]}; {remedy(path)}"
+
+
+def _cause(error: CheckpointException) -> str:
+    """The first rank's reason; `CheckpointException` itself prints every rank's stack, and is no Exception."""
+    cause, _ = error.failures[min(error.failures)]
+    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that being killed half-way leaves no torn one behind."""
+    aside = path.with_name(f".{path.name}.removed")
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _collect_records(tensors: Mapping[str, DTensor], group: dist.ProcessGroup) -> dict[str, TensorRecord] | None:
     """Records of all global tensors on the first rank, None elsewhere; asserts that every element is held once."""
     mine = {name: (tuple(t.shape), str(t.dtype), *_partial_checksum(t)) for name, t in tensors.items()}
-    first = dist.get_rank(group) == 0
-    parts: list[Any] | None = [None] * dist.get_world_size(group) if first else None
-    dist.gather_object(mine, parts, group=group, group_dst=0)
+    parts = _gather(mine, group)
     if parts is None:
         return None
     elements: dict[str, int] = {}
@@ -109,6 +165,13 @@ def _collect_records(tensors: Mapping[str, DTensor], group: dist.ProcessGroup) -
             f"{name}: {elements[name]} elements of {record.shape}"
         )
     return records
+
+
+def _gather(mine: T, group: dist.ProcessGroup) -> list[T] | None:
+    """Every rank's object on the first rank, None elsewhere."""
+    parts: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
+    dist.gather_object(mine, parts, group=group, group_dst=0)
+    return parts
 
 
 @torch.no_grad()

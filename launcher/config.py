@@ -89,7 +89,7 @@ class TrainConfig(Section):
     recompute: Literal["none", "v3", "full"] = key(
         "none", "activations computed again in the backward: v3 is RMSNorms, MLA up-projections and SwiGLU (V3 §3.2.3)"
     )
-    compile: bool = key(False, "compile the compute phases of each block with torch.compile")
+    compile: bool = key(False, "fuse the RMSNorm and SwiGLU kernels with torch.compile; needs a C++ compiler on CPUs")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "device; auto is cuda where there is a GPU")
 
     @model_validator(mode="after")

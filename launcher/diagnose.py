@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data.loader import Batch
+from ..model.naming import placements
+from ..model.transformer import Transformer
 
 if TYPE_CHECKING:
     from .trainer import Trainer, Weights
@@ -57,14 +59,16 @@ def _first_bad_parameter(trainer: Trainer) -> Finding | None:
     return None
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
+def _weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    for item in placements(model):
+        yield from zip(item.names, item.tensors(), strict=True)
     yield from model.named_buffers()
 
 
 def _replay(trainer: Trainer, micro_batches: list[Batch], weights: Weights) -> Finding | None:
     """Run the step's micro-batches again, watching each module's inputs, outputs and their gradients."""
     watch = _Watch(trainer.groups.rank)
+    trainer.optimizer.zero_gradients()  # or a fault that does not come again would be found in its traces
     handles = []
     for name, module in trainer.model.named_modules():
         handles += watch.follow(name or "model", module)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import TypeVar
 
 from ..checkpoint.manifest import Manifest, check_same_model, complete_steps, read_manifest
@@ -48,9 +49,10 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
     faults += _vocabulary_faults(config)
     data = _collect(faults, lambda: _open_data(config))
     run_dir = Path(config.run.dir) / config.run.name
+    faults += _folder_faults(run_dir)
     found = None if fresh else _collect(faults, lambda: _latest_checkpoint(config, run_dir))
     if faults:
-        raise UsageError("\n".join(faults) if len(faults) == 1 else "\n  ".join(["this run cannot start:", *faults]))
+        raise UsageError(faults[0] if len(faults) == 1 else _list("this run cannot start:", faults))
     assert layout is not None and data is not None
     checkpoint, progress = found if found is not None else (None, Progress())
     return Flight(config, layout, run_dir, total_steps(config), data, checkpoint, progress)
@@ -69,6 +71,10 @@ def data_cache(config: Config) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "counterflow"
 
 
+def _list(heading: str, faults: list[str]) -> str:
+    return "\n".join([heading, *(indent(fault, "  ") for fault in faults)])
+
+
 def _collect(faults: list[str], check: Callable[[], T]) -> T | None:
     try:
         return check()
@@ -82,7 +88,11 @@ def _layout(config: Config, world_size: int, ranks_per_node: int) -> Layout:
     if asked.pp > 1:
         raise UsageError(f"parallel.pp is {asked.pp}: this version has no pipeline schedule; set it to 1")
     per_node = ranks_per_node if asked.gpus_per_node == "auto" else asked.gpus_per_node
-    return Layout.resolve(world_size, asked.pp, asked.ep, asked.dp, per_node)
+    try:
+        return Layout.resolve(world_size, asked.pp, asked.ep, asked.dp, per_node)
+    except UsageError as error:
+        # Who forgot --nproc has one process, and is told of it.
+        raise UsageError(f"{error} (--nproc N starts N ranks)" if world_size == 1 else str(error)) from None
 
 
 def _batch_faults(config: Config, layout: Layout) -> list[str]:
@@ -113,11 +123,21 @@ def _expert_faults(config: Config, layout: Layout) -> list[str]:
     ]
 
 
+def _folder_faults(run_dir: Path) -> list[str]:
+    """A run folder that could not be made or written to."""
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return [f"run.dir cannot hold this run: {existing} is a file"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"run.dir cannot hold this run: nothing may be written in {existing}"]
+    return []
+
+
 def _vocabulary_faults(config: Config) -> list[str]:
     needed, given = ByteTokenizer().vocab_size, config.model.vocab_size
     if given >= needed:
         return []
-    return [f"model.vocab_size {given} is below the {needed} tokens of data.tokenizer {config.data.tokenizer}"]
+    return [f"model.vocab_size is {given}, but data.tokenizer {config.data.tokenizer} has {needed} tokens"]
 
 
 def _latest_checkpoint(config: Config, run_dir: Path) -> tuple[Path, Progress] | None:

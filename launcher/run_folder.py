@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ..settings import UsageError
 from .config import Config
 from .explain import to_yaml
 
@@ -26,7 +27,10 @@ def move_aside(run_dir: Path) -> Path | None:
 
 def write_config(run_dir: Path, config: Config) -> list[str]:
     """Write `config.yaml`, fully resolved; returns what differs from the one an earlier start of this run wrote."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the run folder {run_dir}: {error.strerror}; set run.dir") from error
     path = run_dir / CONFIG_FILE
     changes = []
     if path.exists():

@@ -126,7 +126,7 @@ class Trainer:
             self.groups.layout.dp,
             batch.micro_sequences,
         ):
-            out: Output = self.model(micro_batch.tokens.to(self.device), micro_batch.valid.to(self.device))
+            out: Output = self.model(micro_batch.tokens.to(self.device), micro_batch.valid.to(self.device), mtp=False)
             sums[0] += out.loss
             sums[1] += int(micro_batch.valid.sum()) * batch.sequence_length
         dist.all_reduce(sums, group=self.groups.dp)

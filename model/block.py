@@ -78,13 +78,14 @@ class DecoderBlock(nn.Module):
         """Attention, the second norm and the router's choice: computation."""
         residual = x + self.attention(self.attention_norm(x, saved), turns, saved)
         normed = self.mlp_norm(residual, saved)
-        routing = self.mlp.route(normed, valid) if isinstance(self.mlp, MixtureOfExperts) else None
+        routing = self.mlp.gate(normed, valid) if isinstance(self.mlp, MixtureOfExperts) else None
         return Attended(residual, normed, routing)
 
     def dispatch(self, attended: Attended) -> Pending[Dispatched]:
         """Start sending tokens to their experts: communication."""
         assert isinstance(self.mlp, MixtureOfExperts) and attended.routing is not None
-        return self.mlp.begin_dispatch(attended.normed, attended.routing)
+        routing = attended.routing
+        return self.mlp.dispatcher.begin_dispatch(attended.normed.flatten(0, 1), routing.expert_ids, routing.weights)
 
     def run_shared(self, attended: Attended, saved: Keep | Rebuild) -> Tensor | None:
         """The experts every token passes: computation that needs no dispatch."""
@@ -94,9 +95,9 @@ class DecoderBlock(nn.Module):
     def run_experts(self, dispatched: Dispatched, saved: Keep | Rebuild) -> Tensor:
         """The routed experts on the rows that arrived: computation."""
         assert isinstance(self.mlp, MixtureOfExperts)
-        return self.mlp.compute(dispatched, saved)
+        return self.mlp.experts(dispatched.x, dispatched.weights, dispatched.offsets, saved)
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         """Start returning the experts' outputs to their tokens: communication."""
         assert isinstance(self.mlp, MixtureOfExperts)
-        return self.mlp.begin_combine(y, dispatched)
+        return self.mlp.dispatcher.begin_combine(y, dispatched)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..comm.dispatcher import Dispatched, Dispatcher, Pending
+from ..comm.dispatcher import Dispatcher
 from ..fp8.linear import GroupedLinear, Linear
 from .config import ModelConfig
 from .kernels import Kernels, SwiGLUFunction
 from .recompute import Keep, Rebuild
-from .router import Router, Routing
+from .router import Router
 
 
 class FeedForward(nn.Module):
@@ -41,11 +41,7 @@ class RoutedExperts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """DeepSeekMoE (V3 §2.1.2), offered in the phases that the overlap of computation and all-to-all needs.
-
-    `route` and `compute` and `shared` are computation, `begin_dispatch` and `begin_combine` start communication.
-    `experts` are the global numbers of the experts this rank holds.
-    """
+    """The parts of DeepSeekMoE (V3 §2.1.2); the block runs them in phases. `local_experts` are global numbers."""
 
     def __init__(self, config: ModelConfig, experts: Sequence[int], dispatcher: Dispatcher, kernels: Kernels) -> None:
         super().__init__()
@@ -58,20 +54,6 @@ class MixtureOfExperts(nn.Module):
             self.shared = FeedForward(
                 config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, kernels
             )
-
-    def route(self, x: Tensor, valid: Tensor) -> Routing:
-        routing: Routing = self.gate(x, valid)
-        return routing
-
-    def begin_dispatch(self, x: Tensor, routing: Routing) -> Pending[Dispatched]:
-        return self.dispatcher.begin_dispatch(x.flatten(0, -2), routing.expert_ids, routing.weights)
-
-    def compute(self, dispatched: Dispatched, saved: Keep | Rebuild) -> Tensor:
-        y: Tensor = self.experts(dispatched.x, dispatched.weights, dispatched.offsets, saved)
-        return y
-
-    def begin_combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
-        return self.dispatcher.begin_combine(y, dispatched)
 
 
 def _swiglu(gate_up: Tensor, weights: Tensor | None, kernels: Kernels, saved: Keep | Rebuild) -> Tensor:

@@ -56,7 +56,8 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> t
 
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Multiply neighbouring pairs of x `[..., R]`, read as complex numbers, by `turns` complex64 `[..., R/2]`."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    # A copy even of FP32: a slice of odd width cannot be read as complex numbers where it lies.
+    pairs = torch.view_as_complex(x.to(torch.float32, copy=True).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
@@ -148,7 +149,7 @@ class SwiGLUFunction(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(gate_up, weights)
         ctx.kernels = kernels
-        return kernels.swiglu(_rows(gate_up), weights).view(*gate_up.shape[:-1], -1)
+        return kernels.swiglu(_rows(gate_up), weights).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -25,13 +25,14 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
     hidden `[T, H]`, weight `[V, H]`, labels `[T]` int64, IGNORED where there is no target.
     """
-    return _HeadLoss.apply(hidden, weight, labels)
+    return _HeadLoss.apply(hidden, weight, labels, torch.is_grad_enabled())
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, training: bool) -> Tensor:
+        # needs_input_grad says what could be wanted, also under no_grad, where nothing is.
+        needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
@@ -59,6 +60,7 @@ class _HeadLoss(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
+            None,
             None,
         )
 

@@ -56,7 +56,8 @@ class Rebuild(torch.autograd.graph.saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> Any:
         found = self._recipes.get(tensor.untyped_storage().data_ptr())
         if found is None:
-            return tensor
+            # Detached: a node that saved its own output would hold itself, and live on if its backward never runs.
+            return tensor.detach()
         _, recipe, index = found
         recipe.users += 1
         return recipe, index, tensor.size(), tensor.stride(), tensor.storage_offset()

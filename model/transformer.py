@@ -89,10 +89,11 @@ class Transformer(nn.Module):
         )
         self._table: Tensor | None = None
 
-    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Output:
+    def forward(self, tokens: Tensor, valid: Tensor | None = None, mtp: bool = True) -> Output:
         """tokens `[B, S+1+D]` int64: position i predicts token i+1, MTP depth k token i+1+k.
 
-        valid `[B]` bool, False for sequences that are padding and count for nothing.
+        valid `[B]` bool, False for sequences that are padding and count for nothing. `mtp` False leaves the MTP modules
+        out, for evaluation.
         """
         depth = len(self.mtp)
         length = tokens.shape[1] - 1 - depth
@@ -105,7 +106,7 @@ class Transformer(nn.Module):
         hidden = self.norm(x, Keep())
         loss = self._head_loss(hidden, targets[:, 1 : length + 1])
         mtp_losses = []
-        for k, module in enumerate(self.mtp, start=1):
+        for k, module in enumerate(self.mtp if mtp else (), start=1):
             assert isinstance(module, MTPModule)
             x = module.join(hidden, F.embedding(tokens[:, k : length + k], self.embedding))
             x, routing = module.block(x, self._turns(length, x.device), valid)
@@ -142,7 +143,8 @@ class Transformer(nn.Module):
     def _turns(self, length: int, device: torch.device) -> Tensor:
         """Rotary factors of the first `length` positions, made at the first use and kept."""
         if self._table is None or self._table.shape[0] < length or self._table.device != device:
-            self._table = rotary_turns(self.config, length, device)
+            with torch.inference_mode(False):  # a table made while sampling must serve training later
+                self._table = rotary_turns(self.config, length, device)
         return self._table[:length]
 
     def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:

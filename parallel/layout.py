@@ -44,8 +44,9 @@ class Layout:
             sizes = f"{below} or {above}" if below else f"{above}"
             degrees = [ep for ep in range(1, self.ep + 1) if self.world_size % (self.pp * ep) == 0]
             also = f", or parallel.ep {degrees[-1]}" if degrees else ""
+            ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
             raise UsageError(
-                f"{self.world_size} ranks cannot be laid out as pp {self.pp} x ep {self.ep}: "
+                f"{ranks} cannot be laid out as pp {self.pp} x ep {self.ep}: "
                 f"the number of ranks must be a multiple of {unit}; nearest that work: {sizes} ranks{also}"
             )
 
@@ -60,8 +61,9 @@ class Layout:
                     f"nearest that work: dp {' or '.join(map(str, near))}"
                 )
             if pp * dp != world_size:
+                there_are = "there is 1" if world_size == 1 else f"there are {world_size}"
                 raise UsageError(
-                    f"parallel.pp {pp} x parallel.dp {dp} needs {pp * dp} ranks, but there are {world_size}: "
+                    f"parallel.pp {pp} x parallel.dp {dp} needs {pp * dp} ranks, but {there_are}: "
                     f"start {pp * dp} ranks, or set parallel.dp to auto"
                 )
         return cls(world_size, pp, ep, gpus_per_node)

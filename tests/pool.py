@@ -44,7 +44,7 @@ import cloudpickle
 POOL_SIZE = 8
 START_TIMEOUT = 120.0  # seconds; a start takes 3 on two idle cores, forking anew half of one
 GRACE = 5.0  # seconds for the others after the first rank has failed
-TESTS = str(Path(__file__).parent) + os.sep
+TESTS = os.path.dirname(os.path.realpath(__file__)) + os.sep
 
 # What workers use, imported once before the fork: torch.optim imports torch._dynamo, a second for each process.
 PRELOAD = (
@@ -53,6 +53,7 @@ PRELOAD = (
     "torch.distributed.tensor",
     "torch.utils.checkpoint",
     "pydantic",
+    "pytest",  # rewritten asserts refer to it
     "yaml",
 )
 
@@ -248,7 +249,8 @@ def _dumps_by_value(function: Callable[..., Any], args: tuple[Any, ...]) -> byte
 
 def _is_test_file(module: ModuleType) -> bool:
     file = getattr(module, "__file__", None) or ""
-    return file.startswith(TESTS) and module.__name__ != __name__
+    inside = "tests" in file and os.path.realpath(file).startswith(TESTS)
+    return inside and module.__name__ != __name__
 
 
 # Below: what runs in the other processes.

@@ -161,7 +161,7 @@ def test_the_graph_can_be_cut_at_the_ticket(pool: Pool) -> None:
             finish("combine")  # goes on through the experts to the dispatch, which it launches
             finish("dispatch")
         found = {"out": out.detach(), "x": x.grad, "weights": weights.grad, "up": up.grad, "down": down.grad}
-        _assert_equal_bits(found, expected)  # type: ignore[arg-type]
+        _assert_equal_bits(found, expected)
         return [name for name, _ in events]
 
     halves = ["launch", "between the halves of combine", "wait"]

@@ -23,6 +23,7 @@ def random_config(seed: int, **fixed: Any) -> ModelConfig:
     groups = draw.choice([1, 2, 4])
     group_size = draw.choice([2, 3, 4])
     topk_group = draw.randint(1, groups)
+    top_k = draw.randint(1, group_size * topk_group)
     layers = draw.randint(2, 3)
     values: dict[str, Any] = {
         "vocab_size": draw.randint(50, 90),
@@ -39,10 +40,11 @@ def random_config(seed: int, **fixed: Any) -> ModelConfig:
         "v_head_dim": draw.randint(3, 20),
         "n_routed_experts": groups * group_size,
         "n_shared_experts": draw.randint(1, 3),
-        "num_experts_per_tok": draw.randint(1, group_size * topk_group),
+        "num_experts_per_tok": top_k,
         "n_group": groups,
         "topk_group": topk_group,
-        "norm_topk_prob": draw.random() < 0.7,
+        # A single gate weight, normalised, is constant: its gradient is zero and all that is left is rounding.
+        "norm_topk_prob": top_k > 1 and draw.random() < 0.7,
         "routed_scaling_factor": draw.choice([1.0, 2.5]),
         "num_nextn_predict_layers": 0,
         "max_position_embeddings": 1024,
@@ -88,13 +90,19 @@ def build(
     recompute: RecomputePolicy = "none",
     experts: Sequence[int] | None = None,
     kernels: Kernels | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Transformer:
-    """A model on this process alone with random weights, gains and router biases that depend on the seed only."""
+    """A model on this process alone with random weights, gains and router biases that depend on the seed only.
+
+    The biases are FP32 whatever the weights' `dtype`.
+    """
     dispatcher = FlatDispatcher(None, config.n_routed_experts)
     model = Transformer(config, dispatcher, experts or range(config.n_routed_experts), recompute, kernels)
     with torch.no_grad():
         for name, tensor in (global_tensors(model) | router_biases(model)).items():
             tensor.copy_(_random_tensor(name, tensor.shape, seed))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -110,9 +118,7 @@ def _random_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 def global_tensors(model: Transformer) -> dict[str, Tensor]:
     """The parameters' values by global name, as views."""
-    return {
-        name: tensor for item in placements(model) for name, tensor in zip(item.names, item.tensors(), strict=True)
-    }
+    return {name: tensor for item in placements(model) for name, tensor in zip(item.names, item.tensors(), strict=True)}
 
 
 def global_gradients(model: Transformer) -> dict[str, Tensor]:

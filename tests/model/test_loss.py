@@ -16,7 +16,9 @@ from counterflow.model.loss import IGNORED, cross_entropy_sum
 from counterflow.tests.model.small import relative_error
 
 
-def inputs(tokens: int = 37, hidden: int = 24, vocabulary: int = 101, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(
+    tokens: int = 37, hidden: int = 24, vocabulary: int = 101, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """Hidden states, head weights (logits of order 5) and labels, some of them ignored."""
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, hidden, generator=generator)

@@ -47,7 +47,9 @@ def test_losses_counts_and_gradients_equal_the_reference(config: ModelConfig) ->
     expected = reference.run(config, weights, tokens, valid.tolist())
     output = model(tokens, valid)
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
-    assert [loss.item() for loss in output.mtp_losses] == pytest.approx([x.item() for x in expected.mtp_losses], rel=1e-6)
+    assert [loss.item() for loss in output.mtp_losses] == pytest.approx(
+        [x.item() for x in expected.mtp_losses], rel=1e-6
+    )
     assert output.balance.item() == pytest.approx(expected.balance.item(), rel=1e-6)
     assert output.counts.tolist() == expected.counts
 
@@ -65,9 +67,7 @@ def test_embedding_and_head_get_the_sum_of_the_gradients_of_all_their_uses() -> 
     config = small_config(num_nextn_predict_layers=2)
     model, tokens = build(config), random_tokens(config, 2, 9)
     weights = weights_of(model)
-    uses = {
-        name: [name, f"{name}@1", f"{name}@2"] for name in ("embedding", "head")
-    }
+    uses = {name: [name, f"{name}@1", f"{name}@2"] for name in ("embedding", "head")}
     for name, copies in uses.items():
         weights |= {copy: weights[name].detach().clone().requires_grad_() for copy in copies}
     reference_loss(reference.run(config, weights, tokens, [True, True]), balance_weight=0.0).backward()
@@ -186,3 +186,33 @@ def test_evaluating_first_does_not_disturb_training() -> None:
     gradients = global_gradients(model)
     for name, gradient in global_gradients(fresh).items():
         assert torch.equal(gradients[name], gradient), name
+
+
+def test_rows_of_the_counts_are_the_routers_in_order() -> None:
+    config = small_config(num_nextn_predict_layers=2)
+    model, tokens = build(config), random_tokens(config, 2, 10)
+    for expert, router in enumerate(model.routers()):
+        router.bias[expert] = 100.0  # every token wants it
+    counts = model(tokens).counts
+    assert counts.shape == (4, config.n_routed_experts)
+    assert counts.diagonal().tolist() == [20, 20, 20, 20]
+    assert counts.sum(1).tolist() == [20 * config.num_experts_per_tok] * 4
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_bf16_weights_and_activations_give_nearly_the_same_losses_and_gradients(depth: int) -> None:
+    # One group and all experts: a token whose choice flips by rounding would hide everything else.
+    config = small_config(num_nextn_predict_layers=depth, n_group=1, topk_group=1, num_experts_per_tok=8)
+    tokens = random_tokens(config, 2, 140)
+    exact, model = build(config), build(config, dtype=torch.bfloat16)
+    expected, output = exact(tokens), model(tokens)
+    assert output.loss.dtype == output.balance.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=0.005)
+    assert [x.item() for x in output.mtp_losses] == pytest.approx([x.item() for x in expected.mtp_losses], rel=0.005)
+    total_loss(expected).backward()
+    total_loss(output).backward()
+    gradients = global_gradients(model)
+    for name, gradient in global_gradients(exact).items():
+        assert gradients[name].dtype == torch.bfloat16
+        print(f"{name}: {relative_error(gradients[name], gradient):.3f}")
+        assert relative_error(gradients[name], gradient) < 0.06, name

@@ -56,9 +56,7 @@ def test_a_grid_may_be_any_part_of_the_world(pool: Pool) -> None:
     layout = Layout(4, 1, 2)
     for global_rank, found in enumerate(pool.run(_two_grids, 8)):
         offset, rank = global_rank % 2, global_rank // 2
-        groups = {
-            name: [2 * member + offset for member in members] for name, members in expected(layout, rank).items()
-        }
+        groups = {name: [2 * member + offset for member in members] for name, members in expected(layout, rank).items()}
         assert found == {"rank": rank, "coordinates": layout.coordinates(rank), **groups}
 
 

@@ -238,5 +238,3 @@ def _views(worker: Worker) -> bool:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_what_is_written_to_the_state_is_what_training_goes_on_with(pool: Pool, world: int) -> None:
     assert pool.run(_views, world) == [True] * world
-
-

@@ -19,13 +19,13 @@ from counterflow.data.open import Data, open_data
 from counterflow.launcher.config import Config
 from counterflow.launcher.load import load_config
 from counterflow.launcher.trainer import Trainer
-from counterflow.model.config import ModelConfig
 from counterflow.model.naming import placements
-from counterflow.model.router import Router, Routing
+from counterflow.model.router import Router
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
-from counterflow.tests.pool import Worker
+from counterflow.tests.pool import Pool, Worker
 
+NUMBERS = ("loss", "loss_mtp", "loss_balance", "grad_norm")
 # World size and ep of every layout with ep 1, 2, 4 x edp 1, 2; the first is a single process.
 LAYOUTS = [(1, 1), (2, 2), (4, 4), (2, 1), (4, 2), (8, 4)]
 
@@ -42,15 +42,15 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def tiny(text: Path, *overrides: str) -> Config:
-    """The `tiny` model, in FP32 throughout, on the text of `write_text`; 20 steps of 8 sequences of 16 tokens.
+def settings(text: Path) -> list[str]:
+    """What the tests set on top of `tiny`: FP32 throughout, on the text of `write_text`, 8 sequences of 16 tokens.
 
     Routing is a decision: two numbers that differ by less than the rounding of a layout's sums may come out either
     way, and everything differs from there on. So experts are spread wider than a real run's (larger initial weights)
     and kept in use (faster bias), and the moments are FP32: rounding them to BF16 turns a difference in the last bit
     of FP32 into one in the last bit of BF16 now and then, 65,536 times as large.
     """
-    keys = [
+    return [
         "data.source=folder",
         f"data.path={text}",
         f"data.cache_dir={text.parent / 'cache'}",
@@ -61,7 +61,11 @@ def tiny(text: Path, *overrides: str) -> Config:
         "optim.moments=fp32",
         "train.bias_update_speed=0.02",
     ]
-    return load_config("tiny", [*keys, *overrides])
+
+
+def tiny(text: Path, *overrides: str) -> Config:
+    """The `tiny` configuration with these settings."""
+    return load_config("tiny", [*settings(text), *overrides])
 
 
 def open_text(config: Config) -> Data:
@@ -78,41 +82,54 @@ def make_trainer(config: Config, world_size: int, ep: int, ranks: Sequence[int] 
 
 @dataclass
 class Curve:
-    """What one rank saw of a run: per step, numbers that all ranks know, and its final weights by global name."""
+    """What one rank saw of a run, step by step, and what it held at the end."""
 
     numbers: list[dict[str, float]] = field(default_factory=list)
-    """loss, loss_mtp, loss_balance, grad_norm"""
+    """loss, loss_mtp, loss_balance and grad_norm of each step."""
     counts: list[Tensor] = field(default_factory=list)
-    """`[L, E]` tokens each expert was sent, of all ranks together."""
+    """`[L, E]` tokens each expert was sent in the step, by all ranks together."""
     biases: list[Tensor] = field(default_factory=list)
-    """`[L, E]` after the step."""
-    validation_loss: float = 0.0
+    """`[L, E]` router biases after the step."""
     closest_choice: float = float("inf")
-    """Smallest difference between a score that was chosen and one that was not, of this rank's tokens."""
+    """Smallest difference between a routing score that was chosen and one that was not, over this rank's tokens."""
+    validation_loss: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)
-    seconds: float = 0.0
+    """The global tensors that this rank's parameters hold at the end."""
 
 
-def run_steps(trainer: Trainer, steps: int) -> Curve:
-    """Train `steps` steps, evaluate, and tell; counts are taken from the model, not from what the trainer sums."""
-    curve, counts = Curve(), torch.zeros(0)
+def train(
+    worker: Worker, config: Config, ep: int, steps: int, save_at: dict[int, Path] | None = None, resume: str = ""
+) -> Curve:
+    """For `pool.run`: train until step `steps`, from the start or from a checkpoint, saving into folders by step."""
+    trainer = make_trainer(config, worker.world_size, ep)
+    if resume:
+        trainer.restore(Path(resume))
+    return run_steps(trainer, steps, save_at or {})
+
+
+def run_steps(trainer: Trainer, steps: int, save_at: dict[int, Path]) -> Curve:
+    """Train until step `steps` and evaluate. Counts are taken from the model, not from what the trainer sums."""
+    curve, counts = Curve(), no_counts(trainer)
 
     def add_counts(_module: Any, _given: Any, output: Any) -> None:
         nonlocal counts
         counts = counts + output.counts
 
-    def note_margin(router: Any, given: Any, routing: Any) -> None:
+    def note_choice(router: Any, given: Any, _routing: Any) -> None:
         curve.closest_choice = min(curve.closest_choice, closest_choice(router, given[0]))
 
+    routers = trainer.model.routers()
     handles = [trainer.model.register_forward_hook(add_counts)]
-    handles += [router.register_forward_hook(note_margin) for router in trainer.model.routers()]
-    for _ in range(steps):
-        counts = torch.zeros(len(trainer.model.routers()), trainer.config.model.n_routed_experts, dtype=torch.int64)
+    handles += [router.register_forward_hook(note_choice) for router in routers]
+    while trainer.progress.step < steps:
+        counts = no_counts(trainer)
         metrics = trainer.step()
         dist.all_reduce(counts, group=trainer.groups.dp)
-        curve.numbers.append({name: getattr(metrics, name) for name in ("loss", "loss_mtp", "loss_balance", "grad_norm")})
+        curve.numbers.append({name: getattr(metrics, name) for name in NUMBERS})
         curve.counts.append(counts)
-        curve.biases.append(torch.stack([router.bias for router in trainer.model.routers()]))
+        curve.biases.append(torch.stack([router.bias for router in routers]))
+        if metrics.step in save_at:
+            trainer.save(save_at[metrics.step])
     for handle in handles:
         handle.remove()
     curve.validation_loss = trainer.evaluate()
@@ -121,17 +138,22 @@ def run_steps(trainer: Trainer, steps: int) -> Curve:
     return curve
 
 
+def no_counts(trainer: Trainer) -> Tensor:
+    """Zeros `[L, E]`. A function of its own: cloudpickle takes `config` beside `dist` for torch.distributed.config."""
+    return torch.zeros(len(trainer.model.routers()), trainer.config.model.n_routed_experts, dtype=torch.int64)
+
+
 def parameters(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of the global tensors that this rank's parameters hold, by name."""
     placed = placements(trainer.model)
     return {name: t.clone() for item in placed for name, t in zip(item.names, item.tensors(), strict=True)}
 
 
-@torch.no_grad()
 def closest_choice(router: Router, x: Tensor) -> float:
     """How near any of the router's three choices for `x` `[B, S, H]` was to coming out otherwise."""
-    config: ModelConfig = router.config
-    scores = (x.float() @ router.weight.float().t()).sigmoid().flatten(0, 1)
+    config = router.config
+    with torch.no_grad():
+        scores = (x.float() @ router.weight.float().t()).sigmoid().flatten(0, 1)
     biased = (scores + router.bias).unflatten(1, (config.n_group, -1))
     groups = biased.topk(2, -1).values.sum(-1)
     closed = groups < groups.topk(config.topk_group, -1).values[:, -1:]
@@ -146,13 +168,41 @@ def _gap(scores: Tensor, chosen: int) -> float:
     return float((best[:, chosen - 1] - best[:, chosen]).min())
 
 
-def train(worker: Worker, config: Config, ep: int, steps: int) -> Curve:
-    """For `pool.run`: a run of `steps` steps on all ranks."""
-    return run_steps(make_trainer(config, worker.world_size, ep), steps)
+def replicas(ranks: list[Curve]) -> dict[str, list[Tensor]]:
+    """Every global tensor with the copies that the ranks hold of it."""
+    held: dict[str, list[Tensor]] = {}
+    for rank in ranks:
+        for name, tensor in rank.weights.items():
+            held.setdefault(name, []).append(tensor)
+    return held
 
 
 def relative(one: float, other: float) -> float:
+    """Relative difference of two numbers."""
     return abs(one - other) / max(abs(one), abs(other), 1e-30)
 
 
-__all__ = ["LAYOUTS", "Curve", "Routing", "closest_choice", "make_trainer", "parameters", "relative", "run_steps", "tiny"]
+class Runs:
+    """Runs of 20 steps of `tiny`, one a layout, each made when first asked for; a checkpoint of step 10 is kept."""
+
+    def __init__(self, pool: Pool, config: Config, folder: Path) -> None:
+        self.config = config
+        self._pool, self._folder = pool, folder
+        self._curves: dict[tuple[int, int], list[Curve]] = {}
+
+    def curves(self, world_size: int, ep: int) -> list[Curve]:
+        """What each rank saw."""
+        key = world_size, ep
+        if key not in self._curves:
+            save_at = {10: self._folder / f"{world_size}-{ep}"}
+            self._curves[key] = self._pool.run(train, world_size, self.config, ep, 20, save_at)
+        return self._curves[key]
+
+    def checkpoint(self, world_size: int, ep: int) -> Path:
+        """The checkpoint of step 10."""
+        self.curves(world_size, ep)
+        return self._folder / f"{world_size}-{ep}" / "step-10"
+
+    def resumed(self, world_size: int, ep: int, checkpoint: Path) -> list[Curve]:
+        """Steps 11 to 20, gone on with from `checkpoint`."""
+        return self._pool.run(train, world_size, self.config, ep, 20, None, str(checkpoint))

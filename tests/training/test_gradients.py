@@ -1,0 +1,173 @@
+"""Gradients know nothing of the layout, of the split into micro-batches, or of the size of a group."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from counterflow.launcher.config import Config
+from counterflow.launcher.trainer import Trainer, Weights
+from counterflow.model.counts import count_parameters
+from counterflow.model.naming import placements
+from counterflow.tests.pool import Pool, Worker
+from counterflow.tests.training.harness import LAYOUTS, make_trainer, tiny
+
+EVERY = pytest.mark.parametrize(("world", "ep"), LAYOUTS, ids=[f"ep{ep}-edp{w // ep}" for w, ep in LAYOUTS])
+# World size, ep and sequences of a micro-batch: a global batch of 8 sequences is 1 to 8 micro-batches a rank.
+SPLITS = [(1, 1, 4), (1, 1, 8), (2, 1, 1), (4, 4, 2), (4, 2, 1), (8, 4, 1)]
+ALONE = {
+    "next token": Weights(token=1 / 128, mtp=0.0, balance=0.0),
+    "mtp": Weights(token=0.0, mtp=1 / 128, balance=0.0),
+    "balance": Weights(token=0.0, mtp=0.0, balance=1 / 8),
+}
+
+
+def batch_gradients(trainer: Trainer, weights: Weights) -> dict[str, Tensor]:
+    """Gradients of the trainer's next global batch, summed over its ranks: whole tensors this rank's group holds."""
+    trainer.optimizer.zero_gradients()
+    micro_batches, _ = trainer._next_batch()
+    for batch in micro_batches:
+        trainer.forward_backward(batch, weights)
+    trainer.optimizer.reduce_gradients()
+    trainer.close()
+    return {name: gradient.full_tensor().clone() for name, gradient in trainer.optimizer.reduced_gradients().items()}
+
+
+def _gradients_alone(worker: Worker, config: Config, ep: int) -> dict[str, dict[str, Tensor]]:
+    trainer = make_trainer(config, worker.world_size, ep)
+    return {loss: batch_gradients(trainer, weights) for loss, weights in ALONE.items()}
+
+
+def merge(ranks: list[dict[str, dict[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
+    """Of every loss, the global tensors of all ranks together."""
+    return {loss: {name: t for rank in ranks for name, t in rank[loss].items()} for loss in ranks[0]}
+
+
+@pytest.fixture(scope="module")
+def alone(pool: Pool, text: Path) -> dict[str, dict[str, Tensor]]:
+    """Gradients of each loss by itself in a single process, one sequence a micro-batch."""
+    return merge(pool.run(_gradients_alone, 1, tiny(text), 1))
+
+
+@pytest.mark.parametrize(("world", "ep", "micro"), SPLITS)
+def test_gradient_of_each_loss_alone_is_the_same_in_every_layout_and_split(
+    pool: Pool, text: Path, alone: dict[str, dict[str, Tensor]], world: int, ep: int, micro: int
+) -> None:
+    config = tiny(text, f"batch.micro_sequences={micro}")
+    found = merge(pool.run(_gradients_alone, world, config, ep))
+    for loss, expected in alone.items():
+        assert found[loss].keys() == expected.keys()
+        for name, gradient in expected.items():
+            scale = float(gradient.abs().max())
+            assert float((found[loss][name] - gradient).abs().max()) <= 1e-5 * scale, (loss, name)
+
+
+def test_each_loss_reaches_what_it_should(alone: dict[str, dict[str, Tensor]]) -> None:
+    """So that the comparison above is not one of zeros."""
+    reached = {loss: {name for name, g in gradients.items() if g.abs().max() > 0} for loss, gradients in alone.items()}
+    everything = set(alone["mtp"])
+    of_mtp = {name for name in everything if name.startswith("mtp.")}
+    # The last norm and what follows routing in the last block are out of the balance loss's reach.
+    assert reached["mtp"] == everything
+    assert reached["next token"] == everything - of_mtp
+    routers = {name for name in everything if name.endswith(".gate")}
+    assert len(routers) == 3
+    assert routers <= reached["balance"]
+    assert "head" not in reached["balance"]
+    assert {"layers.0.attention.q_up", "embedding"} <= reached["balance"]
+
+
+def _ones(worker: Worker, config: Config, ep: int) -> float:
+    trainer = make_trainer(config, worker.world_size, ep)
+    trainer.optimizer.zero_gradients()
+    layout = trainer.groups.layout
+    for name, parameter in trainer.model.named_parameters():
+        copies = layout.edp if ".experts." in name else layout.dp
+        (parameter / copies).sum().backward()
+    return trainer.optimizer.reduce_gradients()
+
+
+@EVERY
+def test_gradients_of_one_have_the_norm_of_the_parameter_count(pool: Pool, text: Path, world: int, ep: int) -> None:
+    config = tiny(text)
+    counts = count_parameters(config.model)
+    total = counts.total + counts.mtp_module * config.model.num_nextn_predict_layers
+    for norm in pool.run(_ones, world, config, ep):
+        assert norm == pytest.approx(math.sqrt(total), rel=1e-12)
+
+
+def _accumulated_and_plain(worker: Worker, config: Config) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """After one and after two micro-batches: what the optimizer holds, and the sum of plain autograd's gradients."""
+    trainer = make_trainer(config, 1, 1)
+    trainer.optimizer.zero_gradients()
+    named = dict(trainer.model.named_parameters())
+    plain = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+    found = []
+    micro_batches, _ = trainer._next_batch()
+    for batch in micro_batches[:2]:
+        out = trainer.model(batch.tokens, batch.valid)
+        gradients = torch.autograd.grad(out.loss + out.balance + out.mtp_losses[0], list(named.values()))
+        for total, gradient in zip(plain.values(), gradients, strict=True):
+            total += gradient
+        trainer.forward_backward(batch, Weights(1.0, 1.0, 1.0))
+        found.append((by_parameter(trainer), {name: total.flatten().clone() for name, total in plain.items()}))
+    trainer.close()
+    return found
+
+
+def by_parameter(trainer: Trainer) -> dict[str, Tensor]:
+    """The accumulated gradients, flat, by the names of this rank's own parameters."""
+    held = trainer.optimizer.gradients()
+    placed = zip(trainer.model.named_parameters(), placements(trainer.model), strict=True)
+    return {name: torch.cat([held[part].flatten() for part in item.names]) for (name, _), item in placed}
+
+
+def test_groups_of_one_change_nothing(pool: Pool, text: Path) -> None:
+    for accumulated, plain in pool.run(_accumulated_and_plain, 1, tiny(text))[0]:
+        assert accumulated.keys() == plain.keys()
+        assert [name for name in plain if not torch.equal(accumulated[name], plain[name])] == []
+
+
+def _step_and_formula(worker: Worker, config: Config) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of `Trainer.step`, and of the loss written down as V3 does, of the whole global batch at once."""
+    trainer = make_trainer(config, 1, 1)
+    batches, _ = trainer._next_batch()
+    trainer.close()
+    tokens = torch.cat([batch.tokens for batch in batches])
+    out = trainer.model(tokens)
+    positions = 8 * config.batch.sequence_length
+    loss = out.loss / positions
+    for mtp_loss in out.mtp_losses:
+        loss = loss + 0.3 / len(out.mtp_losses) * mtp_loss / positions
+    loss = loss + 0.01 * out.balance / 8
+    named = dict(trainer.model.named_parameters())
+    formula = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    metrics = trainer.step()
+    trainer.close()
+    assert metrics.loss_mtp is not None
+    return metrics.loss_mtp, by_parameter(trainer), {name: gradient.flatten() for name, gradient in formula.items()}
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_step_has_the_gradient_of_the_formula(pool: Pool, text: Path, depth: int) -> None:
+    overrides = ("train.balance_loss=0.01", "train.mtp_weight=0.3", f"model.num_nextn_predict_layers={depth}")
+    mtp_loss, stepped, formula = pool.run(_step_and_formula, 1, tiny(text, *overrides))[0]
+    assert mtp_loss == pytest.approx(math.log(320), rel=0.05), "a mean over depths and tokens"
+    for name, expected in formula.items():
+        assert (stepped[name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+def _weighted(worker: Worker, config: Config, mtp: float) -> dict[str, Tensor]:
+    return batch_gradients(make_trainer(config, 1, 1), Weights(1 / 128, mtp / 128, 0.0))
+
+
+def test_mtp_weight_scales_its_gradient_linearly(pool: Pool, text: Path, alone: dict[str, dict[str, Tensor]]) -> None:
+    for weight in (0.1, 0.3):
+        found = pool.run(_weighted, 1, tiny(text), weight)[0]
+        for name, gradient in found.items():
+            expected = alone["next token"][name] + weight * alone["mtp"][name]
+            assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max(), name

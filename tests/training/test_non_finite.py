@@ -1,0 +1,207 @@
+"""A planted NaN is named in the step it appears: rank, layer and tensor. No weight moves, and training can go on.
+
+Ranks 0 to 3 as ep 2 x edp 2, two micro-batches each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from counterflow.launcher.config import Config
+from counterflow.launcher.diagnose import NonFiniteError
+from counterflow.launcher.trainer import Trainer
+from counterflow.model.naming import placements
+from counterflow.model.router import Routing
+from counterflow.tests.pool import Pool, Worker
+from counterflow.tests.training.harness import make_trainer, parameters, tiny
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One number of a module's output, or of its gradient, made not finite on one rank in one micro-batch."""
+
+    rank: int
+    module: str
+    backward: bool
+    micro_batch: int = 0
+    value: float = float("nan")
+
+    @property
+    def named(self) -> str:
+        direction = "backward" if self.backward else "forward"
+        what = f"gradient of the output of {self.module}" if self.backward else f"output of {self.module}"
+        return f"rank {self.rank}, micro-batch {self.micro_batch}, {direction}, {what}: 1 of "
+
+
+PHASES = ["layers.0.attention", "layers.1.mlp.gate", "layers.2.mlp.experts", "layers.1.mlp.shared", "layers.2", "mtp.0"]
+PLANTS = [
+    *(Plant(rank % 4, phase, backward) for backward in (False, True) for rank, phase in enumerate(PHASES[:5])),
+    Plant(3, "mtp.0.block.mlp.experts", False, micro_batch=1),
+    Plant(2, "mtp.0.block.attention", True, micro_batch=1),
+    Plant(1, "norm", False, value=float("inf")),
+    Plant(2, "layers.0", True, value=float("-inf")),
+]
+WEIGHTS = {1: "layers.1.mlp.experts.5.w2", 2: "layers.2.mlp.experts.3.w3", 3: "layers.1.attention.kv_up", 0: "head"}
+
+
+def spoil(tensor: Tensor, value: float) -> Tensor:
+    """A copy with one number replaced."""
+    spoilt = tensor.clone()
+    spoilt.view(-1)[spoilt.numel() // 2] = value
+    return spoilt
+
+
+@contextmanager
+def planted(trainer: Trainer, plant: Plant) -> Iterator[None]:
+    """While open, the module's output is spoilt. The step is looked at again when it fails, so it happens again."""
+    module = dict(trainer.model.named_modules())[plant.module]
+    calls = 0
+
+    def spoil_part(tensor: Tensor) -> Tensor:
+        if not plant.backward:
+            return spoil(tensor, plant.value)
+        tensor = tensor.clone()  # a view of its own in the graph, whose gradient nobody else sees
+        tensor.register_hook(lambda gradient: spoil(gradient, plant.value))
+        return tensor
+
+    def hook(_module: Any, _given: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if (calls - 1) % 2 != plant.micro_batch:
+            return output
+        if isinstance(output, Routing):
+            return replace(output, weights=spoil_part(output.weights))
+        if isinstance(output, tuple):
+            return (spoil_part(output[0]), *output[1:])
+        return spoil_part(output)
+
+    handle = module.register_forward_hook(hook) if trainer.groups.rank == plant.rank else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    state = {name: tensor.to_local().clone() for name, tensor in trainer._state().items()}
+    return state | {f"published {name}": tensor for name, tensor in parameters(trainer).items()}
+
+
+def changed(trainer: Trainer, before: dict[str, Tensor]) -> list[str]:
+    return [name for name, tensor in state_of(trainer).items() if not torch.equal(tensor, before[name])]
+
+
+def failure_of(trainer: Trainer) -> str:
+    """What the next step says, and that it left everything as it was."""
+    before, progress = state_of(trainer), trainer.progress
+    try:
+        trainer.step()
+    except NonFiniteError as error:
+        assert changed(trainer, before) == []
+        assert trainer.progress == progress
+        return str(error)
+    return "the step did not fail"
+
+
+def _messages(worker: Worker, config: Config, plants: list[Plant]) -> list[str]:
+    """What every plant leads to, one after the other in one trainer, which trains on in between."""
+    trainer = make_trainer(config, 4, 2)
+    messages = []
+    for plant in plants:
+        with planted(trainer, plant):
+            messages.append(failure_of(trainer))
+    trainer.step()
+    trainer.close()
+    return messages
+
+
+@pytest.fixture(scope="module")
+def messages(pool: Pool, text: Path) -> list[list[str]]:
+    return pool.run(_messages, 4, tiny(text), PLANTS)
+
+
+@pytest.mark.parametrize("number", range(len(PLANTS)), ids=lambda number: PLANTS[number].named.split(":")[0])
+def test_planted_number_is_named_with_rank_micro_batch_phase_and_tensor(messages: list[list[str]], number: int) -> None:
+    plant = PLANTS[number]
+    everywhere = {rank[number] for rank in messages}
+    assert len(everywhere) == 1, "all ranks stop with the same words"
+    (said,) = everywhere
+    assert said.startswith(f"step 1 is not finite: {plant.named}")
+    assert ("infinite" if abs(plant.value) == float("inf") else "NaN") in said
+    assert said.endswith("; no weight was changed by this step")
+
+
+def _bad_weights(worker: Worker, config: Config) -> list[str]:
+    trainer = make_trainer(config, 4, 2)
+    messages = []
+    for rank, name in WEIGHTS.items():
+        names = dict(_tensors(trainer))
+        good = names[name].clone() if name in names else None
+        if trainer.groups.rank == rank:
+            names[name][0, 0] = float("nan")
+        try:
+            trainer.step()
+        except NonFiniteError as error:
+            messages.append(str(error))
+        if good is not None:
+            names[name].copy_(good)
+    trainer.step()
+    trainer.close()
+    return messages
+
+
+def _tensors(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
+    for item in placements(trainer.model):
+        yield from zip(item.names, item.tensors(), strict=True)
+
+
+def test_a_weight_that_is_nan_is_named_by_its_global_name(pool: Pool, text: Path) -> None:
+    for said in pool.run(_bad_weights, 4, tiny(text)):
+        assert [message.split(": 1 of")[0] for message in said] == [
+            f"step 1 is not finite: rank {rank}, weight {name}" for rank, name in WEIGHTS.items()
+        ]
+
+
+def _bad_leaf_gradient(worker: Worker, config: Config) -> str:
+    """The gradient of a weight alone is spoilt: no module's input or output shows it."""
+    trainer = make_trainer(config, 2, 1)
+    weight = dict(trainer.model.named_parameters())["layers.1.attention.out.weight"]
+    if worker.rank == 1:
+        weight.register_hook(lambda gradient: spoil(gradient, float("nan")))
+    said = failure_of(trainer)
+    trainer.close()
+    return said
+
+
+def test_a_gradient_that_only_a_weight_has_is_named(pool: Pool, text: Path) -> None:
+    for said in pool.run(_bad_leaf_gradient, 2, tiny(text)):
+        assert said.startswith("step 1 is not finite: rank 1, gradient of layers.1.attention.out: ")
+
+
+def _once(worker: Worker, config: Config) -> str:
+    """A fault that does not come again, as of memory or of a network."""
+    trainer = make_trainer(config, 1, 1)
+    calls: list[int] = []
+
+    def hook(_module: Any, _given: Any, output: Tensor) -> Tensor:
+        calls.append(1)
+        return spoil(output, float("nan")) if len(calls) == 1 else output
+
+    trainer.model.norm.register_forward_hook(hook)
+    said = failure_of(trainer)
+    trainer.close()
+    return said
+
+
+def test_a_fault_that_does_not_come_again_is_told_apart(pool: Pool, text: Path) -> None:
+    (said,) = pool.run(_once, 1, tiny(text))
+    assert "running it again was finite, so the fault is not in data or weights" in said
