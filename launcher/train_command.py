@@ -87,12 +87,12 @@ def _train(flight: Flight, process: Process, as_json: bool) -> int:
     config = flight.config
     if flight.complete:
         heading = "already complete: raise train.steps to go on, or start again with --fresh"
-        summary = summarise(flight)
     else:
         heading = "done"
         groups = Groups.create(flight.layout, process.device.type, timeout=config.parallel.timeout)
-        summary = run_training(flight, groups, process.device)
+        run_training(flight, groups, process.device)
     if process.rank == 0:
+        summary = summarise(flight)
         Progress(config.log, config.run.name, flight.total_steps).show_rows(heading, summary.rows())
         if as_json:
             print(summary.model_dump_json(), flush=True)

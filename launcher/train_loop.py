@@ -6,14 +6,16 @@ import logging
 from contextlib import ExitStack
 
 import torch
+import torch.distributed as dist
 
 from ..model.counts import FLOP_CONVENTION, count_parameters
 from ..parallel.groups import Groups
 from ..parallel.picture import draw_layout
 from ..report.hardware import Peak, peak_tflops
-from ..report.metrics import MetricsWriter, StepMetrics, read_metrics
+from ..report.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
 from ..report.progress import Progress as ProgressDisplay
 from ..report.summary import RunSummary, describe_run
+from ..settings import UsageError
 from .build import DTYPES
 from .config import Config
 from .preflight import Flight
@@ -22,9 +24,10 @@ from .trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def run_training(flight: Flight, groups: Groups, device: torch.device) -> RunSummary:
+def run_training(flight: Flight, groups: Groups, device: torch.device) -> None:
     """Train from the flight's checkpoint, or from the start, to its last step."""
     config, data = flight.config, flight.data
+    _check_same_text(data.digest, groups)
     peak = _peak(config, device)
     trainer = Trainer(config, groups, device, data, peak)
     if flight.checkpoint is not None:
@@ -46,12 +49,25 @@ def run_training(flight: Flight, groups: Groups, device: torch.device) -> RunSum
             if last or step % config.checkpoint.every == 0:
                 path = trainer.save(flight.run_dir / "checkpoints")
                 logger.info("checkpoint %s written", path)
-    return summarise(flight)
+
+
+def _check_same_text(digest: str, groups: Groups) -> None:
+    """Raise UsageError if the ranks, on several machines perhaps, do not read the same text."""
+    digests: list[str] = [""] * groups.layout.world_size
+    dist.all_gather_object(digests, digest, group=groups.world)
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
+            raise UsageError(
+                f"rank {rank} reads another text than rank 0 (digest {other[:12]}, not {digests[0][:12]}): "
+                "give every machine the same files, or data.path on a shared disk"
+            )
 
 
 def summarise(flight: Flight) -> RunSummary:
     """The result of a finished run, from what it recorded."""
-    steps = list(read_metrics(flight.run_dir))
+    steps = list(read_metrics(flight.run_dir)) if (flight.run_dir / METRICS_FILE).exists() else []
+    if not steps:
+        raise UsageError(f"{flight.run_dir} has a checkpoint but no {METRICS_FILE}: start again with --fresh")
     rates = sorted(step.tokens_per_second for step in steps)
     validations = [step.validation_loss for step in steps if step.validation_loss is not None]
     return RunSummary(

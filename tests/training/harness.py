@@ -98,12 +98,17 @@ class Curve:
 
 
 def train(
-    worker: Worker, config: Config, ep: int, steps: int, save_at: dict[int, Path] | None = None, resume: str = ""
+    worker: Worker,
+    config: Config,
+    ep: int,
+    steps: int,
+    save_at: dict[int, Path] | None = None,
+    resume: Path | None = None,
 ) -> Curve:
     """For `pool.run`: train until step `steps`, from the start or from a checkpoint, saving into folders by step."""
     trainer = make_trainer(config, worker.world_size, ep)
-    if resume:
-        trainer.restore(Path(resume))
+    if resume is not None:
+        trainer.restore(resume)
     return run_steps(trainer, steps, save_at or {})
 
 
@@ -203,6 +208,6 @@ class Runs:
         self.curves(world_size, ep)
         return self._folder / f"{world_size}-{ep}" / "step-10"
 
-    def resumed(self, world_size: int, ep: int, checkpoint: Path) -> list[Curve]:
-        """Steps 11 to 20, gone on with from `checkpoint`."""
-        return self._pool.run(train, world_size, self.config, ep, 20, None, str(checkpoint))
+    def resumed(self, world_size: int, ep: int, checkpoint: Path, steps: int = 20) -> list[Curve]:
+        """Step 11 to `steps`, gone on with from `checkpoint`."""
+        return self._pool.run(train, world_size, self.config, ep, steps, None, checkpoint)

@@ -35,12 +35,11 @@ def test_in_another_layout_the_run_goes_on_within_rounding(
     runs: Runs, writer: tuple[int, int], reader: tuple[int, int]
 ) -> None:
     unbroken = runs.curves(*writer)[0]
-    for found in runs.resumed(*reader, runs.checkpoint(*writer)):
-        for one, other in zip(found.numbers, unbroken.numbers[10:], strict=True):
+    for found in runs.resumed(*reader, runs.checkpoint(*writer), steps=15):
+        for one, other in zip(found.numbers, unbroken.numbers[10:15], strict=True):
             assert all(relative(one[number], other[number]) < 1e-5 for number in NUMBERS)
-        assert relative(found.validation_loss, unbroken.validation_loss) < 1e-5
-        assert torch.equal(torch.stack(found.counts), torch.stack(unbroken.counts[10:]))
-        assert torch.equal(torch.stack(found.biases), torch.stack(unbroken.biases[10:]))
+        assert torch.equal(torch.stack(found.counts), torch.stack(unbroken.counts[10:15]))
+        assert torch.equal(torch.stack(found.biases), torch.stack(unbroken.biases[10:15]))
 
 
 def _written_again(worker: Worker, config: Config, ep: int, path: Path, folder: Path) -> dict[str, int]:
@@ -91,5 +90,3 @@ def _optimizer_steps(worker: Worker, config: Config, path: Path) -> tuple[int, i
     trainer.step()
     trainer.close()
     return before, trainer.optimizer.steps
-
-
