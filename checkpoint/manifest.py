@@ -112,11 +112,11 @@ def read_manifest(path: Path) -> Manifest:
 
 def check_same_model(manifest: Manifest, model: dict[str, Any], path: Path) -> None:
     """Raise UsageError, with every difference, if the checkpoint was written by a model of another architecture."""
-    keys = sorted((manifest.model.keys() | model.keys()) - FREE_MODEL_KEYS)
+    written = manifest.model
     differences = [
-        f"  model.{key}: {json.dumps(manifest.model.get(key))} in the checkpoint, {json.dumps(model.get(key))} in the config"
-        for key in keys
-        if manifest.model.get(key) != model.get(key)
+        f"  model.{key}: {json.dumps(written.get(key))} in the checkpoint, {json.dumps(model.get(key))} in the config"
+        for key in sorted((written.keys() | model.keys()) - FREE_MODEL_KEYS)
+        if written.get(key) != model.get(key)
     ]
     if differences:
         raise UsageError(

@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite; the message names where it began. No weight was changed."""
+    """A loss or gradient is NaN or infinite; the message names where it began. No weight was changed.
 
-    def __init__(self, step: int, where: str) -> None:
+    Every rank raises it. `elsewhere` is True where another rank is to blame, so that the launcher reports that one.
+    """
+
+    def __init__(self, step: int, where: str, elsewhere: bool = False) -> None:
         super().__init__(f"step {step} is not finite: {where}; no weight was changed by this step")
+        self.elsewhere = elsewhere
 
 
 class Finding(NamedTuple):
@@ -40,16 +44,25 @@ class Finding(NamedTuple):
 
 
 @torch.no_grad()
-def explain_non_finite(trainer: Trainer, micro_batches: list[Batch], weights: Weights) -> str:
+def explain_non_finite(trainer: Trainer, micro_batches: list[Batch], weights: Weights) -> NonFiniteError:
     """Find the first non-finite tensor on any rank. Every rank calls it with its own micro-batches of the step."""
-    mine = _first_bad_parameter(trainer) or _replay(trainer, micro_batches, weights)
+    step = trainer.progress.step + 1
+    # All ranks look at their weights before any runs the step again, for that takes all of them.
+    found = _gather(trainer, _first_bad_parameter(trainer))
+    if not found:
+        found = _gather(trainer, _replay(trainer, micro_batches, weights))
+    if not found:
+        again = "running it again was finite, so the fault is not in data or weights: suspect memory, device or network"
+        return NonFiniteError(step, again)
+    first = min(found)
+    return NonFiniteError(step, f"rank {first.rank}, {first.what}", elsewhere=first.rank != trainer.groups.rank)
+
+
+def _gather(trainer: Trainer, mine: Finding | None) -> list[Finding]:
+    """What the ranks have found, on every rank."""
     everyone: list[Any] = [None] * trainer.groups.layout.world_size
     dist.all_gather_object(everyone, mine, group=trainer.groups.world)
-    found = [finding for finding in everyone if finding is not None]
-    if not found:
-        return "running it again was finite, so the fault is not in data or weights: suspect memory, device or network"
-    first = min(found)
-    return f"rank {first.rank}, {first.what}"
+    return [finding for finding in everyone if finding is not None]
 
 
 def _first_bad_parameter(trainer: Trainer) -> Finding | None:

@@ -71,7 +71,9 @@ class FailureRecord:
 
 
 def is_lost_peer(error: BaseException | None) -> bool:
-    """Whether `error`, or what led to it, is a collective that lost its other end."""
+    """Whether `error`, or what led to it, is a collective that lost its other end, or says another rank is to blame."""
+    if getattr(error, "elsewhere", False):
+        return True
     while error is not None:
         if any(base.__name__ == "DistError" for base in type(error).__mro__):
             return True

@@ -29,7 +29,7 @@ from ..report.hardware import Peak, memory_gib
 from ..report.metrics import StepMetrics, max_violation, utilization
 from .build import build_model, build_optimizer, dp_rank
 from .config import Config
-from .diagnose import NonFiniteError, explain_non_finite
+from .diagnose import explain_non_finite
 from .plan_steps import Progress, steps_from
 
 
@@ -82,7 +82,7 @@ class Trainer:
         totals = self._sum(parts)
         norm = self.optimizer.reduce_gradients()
         if not math.isfinite(norm) or not bool(totals.losses.isfinite().all()):  # equal on all ranks: all stop
-            raise NonFiniteError(before.step + 1, explain_non_finite(self, micro_batches, weights))
+            raise explain_non_finite(self, micro_batches, weights)
         self.optimizer.step(lr, norm)
         for router, counts in zip(self.model.routers(), totals.counts, strict=True):
             update_bias(router.bias, counts, speed)

@@ -91,7 +91,7 @@ class Curve:
     biases: list[Tensor] = field(default_factory=list)
     """`[L, E]` router biases after the step."""
     closest_choice: float = float("inf")
-    """Smallest difference between a routing score that was chosen and one that was not, over this rank's tokens."""
+    """In a single process: smallest difference between a routing score that was chosen and one that was not."""
     validation_loss: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)
     """The global tensors that this rank's parameters hold at the end."""
@@ -125,7 +125,8 @@ def run_steps(trainer: Trainer, steps: int, save_at: dict[int, Path]) -> Curve:
 
     routers = trainer.model.routers()
     handles = [trainer.model.register_forward_hook(add_counts)]
-    handles += [router.register_forward_hook(note_choice) for router in routers]
+    if trainer.groups.layout.world_size == 1:
+        handles += [router.register_forward_hook(note_choice) for router in routers]
     while trainer.progress.step < steps:
         counts = no_counts(trainer)
         metrics = trainer.step()
