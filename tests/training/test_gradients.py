@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +172,53 @@ def test_mtp_weight_scales_its_gradient_linearly(pool: Pool, text: Path, alone: 
         for name, gradient in found.items():
             expected = alone["next token"][name] + weight * alone["mtp"][name]
             assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+def _with_idle_experts(worker: Worker, config: Config, ep: int) -> tuple[dict[str, Tensor], int]:
+    """Gradients when every token goes to the first half of the experts, and the tokens this rank's experts got."""
+    trainer = make_trainer(config, worker.world_size, ep)
+    received = 0
+    for router in trainer.model.routers():
+        router.bias[:4] = 10.0
+
+    def count(_experts: Any, given: Any, _made: Any) -> None:
+        nonlocal received
+        received += given[0].shape[0]
+
+    for name, module in trainer.model.named_modules():
+        if name.endswith("mlp.experts"):
+            module.register_forward_hook(count)
+    return batch_gradients(trainer, Weights(1 / 128, 0.3 / 128, 1e-3)), received
+
+
+def test_ranks_whose_experts_get_no_token_change_nothing(pool: Pool, text: Path) -> None:
+    ((expected, _),) = pool.run(_with_idle_experts, 1, tiny(text), 1)
+    ranks = pool.run(_with_idle_experts, 4, tiny(text), 2)
+    assert [received > 0 for _, received in ranks] == [True, False, True, False]
+    found = {name: gradient for gradients, _ in ranks for name, gradient in gradients.items()}
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+        assert bool(gradient.any()) or ".experts." in name
+
+
+def _counts_after_a_step(worker: Worker, config: Config) -> tuple[list[Tensor], list[Tensor]]:
+    """Every micro-batch's counts as the model gave them, and the same tensors once the step is done."""
+    trainer = make_trainer(config, worker.world_size, 2)
+    given: list[Tensor] = []
+    copies: list[Tensor] = []
+
+    def keep(_model: Any, _given: Any, output: Any) -> None:
+        given.extend((output.counts, output.loss.detach(), output.balance.detach()))
+        copies.extend(tensor.clone() for tensor in given[-3:])
+
+    trainer.model.register_forward_hook(keep)
+    trainer.step()
+    trainer.close()
+    return copies, given
+
+
+def test_collectives_leave_the_ranks_own_statistics_alone(pool: Pool, text: Path) -> None:
+    for copies, given in pool.run(_counts_after_a_step, 4, tiny(text)):
+        assert len(given) == 3 * 2, "two micro-batches"
+        assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, given, strict=True))
+        assert (given[0].sum(1) == 16 * 2).all(), "tokens of this rank's sequence alone"
