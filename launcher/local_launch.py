@@ -139,7 +139,7 @@ def _quiet_elastic() -> Iterator[None]:
         logger.propagate = False
     try:
         yield
-    except SignalException:
+    except (SignalException, UsageError):
         raise
     except Exception:
         for record in holder.records:
