@@ -91,6 +91,12 @@ def load(path: Path, tensors: Mapping[str, DTensor], model: dict[str, Any], grou
     try:
         dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), process_group=group)
     except CheckpointException as error:
+        cause, _ = error.failures[min(error.failures)]
+        if isinstance(cause, (OSError, MemoryError, torch.OutOfMemoryError)) and not isinstance(
+            cause, FileNotFoundError
+        ):
+            # The machine's trouble, not the checkpoint's: nobody should be told to delete it.
+            raise RuntimeError(f"checkpoint {path} could not be read: {_cause(error)}") from None
         raise UsageError(f"checkpoint {path} is torn: {_cause(error)}; {remedy(path)}") from None
     read = _collect_records(tensors, group)
     _refuse(path, None if read is None else _find_damage(manifest.tensors, read, path), group)

@@ -51,6 +51,13 @@ class Pending(Generic[Result]):
         return self._finish(self.ticket)
 
 
+class Route(Protocol):
+    """Where the tokens of one dispatch go; its counts are on their way until `complete`."""
+
+    def complete(self) -> None:
+        """Wait for the counts."""
+
+
 class Dispatcher(Protocol):
     """Takes tokens to the ranks of their experts and brings the experts' outputs back.
 
@@ -67,8 +74,12 @@ class Dispatcher(Protocol):
             weights: FP32 [T, K] gate weights.
         """
 
-    def begin_dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
-        """`dispatch`, launched but not waited for."""
+    def begin_route(self, expert_ids: Tensor) -> Route:
+        """Launch the exchange of counts that a dispatch begins with, as soon as the experts are chosen."""
+
+    def begin_dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor, route: Any = None) -> Pending[Dispatched]:
+        """`dispatch`, launched but not waited for. It does wait for the counts: those of `route`, from `begin_route`
+        of the same expert ids, or its own."""
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
         """For each token the unweighted sum of its K experts' outputs.

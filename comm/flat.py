@@ -56,12 +56,16 @@ class FlatDispatcher:
     def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
         return self.begin_dispatch(x, expert_ids, weights).wait()
 
-    def begin_dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Pending[Dispatched]:
+    def begin_route(self, expert_ids: Tensor) -> _Route:
+        return _Route(expert_ids, self.num_experts, self.group)
+
+    def begin_dispatch(
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor, route: _Route | None = None
+    ) -> Pending[Dispatched]:
         assert x.shape[0] == expert_ids.shape[0], f"{x.shape[0]} tokens but expert ids for {expert_ids.shape[0]}"
         assert weights.shape == expert_ids.shape, f"weights {weights.shape} for expert ids {expert_ids.shape}"
         assert weights.dtype == torch.float32, f"gate weights are FP32, not {weights.dtype}"
-        route = _Route(expert_ids, self.num_experts, self.group)
-        transfer = _Transfer(route)
+        transfer = _Transfer(route or self.begin_route(expert_ids))
         ticket = _DispatchStart.apply(x, weights, transfer)
         return Pending(ticket, lambda ticket: _finish_dispatch(ticket, transfer))
 

@@ -74,7 +74,7 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "builtin":
         return standard_library()
     assert config.path is not None, "DataConfig checks that source: folder has a path"
-    return folder(Path(config.path), config.patterns)
+    return folder(Path(config.path).expanduser(), config.patterns)
 
 
 def folder(root: Path, patterns: Sequence[str]) -> Source:

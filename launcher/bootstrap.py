@@ -45,7 +45,7 @@ def choose_device(
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         if 0 < gpus < local_world_size:
-            logger.warning("training on the CPU: this node has %d GPUs for its %d ranks", gpus, local_world_size)
+            logger.warning("training on the CPU: %d GPUs are visible to %d ranks of a node", gpus, local_world_size)
         device = "cuda" if gpus >= local_world_size else "cpu"
     if device == "cpu":
         if backend == "nccl":

@@ -137,6 +137,15 @@ class Config(Section):
             near = _nearest(dp, [max(multiple, 1) * ep for multiple in (dp // ep, dp // ep + 1)])
             message = f"{dp} is not a positive multiple of parallel.ep {ep} (nearest: {near})"
             clashes.append(Clash(("parallel.dp", "parallel.ep"), message))
+        # torch's grouped GEMM takes rows of whole 16 bytes.
+        recipe = self.precision.recipe
+        unit = 8 if recipe == "bf16" else 4
+        for name in ("hidden_size", "moe_intermediate_size"):
+            width = getattr(self.model, name)
+            if width % unit:
+                near = _nearest(width, [width // unit * unit, (width // unit + 1) * unit])
+                message = f"{width} is not a multiple of {unit}, as experts in {recipe} need (nearest: {near})"
+                clashes.append(Clash((f"model.{name}", "precision.recipe"), message))
         if clashes:
             raise SectionFaults(clashes)
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,7 +35,11 @@ def total_steps(config: Config) -> int:
     if config.train.tokens is None:
         assert most is not None
         return most
-    for progress, _ in steps_from(Progress(), config.batch):
-        if progress.tokens >= config.train.tokens or progress.step == most:
+    batch, wanted = config.batch, config.train.tokens
+    for progress, sequences in steps_from(Progress(), batch):
+        if progress.tokens >= wanted or progress.step == most:
             return progress.step
+        if batch.ramp is None or progress.tokens >= batch.ramp.tokens:  # all steps to come are alike
+            end = progress.step + math.ceil((wanted - progress.tokens) / (sequences * batch.sequence_length))
+            return end if most is None else min(most, end)
     raise AssertionError("steps have no end")

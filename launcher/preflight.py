@@ -45,10 +45,10 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
     faults: list[str] = []
     layout = _collect(faults, lambda: _layout(config, world_size, ranks_per_node))
     if layout is not None:
-        faults += _batch_faults(config, layout) + _expert_faults(config, layout)
+        faults += _batch_faults(config, layout)
     faults += _vocabulary_faults(config)
     data = _collect(faults, lambda: _open_data(config))
-    run_dir = Path(config.run.dir) / config.run.name
+    run_dir = Path(config.run.dir).expanduser() / config.run.name
     faults += _folder_faults(run_dir)
     found = None if fresh else _collect(faults, lambda: _latest_checkpoint(config, run_dir))
     if faults:
@@ -110,17 +110,6 @@ def _batch_faults(config: Config, layout: Layout) -> list[str]:
             near.append(str((size // unit + 1) * unit))
             faults.append(f"{key} {size} is not a multiple of {made_of}; nearest that work: {' or '.join(near)}")
     return faults
-
-
-def _expert_faults(config: Config, layout: Layout) -> list[str]:
-    experts = config.model.n_routed_experts
-    if experts % layout.ep == 0:
-        return []
-    works = [str(ep) for ep in range(1, experts + 1) if experts % ep == 0]
-    near = sorted(works, key=lambda ep: abs(int(ep) - layout.ep))[:3]
-    return [
-        f"parallel.ep {layout.ep} does not divide model.n_routed_experts {experts}; nearest that do: {', '.join(near)}"
-    ]
 
 
 def _folder_faults(run_dir: Path) -> list[str]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,30 @@ def move_aside(run_dir: Path) -> Path | None:
         number += 1
     run_dir.rename(aside)
     return aside
+
+
+@contextmanager
+def locked(run_dir: Path, patience: float = 5.0) -> Iterator[None]:
+    """Keep other processes from training into `run_dir`; for one rank of a run, as long as it trains.
+
+    The lock lies beside the folder, which may be moved aside, and goes with its process, however that ends.
+    A run that was just killed may take a moment to go: the lock is waited for `patience` seconds.
+    Raises UsageError if another run holds it.
+    """
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with run_dir.with_name(f".{run_dir.name}.lock").open("w") as lock:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UsageError(
+                        f"another process is training into {run_dir}: wait for it, stop it, or set run.name"
+                    ) from None
+                time.sleep(0.2)
+        yield
 
 
 def write_config(run_dir: Path, config: Config) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from ..settings import UsageError
 from .load import add_config_arguments, load_config
 from .place import Place, find_place
 from .preflight import Flight, preflight
-from .run_folder import move_aside, write_config
+from .run_folder import locked, move_aside, write_config
 
 if TYPE_CHECKING:
     from .bootstrap import Process
@@ -46,30 +47,33 @@ def _launch(args: argparse.Namespace) -> int:
 
     from .local_launch import launch_local
 
-    if args.fresh:
-        move_aside(flight.run_dir)  # once, here: the ranks find no earlier run
     command = ["-m", "counterflow", "train", args.config]
     for override in args.overrides:
         command += ["--set", override]
-    if args.json:
-        command.append("--json")
+    command += [flag for flag, given in (("--fresh", args.fresh), ("--json", args.json)) if given]
     return launch_local(args.nproc, command, flight.run_dir / "logs")
 
 
 def _work(args: argparse.Namespace, place: Place) -> int:
     """One rank, from its environment to the end of the run."""
     config = load_config(args.config, args.overrides)
-    flight = preflight(config, place.world_size, place.local_world_size, args.fresh)
+    # An elastic launcher that starts ranks again means to go on, not to start afresh once more.
+    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    flight = preflight(config, place.world_size, place.local_world_size, fresh)
 
     import torch.distributed as dist
 
     from .bootstrap import bootstrap
     from .logs import open_log
 
-    with bootstrap(place, config.train.device, config.comm.backend, config.parallel.timeout) as process:
+    with (
+        bootstrap(place, config.train.device, config.comm.backend, config.parallel.timeout) as process,
+        locked(flight.run_dir) if process.rank == 0 else nullcontext(),
+    ):
+        _check_agreement(flight, process.world_size)
         changes: list[str] = []
         if process.rank == 0:
-            if args.fresh:
+            if fresh:
                 move_aside(flight.run_dir)
             changes = write_config(flight.run_dir, config)
         dist.barrier()  # nobody opens a log in a folder that is about to be moved
@@ -77,6 +81,22 @@ def _work(args: argparse.Namespace, place: Place) -> int:
             if changes:
                 logger.info("config changed since the last start of this run: %s", "; ".join(changes))
             return _train(flight, process, args.json)
+
+
+def _check_agreement(flight: Flight, world_size: int) -> None:
+    """Raise UsageError if the ranks, on several machines perhaps, see other text or another checkpoint."""
+    import torch.distributed as dist
+
+    mine = {"text": flight.data.digest[:12], "step to go on from": flight.progress.step, "last": flight.total_steps}
+    everyone: list[dict[str, Any]] = [{}] * world_size
+    dist.all_gather_object(everyone, mine)
+    for rank, seen in enumerate(everyone):
+        for what in mine:
+            if seen[what] != everyone[0][what]:
+                raise UsageError(
+                    f"rank {rank} and rank 0 disagree on the {what}: {seen[what]} and {everyone[0][what]}; "
+                    "give every machine the same text, and a run.dir on a disk that all of them share"
+                )
 
 
 def _train(flight: Flight, process: Process, as_json: bool) -> int:

@@ -6,7 +6,6 @@ import logging
 from contextlib import ExitStack
 
 import torch
-import torch.distributed as dist
 
 from ..model.counts import FLOP_CONVENTION, count_parameters
 from ..parallel.groups import Groups
@@ -27,7 +26,6 @@ logger = logging.getLogger(__name__)
 def run_training(flight: Flight, groups: Groups, device: torch.device) -> None:
     """Train from the flight's checkpoint, or from the start, to its last step."""
     config, data = flight.config, flight.data
-    _check_same_text(data.digest, groups)
     peak = _peak(config, device)
     trainer = Trainer(config, groups, device, data, peak)
     if flight.checkpoint is not None:
@@ -49,18 +47,6 @@ def run_training(flight: Flight, groups: Groups, device: torch.device) -> None:
             if last or step % config.checkpoint.every == 0:
                 path = trainer.save(flight.run_dir / "checkpoints")
                 logger.info("checkpoint %s written", path)
-
-
-def _check_same_text(digest: str, groups: Groups) -> None:
-    """Raise UsageError if the ranks, on several machines perhaps, do not read the same text."""
-    digests: list[str] = [""] * groups.layout.world_size
-    dist.all_gather_object(digests, digest, group=groups.world)
-    for rank, other in enumerate(digests):
-        if other != digests[0]:
-            raise UsageError(
-                f"rank {rank} reads another text than rank 0 (digest {other[:12]}, not {digests[0][:12]}): "
-                "give every machine the same files, or data.path on a shared disk"
-            )
 
 
 def summarise(flight: Flight) -> RunSummary:

@@ -88,12 +88,13 @@ class Trainer:
             update_bias(router.bias, counts, speed)
 
         self.progress = before.advanced(sequences, self.config.batch.sequence_length)
+        losses = self._losses(totals, tokens, sequences)  # waits for the device, so the clock is read after it
         seconds = time.perf_counter() - started
         return StepMetrics(
             step=self.progress.step,
             tokens=self.progress.tokens,
             sequences=sequences,
-            **self._losses(totals, tokens, sequences),
+            **losses,
             grad_norm=norm,
             lr=lr,
             bias_update_speed=speed,
@@ -105,8 +106,8 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, weights: Weights) -> Output:
         """One micro-batch: gradients are added to the optimizer's FP32 sums, the returned losses are detached."""
-        tokens = batch.tokens.to(self.device, non_blocking=True)
-        out: Output = self.model(tokens, batch.valid.to(self.device, non_blocking=True))
+        tokens = batch.tokens.to(self.device)
+        out: Output = self.model(tokens, batch.valid.to(self.device))
         loss = out.loss * weights.token + out.balance * weights.balance
         for mtp_loss in out.mtp_losses:
             loss = loss + mtp_loss * weights.mtp

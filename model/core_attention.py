@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 128  # queries a block: scores of 32 heads x 128 x 512 in BF16 are 4 MiB and stay in the cache
 
@@ -45,6 +46,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         return out.view(value.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value = ctx.saved_tensors
         q, k, v = (x.flatten(0, 1) for x in (query, key, value))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
@@ -39,19 +40,20 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, gain: Tensor, eps: float) -> tup
 
 
 def _swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
+    gate, up = gate_up.float().chunk(2, -1)
     hidden = F.silu(gate) * up
-    return hidden if weights is None else hidden * weights.unsqueeze(-1).to(hidden.dtype)
+    return (hidden if weights is None else hidden * weights.unsqueeze(-1)).to(gate_up.dtype)
 
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    gate, up = gate_up.chunk(2, -1)
-    grad_up, grad_silu, grad_weights = grad * F.silu(gate), grad * up, None
+    gate, up = gate_up.float().chunk(2, -1)
+    wide_grad, grad_weights = grad.float(), None
+    grad_up, grad_silu = wide_grad * F.silu(gate), wide_grad * up
     if weights is not None:
-        grad_weights = (grad_up * up).sum(-1, dtype=torch.float32)
-        factor = weights.unsqueeze(-1).to(grad.dtype)
+        grad_weights = (grad_up * up).sum(-1)
+        factor = weights.unsqueeze(-1)
         grad_up, grad_silu = grad_up * factor, grad_silu * factor
-    return torch.cat((torch.ops.aten.silu_backward(grad_silu, gate), grad_up), -1), grad_weights
+    return torch.cat((torch.ops.aten.silu_backward(grad_silu, gate), grad_up), -1).to(gate_up.dtype), grad_weights
 
 
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def _rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
-BLOCK_ELEMENTS = 2**19  # FP32 temporaries of 2 MiB: they stay in the cache
+BLOCK_ELEMENTS = 2**18  # FP32 temporaries of 1 MiB: they stay in the cache
 
 
 def _by_rows(
@@ -132,6 +134,7 @@ class RMSNormFunction(torch.autograd.Function):
         return kernels.rms_norm(_rows(x), gain, eps).view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, gain = ctx.saved_tensors
         grad_x, grad_gain = ctx.kernels.rms_norm_backward(_rows(grads[0]), _rows(x), gain, ctx.eps)
@@ -152,6 +155,7 @@ class SwiGLUFunction(torch.autograd.Function):
         return kernels.swiglu(_rows(gate_up), weights).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gate_up, weights = ctx.saved_tensors
         grad_gate_up, grad_weights = ctx.kernels.swiglu_backward(_rows(grads[0]), _rows(gate_up), weights)
@@ -188,6 +192,7 @@ class AssembleFunction(torch.autograd.Function):
         return out_query, out_key, key_value[..., plain:].transpose(1, 2).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)  # back to [B, S, A, …]
         (turns,) = ctx.saved_tensors
@@ -198,3 +203,27 @@ class AssembleFunction(torch.autograd.Function):
         out_key_value = torch.cat((grad_key[..., :plain], grad_value), -1)
         shared = grad_key[..., plain:].sum(2, dtype=torch.float32).to(grad_key.dtype)
         return out_query, out_key_value, _rotate(shared, back), None, None
+
+
+class EmbeddingFunction(torch.autograd.Function):
+    """Rows of `table` `[V, H]` by `tokens` `[B, S]`, with the gradients of a row summed in FP32 and rounded once.
+
+    PyTorch's CPU kernel sums them in the table's format: a frequent token's BF16 sum stops growing at 256 times its
+    addends. Its CUDA kernel sums in FP32 already, and is used there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows, ctx.dtype = table.shape[0], table.dtype
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (tokens,) = ctx.saved_tensors
+        if tokens.device.type != "cpu":
+            return None, torch.ops.aten.embedding_dense_backward(grads[0], tokens, ctx.rows, -1, False)
+        total = torch.zeros(ctx.rows, grads[0].shape[-1], dtype=torch.float32)
+        total.index_add_(0, tokens.flatten(), grads[0].flatten(0, -2).float())
+        return None, total.to(ctx.dtype)

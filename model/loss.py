@@ -2,7 +2,8 @@
 
 Tokens pass in pieces. A piece's logits are one buffer in the model's format; its gradient overwrites it in place,
 a few rows at a time in FP32. The gradients of input and weight are made in the forward, where the logits are at
-hand, so nothing is computed twice and no logits wait for the backward.
+hand, so nothing is computed twice and no logits wait for the backward. What waits is the weight's gradient: V x H, in
+FP32 where there was more than one piece.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """Label of a position that has no target."""
@@ -54,12 +56,15 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grads[0]
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
+            None
+            if grad_weight is None
+            else torch.mul(grad_weight, scale, out=torch.empty_like(grad_weight, dtype=ctx.weight_dtype)),
             None,
             None,
         )
@@ -68,7 +73,7 @@ class _HeadLoss(torch.autograd.Function):
 def _loss_and_gradient(logits: Tensor, labels: Tensor, needs_gradient: bool) -> Tensor:
     """Loss summed over the rows; with `needs_gradient` the logits `[T, V]` are overwritten by softmax - one-hot."""
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    block = max(1, BLOCK_BYTES // (4 * logits.shape[1]))
+    block = max(1, (BLOCK_BYTES if logits.device.type == "cpu" else LOGITS_BYTES) // (4 * logits.shape[1]))
     for start in range(0, logits.shape[0], block):
         rows = logits[start : start + block]
         wanted = labels[start : start + block].unsqueeze(1)
@@ -78,7 +83,5 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, needs_gradient: bool) -> 
         if needs_gradient:
             p = log_p.exp_()
             p.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-            rows.copy_(p)
-    if needs_gradient:
-        logits.index_fill_(0, (labels == IGNORED).nonzero().flatten(), 0.0)
+            rows.copy_(p.masked_fill_(wanted == IGNORED, 0.0))
     return total

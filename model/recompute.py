@@ -9,6 +9,7 @@ for the backward, it is dropped and the recipe kept instead.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,37 +22,42 @@ class Keep:
     """Save every activation that autograd asks for."""
 
     def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
-        pass
+        """Nothing is ever rebuilt."""
 
-    def __enter__(self) -> None:
-        pass
+    def hooks(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def close(self) -> None:
+        """Nothing is held."""
 
 
-class Rebuild(torch.autograd.graph.saved_tensors_hooks):
+class Rebuild:
     """Drop the tensors that `rebuild` was told of and compute them again when the backward needs them.
 
-    Use one object for the forward of one block, as a context manager. A recipe must read only tensors that live
-    as long as the graph, and run the very operations of the forward, so that gradients are bit-equal.
+    One object serves the forward of one block. Its `hooks` are entered around each phase, never across a point where
+    another block's phases may run; what it was told in one phase holds in the next ones, until `close`. A recipe
+    must read only tensors that live as long as the graph, and run the very operations of the forward, so that
+    gradients are bit-equal.
     """
 
     def __init__(self) -> None:
         self._recipes: dict[int, tuple[Tensor, _Recipe, int]] = {}
-        super().__init__(self._pack, self._unpack)
 
     def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
         """From now on, `recipe()` stands for `tensors` wherever autograd saves one of them."""
         shared = _Recipe(recipe)
         for index, tensor in enumerate(tensors):
             assert tensor.storage_offset() == 0, "register whole tensors, not views into others"
-            # The tensor itself is held until the block's forward ends, so its address cannot be reused meanwhile.
+            # The tensor itself is held until `close`, so its address cannot be reused meanwhile.
             self._recipes[tensor.untyped_storage().data_ptr()] = (tensor, shared, index)
 
-    def __exit__(self, *error: object) -> None:
+    def hooks(self) -> AbstractContextManager[Any]:
+        """Within it, tensors that autograd saves are looked up among the recipes."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def close(self) -> None:
+        """The block's forward has ended: let go of the tensors."""
         self._recipes.clear()
-        super().__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> Any:
         found = self._recipes.get(tensor.untyped_storage().data_ptr())

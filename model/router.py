@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .config import ModelConfig
 
@@ -48,8 +49,9 @@ class Router(nn.Module):
         weights = scores.flatten(0, 1).gather(1, expert_ids)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        chosen = expert_ids.view(*x.shape[:2], -1)[valid]
-        counts = torch.bincount(chosen.flatten(), minlength=self.config.n_routed_experts)
+        # Not bincount or valid's own indexing: both wait for a GPU to learn how large their result is.
+        counted = valid[:, None, None].expand(*x.shape[:2], expert_ids.shape[-1]).reshape(-1).long()
+        counts = counted.new_zeros(self.config.n_routed_experts).scatter_add_(0, expert_ids.flatten(), counted)
         return Routing(expert_ids, weights * self.config.routed_scaling_factor, counts, self._balance(scores, valid))
 
     def _select(self, scores: Tensor) -> Tensor:
@@ -84,6 +86,7 @@ class _GateFunction(torch.autograd.Function):
         return F.linear(x.float(), weight.float())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         grad_weight = grads[0].flatten(0, 1).t() @ x.flatten(0, 1).float()

@@ -16,7 +16,7 @@ from ..comm.dispatcher import Dispatcher
 from ..fp8.linear import Linear
 from .block import DecoderBlock
 from .config import ModelConfig
-from .kernels import Kernels
+from .kernels import EmbeddingFunction, Kernels
 from .loss import IGNORED, cross_entropy_sum
 from .norm import RMSNorm
 from .recompute import Keep, RecomputePolicy
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         mtp_losses = []
         for k, module in enumerate(self.mtp if mtp else (), start=1):
             assert isinstance(module, MTPModule)
-            x = module.join(hidden, F.embedding(tokens[:, k : length + k], self.embedding))
+            x = module.join(hidden, EmbeddingFunction.apply(tokens[:, k : length + k], self.embedding))
             x, routing = module.block(x, self._turns(length, x.device), valid)
             routings.append(routing)
             hidden = module.norm(x, Keep())
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
 
     def hidden_states(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, list[Routing | None]]:
         """Residual stream `[B, S, H]` after the last block, before the final norm, and each block's routing."""
-        x = F.embedding(tokens, self.embedding)
+        x = EmbeddingFunction.apply(tokens, self.embedding)
         turns = self._turns(tokens.shape[1], x.device)
         routings = []
         for layer in self.layers:

@@ -1,6 +1,6 @@
 """Process groups and device meshes of a layout.
 
-Nothing in Counterflow communicates on the default group: every collective is given one of these, so two grids can
+Training never communicates on the default group: every collective is given one of these, so two grids can
 live side by side in one world. Groups exist in every layout, also where they have a single member.
 """
 
@@ -46,6 +46,8 @@ class Groups:
         """
         members = list(range(layout.world_size)) if ranks is None else list(ranks)
         assert len(members) == layout.world_size, (members, layout)
+        # NCCL splits a communicator with every rank of the world taking part, which a part of the world cannot do.
+        assert ranks is None or device_type == "cpu", "a grid on a part of the world is for tests on CPUs"
         rank = members.index(dist.get_rank())
         wait = timedelta(seconds=timeout)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from ..settings import Section, key
 
@@ -13,8 +15,8 @@ class LogConfig(Section):
     progress: bool = key(True, "show a progress bar on a terminal, plain lines elsewhere")
     every: int = key(10, "steps between plain progress lines where there is no terminal", unit="steps", ge=1)
     tensorboard: bool = key(True, "write TensorBoard events")
-    peak_tflops: float | Literal["auto"] = key(
+    peak_tflops: Annotated[float, Field(gt=0)] | Literal["auto"] = key(
         "auto",
-        "dense peak of one rank's device that MFU is measured against; auto looks GPUs up and times a matmul on CPUs",
+        "dense peak of one rank's device, for MFU; auto looks known GPUs up and times a matmul elsewhere",
         unit="TFLOP/s",
     )

@@ -68,8 +68,12 @@ def lookup_peak(device_name: str) -> Peak | None:
     return None
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.6) -> Peak:
-    """Time a `size`-cubed matmul on the current number of threads: the median of as many as fit in `seconds`."""
+def measure_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.6) -> Peak:
+    """Time a `size`-cubed matmul on the current number of threads: the median of as many as fit in `seconds`.
+
+    2048 on a CPU; a GPU is through with that before it can be timed, so 8192 there.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
     left = torch.randn(size, size, dtype=torch.float32, device=device).to(dtype)
     right = torch.randn(size, size, dtype=torch.float32, device=device).to(dtype)
     out = torch.empty(size, size, dtype=dtype, device=device)
