@@ -143,7 +143,7 @@ class Config(Section):
         for name in ("hidden_size", "moe_intermediate_size"):
             width = getattr(self.model, name)
             if width % unit:
-                near = _nearest(width, [width // unit * unit, (width // unit + 1) * unit])
+                near = _nearest(width, [max(1, width // unit) * unit, (width // unit + 1) * unit])
                 message = f"{width} is not a multiple of {unit}, as experts in {recipe} need (nearest: {near})"
                 clashes.append(Clash((f"model.{name}", "precision.recipe"), message))
         if clashes:

@@ -87,7 +87,7 @@ def _check_agreement(flight: Flight, world_size: int) -> None:
     """Raise UsageError if the ranks, on several machines perhaps, see other text or another checkpoint."""
     import torch.distributed as dist
 
-    mine = {"text": flight.data.digest[:12], "step to go on from": flight.progress.step, "last": flight.total_steps}
+    mine = {"text": flight.data.digest[:12], "step to go on from": flight.progress.step, "last step": flight.total_steps}
     everyone: list[dict[str, Any]] = [{}] * world_size
     dist.all_gather_object(everyone, mine)
     for rank, seen in enumerate(everyone):
@@ -95,7 +95,7 @@ def _check_agreement(flight: Flight, world_size: int) -> None:
             if seen[what] != everyone[0][what]:
                 raise UsageError(
                     f"rank {rank} and rank 0 disagree on the {what}: {seen[what]} and {everyone[0][what]}; "
-                    "give every machine the same text, and a run.dir on a disk that all of them share"
+                    "give every machine the same config and text, and a run.dir on a disk that all of them share"
                 )
 
 

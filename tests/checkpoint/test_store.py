@@ -222,6 +222,49 @@ def test_a_full_disk_is_said_in_one_line_on_every_rank(pool: Pool, tmp_path: Pat
     assert complete_steps(tmp_path) == {}
 
 
+def _failing_disk(worker: Worker, path: Path, error: Exception, on_rank: int) -> tuple[str, str]:
+    """What loading says where reading fails on one rank, and the kind of error it is."""
+    groups = Groups.create(Layout(worker.world_size, 1, 2), "cpu")
+    read = dcp.FileSystemReader.read_data
+
+    def fail(*args: Any) -> Any:
+        if worker.rank == on_rank:
+            raise error
+        return read(*args)
+
+    with mock.patch.object(dcp.FileSystemReader, "read_data", fail):
+        try:
+            store.load(path, state(groups, whole), MODEL, groups.world)
+        except (RuntimeError, UsageError) as raised:
+            return type(raised).__name__, str(raised)
+    return "nothing", "loaded"
+
+
+@pytest.mark.parametrize("on_rank", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "OSError: [Errno 5] Input/output error"),
+        (MemoryError("no room"), "MemoryError: no room"),
+    ],
+)
+def test_trouble_of_the_machine_while_reading_blames_no_checkpoint(
+    pool: Pool, saved: Path, error: Exception, what: str, on_rank: int
+) -> None:
+    for kind, said in pool.run(_failing_disk, 2, saved, error, on_rank):
+        assert kind == "RuntimeError"
+        assert said == f"checkpoint {saved} could not be read: {what}"
+    assert {progress["step"] for progress, _ in pool.run(_load, 2, 2, saved)} == {4}
+
+
+def test_a_data_file_that_goes_missing_while_reading_is_the_checkpoints_fault(pool: Pool, saved: Path) -> None:
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "__0_0.distcp")
+    for kind, said in pool.run(_failing_disk, 2, saved, missing, 1):
+        assert kind == "UsageError"
+        assert said.startswith(f"checkpoint {saved} is torn: ")
+        assert said.endswith(f"; delete {saved} to start again")
+
+
 def _spoil_and_load(worker: Worker, path: Path, seed: int, times: int) -> list[str]:
     """Flip one bit of the data files at a time; what loading then says, or whether it changed nothing."""
     draw = random.Random(seed)

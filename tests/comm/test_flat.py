@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.settings import UsageError
@@ -133,6 +134,31 @@ def test_group_of_one_communicates_nothing_and_a_layer_costs_seven_all_to_alls(p
     assert pool.run(count, 2, 1) == [(0, 0)] * 2
     # Forward: counts, rows, gate weights, outputs. Backward: the same without counts.
     assert pool.run(count, 2, 2) == [(7, 7)] * 2
+
+
+def test_counts_sent_ahead_give_the_same_bits_and_are_sent_once(pool: Pool) -> None:
+    def compare(worker: Worker) -> list[int]:
+        dispatcher = FlatDispatcher(dist.group.WORLD, 8)
+        launched: list[int] = []
+
+        def sent_ahead(dispatcher: FlatDispatcher, x: Tensor, ids: Tensor, weights: Tensor, *experts: Tensor) -> Tensor:
+            with recorded_all_to_alls() as events:
+                route = dispatcher.begin_route(ids)
+                launched.append(count_launches(events))
+                pending = dispatcher.begin_dispatch(x, ids, weights, route=route)
+                launched.append(count_launches(events))
+            dispatched = pending.wait()
+            return dispatcher.combine(run_experts(dispatched, *experts), dispatched)
+
+        for dtype in (torch.float32, torch.bfloat16):
+            case = make_case(5, [9, 4], 8, 3, dtype)
+            plain = outputs_and_gradients(case, worker.rank, 2, dispatcher)
+            ahead = outputs_and_gradients(case, worker.rank, 2, dispatcher, sent_ahead)
+            assert [name for name, value in plain.items() if not torch.equal(ahead[name], value)] == []
+        return launched
+
+    # The counts; then rows and gate weights, and no counts again.
+    assert pool.run(compare, 2) == [[1, 3, 1, 3]] * 2
 
 
 def test_no_group_is_a_group_of_one() -> None:

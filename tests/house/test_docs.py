@@ -212,6 +212,7 @@ def test_picture_shows_the_smoke_run(root: Path) -> None:
     config = load_config("smoke")
     layout = Layout(4, ep=config.parallel.ep, gpus_per_node=4)
     sequences, experts = config.batch.global_sequences // layout.dp, config.model.n_routed_experts // layout.ep
+    assert any(text.endswith(f", {config.batch.global_sequences} sequences") for text in texts)
     for rank in range(layout.world_size):
         place, first = layout.coordinates(rank), rank * sequences
         assert f"rank {rank}" in texts

@@ -105,6 +105,10 @@ train:
         ("model.first_k_dense_replace=4", "4 is above num_hidden_layers 3"),
         ("model.num_experts_per_tok=5", "5 is above the 4 experts in 2 of 4 groups of 8 experts"),
         ("batch.sequence_length=257", "257 is above model.max_position_embeddings 256"),
+        ("model.hidden_size=66", "66 is not a multiple of 4, as experts in fp32 need (nearest: 64 or 68)"),
+        ("model.moe_intermediate_size=33", "33 is not a multiple of 4, as experts in fp32 need (nearest: 32 or 36)"),
+        ("log.peak_tflops=0", "must be above 0 or auto, is 0"),
+        ("log.peak_tflops=-1", "must be above 0 or auto, is -1"),
     ],
 )
 def test_one_fault_gives_one_readable_message(override: str, message: str) -> None:
@@ -126,6 +130,18 @@ def test_sections_are_checked_against_each_other_at_the_line_of_the_key() -> Non
     assert faults_of("base: tiny", "parallel.dp=-4") == [
         "--set parallel.dp=-4: parallel.dp: -4 is not a positive multiple of parallel.ep 1 (nearest: 1)"
     ]
+
+
+def test_widths_of_experts_fill_16_bytes_in_their_format() -> None:
+    text = "base: tiny\nmodel:\n  hidden_size: 68\n  moe_intermediate_size: 36\n"
+    assert faults_of(text, "precision.recipe=bf16") == [
+        "--set precision.recipe=bf16: model.hidden_size: 68 is not a multiple of 8, as experts in bf16 need "
+        "(nearest: 64 or 72)",
+        "--set precision.recipe=bf16: model.moe_intermediate_size: 36 is not a multiple of 8, as experts in bf16 need "
+        "(nearest: 32 or 40)",
+    ]
+    assert load_config("run.yaml").model.hidden_size == 68, "fits FP32"
+    assert load_config("tiny", ["precision.recipe=bf16", "model.hidden_size=72"]).model.hidden_size == 72
 
 
 def test_clash_of_a_key_with_one_of_a_base_is_put_where_the_user_wrote_last() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from counterflow.model import kernels as kernels_module
-from counterflow.model.kernels import AssembleFunction, Kernels, RMSNormFunction, SwiGLUFunction
+from counterflow.model.kernels import AssembleFunction, EmbeddingFunction, Kernels, RMSNormFunction, SwiGLUFunction
 from counterflow.tests.model.small import relative_error
 
 FORMATS = {torch.float32: 1e-6, torch.bfloat16: 0.006}  # relative error allowed; BF16 rounds by up to 0.004
@@ -187,3 +188,47 @@ def test_large_gates_do_not_overflow(dtype: torch.dtype) -> None:
 def test_norm_of_large_bf16_activations_does_not_overflow() -> None:
     x, gain = torch.full((2, 64), 1e30, dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
     assert torch.equal(our_rms_norm(Kernels.make(), x * 1e-12, gain).float(), torch.ones(2, 64))
+
+
+def embedding_gradient(
+    embed: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, table: Tensor, pull: Tensor
+) -> Tensor:
+    leaf = table.clone().requires_grad_()
+    rows = embed(tokens, leaf)
+    assert torch.equal(rows, table[tokens])
+    rows.backward(pull)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def test_the_gradient_of_a_frequent_token_does_not_stop_growing() -> None:
+    """2000 fits BF16, but a BF16 sum of ones ends at 256."""
+    tokens = torch.full((20, 100), 3)
+    pull = torch.ones(20, 100, 8, dtype=torch.bfloat16)
+    gradient = embedding_gradient(EmbeddingFunction.apply, tokens, torch.zeros(5, 8, dtype=torch.bfloat16), pull)
+    expected = torch.zeros(5, 8, dtype=torch.bfloat16)
+    expected[3] = 2000.0
+    assert gradient.dtype == torch.bfloat16
+    assert torch.equal(gradient, expected)
+
+
+def test_gradients_of_a_bf16_table_are_the_exact_sums_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = (40 * torch.rand(6, 500, generator=generator) ** 3).long()  # some frequent, some rare
+    pull = torch.randn(6, 500, 16, generator=generator).bfloat16()
+    table = torch.randn(50, 16, generator=generator).bfloat16()
+    gradient = embedding_gradient(EmbeddingFunction.apply, tokens, table, pull)
+    exact = torch.zeros(50, 16, dtype=torch.float64).index_add_(0, tokens.flatten(), pull.flatten(0, 1).double())
+    rounding = 2.0**-8 * exact.abs() + 1e-4  # BF16 once; FP32 sums of up to some hundred numbers of order 1
+    assert ((gradient.double() - exact).abs() <= rounding).all()
+    assert not gradient[40:].any(), "tokens that did not occur"
+
+
+def test_gradients_of_an_fp32_table_are_those_of_torch() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(7, (3, 41), generator=generator)
+    pull = torch.randint(-99, 99, (3, 41, 4), generator=generator).float()  # sums of whole numbers are exact
+    table = torch.randn(7, 4, generator=generator)
+    gradients = [embedding_gradient(embed, tokens, table, pull) for embed in (EmbeddingFunction.apply, F.embedding)]
+    assert gradients[0].dtype == torch.float32
+    assert torch.equal(*gradients)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from counterflow.model import attention as attention_module
+from counterflow.model.block import DecoderBlock
 from counterflow.model.config import ModelConfig
 from counterflow.model.feed_forward import RoutedExperts
 from counterflow.model.kernels import Kernels
@@ -124,10 +126,8 @@ def watch(watched: Watched, name: str, tensor: Tensor) -> None:
     watched.setdefault(name, []).append(StorageWeakRef(tensor.untyped_storage()))
 
 
-def watched_forward(
-    policy: RecomputePolicy, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Watched, Output, Transformer, Callable[[], int]]:
-    """A forward that notes the outputs of norms and SwiGLU and the inputs of attention."""
+def watching(monkeypatch: pytest.MonkeyPatch) -> tuple[Watched, Kernels, Callable[[], int]]:
+    """Kernels that note the outputs of norms and SwiGLU, and how often they ran; inputs of attention are noted too."""
     watched: Watched = {}
     plain, calls = Kernels.make(), [0]
 
@@ -151,11 +151,18 @@ def watched_forward(
         return attend(query, key, value)
 
     monkeypatch.setattr(attention_module, "causal_attention", attention)
+    return watched, Kernels(**{**vars(plain), "rms_norm": norm, "swiglu": swiglu}), lambda: calls[0]
+
+
+def watched_forward(
+    policy: RecomputePolicy, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Watched, Output, Transformer, Callable[[], int]]:
+    """A forward that notes the outputs of norms and SwiGLU and the inputs of attention."""
+    watched, kernels, calls = watching(monkeypatch)
     config = small_config(num_nextn_predict_layers=0)
-    kernels = Kernels(**{**vars(plain), "rms_norm": norm, "swiglu": swiglu})
     model = build(config, recompute=policy, kernels=kernels)
     output = model(random_tokens(config, 2, 64))
-    return watched, output, model, lambda: calls[0]
+    return watched, output, model, calls
 
 
 def alive(watched: Watched) -> dict[str, int]:
@@ -194,6 +201,89 @@ def test_v3_rebuilds_each_tensor_once_and_frees_it(monkeypatch: pytest.MonkeyPat
     assert set(alive(watched).values()) == {0}
 
 
+def phases(block: DecoderBlock, x: Tensor, turns: Tensor, valid: Tensor) -> Generator[None, None, Tensor]:
+    """An MoE block's forward, stopping after every phase."""
+    saved = block.saved()
+    attended = block.attend(x, turns, valid, saved)
+    yield
+    pending = block.dispatch(attended)
+    yield
+    shared = block.run_shared(attended, saved)
+    yield
+    dispatched = pending.wait()
+    y = block.run_experts(dispatched, saved)
+    yield
+    combining = block.combine(y, dispatched)
+    yield
+    result = block.finish(attended, combining.wait(), shared)
+    saved.close()
+    return result
+
+
+def in_turns(first: Generator[None, None, Tensor], second: Generator[None, None, Tensor], lead: int) -> list[Tensor]:
+    """What both return, a phase of one after a phase of the other; the first is `lead` phases ahead."""
+    results: dict[int, Tensor] = {}
+    schedule = itertools.chain([0] * lead, itertools.cycle([0, 1]))
+    while len(results) < 2:
+        number = next(schedule)
+        if number not in results:
+            try:
+                next((first, second)[number])
+            except StopIteration as end:
+                results[number] = end.value
+    return [results[0], results[1]]
+
+
+def two_blocks(
+    policy: RecomputePolicy, kernels: Kernels, dtype: torch.dtype
+) -> tuple[Transformer, list[tuple[Any, ...]]]:
+    """A model whose last two layers are MoE, and for each of these the arguments of its forward."""
+    config = small_config(num_nextn_predict_layers=0)
+    model = build(config, recompute=policy, kernels=kernels, dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(2, 2, 50, config.hidden_size, generator=generator).to(dtype)
+    turns, valid = model._turns(50, torch.device("cpu")), torch.tensor([True, True])
+    return model, [(x.requires_grad_(), turns, valid) for x in inputs.unbind()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lead", [0, 1, 3])
+def test_two_blocks_phase_by_phase_in_turns_give_the_bits_of_one_after_the_other(lead: int, dtype: torch.dtype) -> None:
+    found = []
+    for policy in ("none", "v3"):
+        for together in (False, True):
+            model, given = two_blocks(policy, Kernels.make(), dtype)
+            blocks = list(model.layers)[1:]
+            if together:
+                results = in_turns(*(phases(block, *each) for block, each in zip(blocks, given, strict=True)), lead)
+            else:
+                results = [block(*each)[0] for block, each in zip(blocks, given, strict=True)]
+            torch.autograd.backward(results, [torch.cos(result.detach()) for result in results])
+            gradients = {**global_gradients(model), **{f"x{i}": x.grad for i, (x, *_) in enumerate(given)}}
+            found.append({**gradients, **{f"result {i}": result.detach() for i, result in enumerate(results)}})
+    expected, *others = found
+    assert sum(name.endswith("w1") for name in expected) >= 2 * 8, "of the experts of both blocks"
+    for other in others:
+        assert other.keys() == expected.keys()
+        assert [name for name, tensor in expected.items() if not torch.equal(other[name], tensor)] == []
+
+
+@pytest.mark.parametrize("lead", [0, 1, 3])
+@pytest.mark.parametrize("policy", ["none", "v3"])
+def test_two_blocks_in_turns_drop_what_each_drops_alone(
+    policy: RecomputePolicy, lead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What attention's phase told how to rebuild is still known where the shared experts' phase saves it."""
+    watched, kernels, _ = watching(monkeypatch)
+    model, given = two_blocks(policy, kernels, torch.float32)
+    blocks = list(model.layers)[1:]
+    results = in_turns(*(phases(block, *each) for block, each in zip(blocks, given, strict=True)), lead)
+    made = {"norm": 8, "query": 2, "key": 2, "value": 2, "swiglu": 4}
+    assert {name: len(refs) for name, refs in watched.items()} == made
+    assert alive(watched) == (made if policy == "none" else dict.fromkeys(made, 0))
+    assert all(result.requires_grad for result in results)
+
+
 def test_evaluation_does_not_prepare_recompute() -> None:
     config = small_config()
     tokens = random_tokens(config, 2, 20)
@@ -213,12 +303,13 @@ def test_rebuild_serves_views_and_several_users_from_one_recipe() -> None:
         return (x.detach() * 2,)
 
     saved = Rebuild()
-    with saved:
+    with saved.hooks():
         doubled = x * 2
         saved.rebuild((doubled,), recipe)
         view = doubled.view(4, 6).t()
         loss = (view * view).sum() + (doubled**3).sum()
         reference = StorageWeakRef(doubled.untyped_storage())
+    saved.close()
     del doubled, view
     assert reference.expired()
     loss.backward()
@@ -230,10 +321,11 @@ def test_rebuild_serves_views_and_several_users_from_one_recipe() -> None:
 def test_rebuild_leaves_other_tensors_alone() -> None:
     x = torch.randn(5, requires_grad=True)
     saved = Rebuild()
-    with saved:
+    with saved.hooks():
         dropped = x.exp()
         saved.rebuild((dropped,), lambda: (x.detach().exp(),))
         loss = (dropped.sin() * x.sigmoid()).sum()
+    saved.close()
     (expected,) = torch.autograd.grad((x.exp().sin() * x.sigmoid()).sum(), x)
     loss.backward()
     assert torch.equal(x.grad, expected)
@@ -249,8 +341,9 @@ def test_experts_that_no_token_chose_get_zero_gradients(policy: RecomputePolicy)
     x = torch.empty(0, config.hidden_size, requires_grad=True)
     weights = torch.empty(0, requires_grad=True)
     saved = Rebuild() if policy == "v3" else Keep()
-    with saved:
+    with saved.hooks():
         result = experts(x * 1.0, weights * 1.0, torch.zeros(4, dtype=torch.int32), saved)
+    saved.close()
     result.backward(torch.empty(0, config.hidden_size))
     assert result.shape == (0, config.hidden_size)
     assert x.grad.shape == x.shape and weights.grad.shape == weights.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -159,3 +160,18 @@ def test_a_damaged_checkpoint_ends_a_launch_with_the_same_clear_words(text: Path
     new = {str(Path(path).relative_to(run)).split("/")[0] for path in after if path not in before}
     assert new <= {"config.yaml", "logs"}
     assert {path: after[path] for path in before} == before
+
+
+def test_starting_afresh_leaves_the_old_run_alone_if_the_ranks_cannot_start(text: Path, checkpoint: Path) -> None:
+    """Only the ranks look for a GPU; the folder is moved aside once all of them are there."""
+    run = checkpoint.parent.parent
+    before = contents(run.parent)
+    no_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-P", "-m", "counterflow", "train", "tiny", "--nproc", "2", "--fresh"]
+    sets = [
+        part for each in (*settings(text), f"run.dir={run.parent}", "train.device=cuda") for part in ("--set", each)
+    ]
+    done = subprocess.run([*command, *sets], capture_output=True, text=True, timeout=120, env=no_gpu)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("counterflow: error: train.device is cuda, but torch finds no GPU")
+    assert contents(run.parent) == before

@@ -205,3 +205,20 @@ def _once(worker: Worker, config: Config) -> str:
 def test_a_fault_that_does_not_come_again_is_told_apart(pool: Pool, text: Path) -> None:
     (said,) = pool.run(_once, 1, tiny(text))
     assert "running it again was finite, so the fault is not in data or weights" in said
+
+
+def _blamed(worker: Worker, config: Config, plants: list[Plant]) -> list[bool]:
+    trainer = make_trainer(config, 2, 2)
+    elsewhere = []
+    for plant in plants:
+        with planted(trainer, plant), pytest.raises(NonFiniteError) as caught:
+            trainer.step()
+        elsewhere.append(caught.value.elsewhere)
+    trainer.close()
+    return elsewhere
+
+
+def test_only_the_rank_where_it_began_takes_the_blame(pool: Pool, text: Path) -> None:
+    """Experts' outputs travel, so with ep 2 both ranks have numbers that are not finite."""
+    plants = [Plant(0, "layers.1.mlp.experts", False), Plant(1, "layers.2.mlp.experts", True)]
+    assert pool.run(_blamed, 2, tiny(text), plants) == [[False, True], [True, False]]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from counterflow.launcher import plan_steps
 from counterflow.launcher.config import BatchConfig, BatchRamp, Config
 from counterflow.launcher.load import load_config
 from counterflow.launcher.plan_steps import Progress, steps_from, total_steps
@@ -27,7 +30,7 @@ def batches(draw: st.DrawFn) -> BatchConfig:
     return BatchConfig(sequence_length=length, global_sequences=full, ramp=ramp)
 
 
-def with_train(batch: BatchConfig, **train: float | int) -> Config:
+def with_train(batch: BatchConfig, **train: float | None) -> Config:
     return Config.model_validate({"train": train, "batch": batch.model_dump()})
 
 
@@ -72,6 +75,32 @@ def test_the_earlier_of_steps_and_tokens_ends_the_run(batch: BatchConfig, tokens
     by_tokens = total_steps(with_train(batch, tokens=tokens))
     assert total_steps(with_train(batch, tokens=tokens, steps=steps)) == min(by_tokens, steps)
     assert total_steps(with_train(batch, steps=steps)) == steps
+
+
+@given(batches(), st.floats(1, 3000) | st.integers(1, 3000), st.none() | st.integers(1, 60))
+def test_the_last_step_is_where_walking_step_by_step_ends(batch: BatchConfig, tokens: float, steps: int | None) -> None:
+    seen = walked = 0
+    while seen < tokens and walked != steps:
+        seen += batch.sequences_at(seen) * batch.sequence_length
+        walked += 1
+    assert total_steps(with_train(batch, tokens=tokens, steps=steps)) == walked
+
+
+@pytest.mark.parametrize("ramp", [None, BatchRamp(start=1, tokens=1000, increment=1)])
+def test_the_steps_of_a_long_run_are_not_walked(ramp: BatchRamp | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quadrillion tokens in steps of 40: the checks before a start may not take longer than the run."""
+
+    def few_steps(*args: Any) -> Iterator[tuple[Progress, int]]:
+        return itertools.islice(steps_from(*args), 1000)
+
+    monkeypatch.setattr(plan_steps, "steps_from", few_steps)
+    batch = BatchConfig(sequence_length=5, global_sequences=8, ramp=ramp)
+    steps = total_steps(with_train(batch, tokens=1e15))
+    in_ramp = [at.tokens for at, _ in few_steps(Progress(), batch) if ramp is not None and at.tokens < ramp.tokens]
+    tokens = sum(batch.sequences_at(before) for before in in_ramp) * batch.sequence_length
+    full = steps - len(in_ramp)
+    assert tokens + 40 * full >= 10**15 > tokens + 40 * (full - 1)
+    assert total_steps(with_train(batch, tokens=1e15, steps=10**12)) == 10**12
 
 
 def test_deepseek_v3_trains_14_8_trillion_tokens_with_its_batch_ramp() -> None:
