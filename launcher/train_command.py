@@ -87,7 +87,11 @@ def _check_agreement(flight: Flight, world_size: int) -> None:
     """Raise UsageError if the ranks, on several machines perhaps, see other text or another checkpoint."""
     import torch.distributed as dist
 
-    mine = {"text": flight.data.digest[:12], "step to go on from": flight.progress.step, "last step": flight.total_steps}
+    mine = {
+        "text": flight.data.digest[:12],
+        "step to go on from": flight.progress.step,
+        "last step": flight.total_steps,
+    }
     everyone: list[dict[str, Any]] = [{}] * world_size
     dist.all_gather_object(everyone, mine)
     for rank, seen in enumerate(everyone):
