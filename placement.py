@@ -33,15 +33,11 @@ class Placed:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of each global tensor."""
-        *lead, rows, columns = (1, *self.parameter.shape) if self.parameter.dim() > 1 else (1, 1, *self.parameter.shape)
         if self.parameter.dim() == 1:
             assert len(self.names) == 1
-            return (columns,)
-        slices = 1
-        for size in lead:
-            slices *= size
-        assert (slices * rows) % len(self.names) == 0
-        return (slices * rows // len(self.names), columns)
+            return (self.parameter.numel(),)
+        columns = self.parameter.shape[-1]
+        return (self.parameter.numel() // len(self.names) // columns, columns)
 
     def tensors(self, of: Tensor | None = None) -> list[Tensor]:
         """Views of each global tensor, in the parameter or in another tensor `of` its size."""
