@@ -100,9 +100,7 @@ class Transformer(nn.Module):
         if valid is None:
             valid = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         targets = tokens.masked_fill(~valid.unsqueeze(1), IGNORED)
-        routings = []
-        x, routed = self.hidden_states(tokens[:, :length], valid)
-        routings += routed
+        x, routings = self.hidden_states(tokens[:, :length], valid)
         hidden = self.norm(x, Keep())
         loss = self._head_loss(hidden, targets[:, 1 : length + 1])
         mtp_losses = []
