@@ -9,7 +9,7 @@ from .config import ModelConfig
 from .core_attention import causal_attention
 from .kernels import AssembleFunction, Kernels
 from .norm import RMSNorm
-from .recompute import Keep, Rebuild
+from .recompute import Keep, Saved
 from .rope import softmax_scale
 
 
@@ -35,7 +35,7 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.out = Linear(heads * config.v_head_dim, hidden)
 
-    def forward(self, x: Tensor, turns: Tensor, saved: Keep | Rebuild) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, saved: Saved) -> Tensor:
         query = self.q_proj(x) if self.config.q_lora_rank is None else self.q_down(x)
         key_value, rotary_key = self.kv_down(x).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
         parts = self._up_project(query, key_value, rotary_key, turns, saved)
@@ -45,7 +45,7 @@ class LatentAttention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _up_project(
-        self, query: Tensor, key_value: Tensor, rotary_key: Tensor, turns: Tensor, saved: Keep | Rebuild
+        self, query: Tensor, key_value: Tensor, rotary_key: Tensor, turns: Tensor, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From the latents to query, key and value `[B, A, S, …]` as attention takes them (A heads)."""
         heads = self.config.num_attention_heads

@@ -1,24 +1,33 @@
-"""A decoder block, in phases: attention -> dispatch -> experts -> combine, computation and communication in turn.
+"""A decoder block, in phases: computation and communication in turn.
 
-The pipeline's overlap engine advances the phases of two micro-batches against each other; `forward` here is the
-plain order. B sequences, S tokens of a sequence, H hidden.
+    attention   attention, second norm, router; the counts of tokens start to travel
+    dispatch    the tokens start to travel, once the counts are there
+    shared      the shared expert, meanwhile
+    experts     waits for the tokens; routed experts
+    combine     the outputs start to travel back
+    finish      waits for them; the next residual stream
+
+A dense block has the one phase `dense`. The backward runs the same phases in reverse: there `finish` sends the
+gradients to the experts, `combine` waits for them, `experts` sends theirs back, `dispatch` waits. The pipeline's
+overlap engine advances the phases of two micro-batches in turn. B sequences, S tokens of a sequence, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..comm.dispatcher import Dispatched, Dispatcher, Pending, Route
+from ..phases import Tape, Uncut, run
 from .attention import LatentAttention
 from .config import ModelConfig
 from .feed_forward import FeedForward, MixtureOfExperts
 from .kernels import Kernels
 from .norm import RMSNorm
-from .recompute import Keep, Rebuild, RecomputePolicy
+from .recompute import Keep, Rebuild, RecomputePolicy, Replay, Saved
 from .router import Routing
 
 
@@ -31,6 +40,13 @@ class Attended:
     routing: Routing | None
     route: Route | None
     """Counts on their way to the ranks of the experts."""
+
+    def cut(self, tape: Uncut | Tape, balance_weight: float) -> Attended:
+        """The same for the phases after attention; the balance loss goes no further."""
+        assert self.routing is not None
+        balance = tape.seed(self.routing.balance, balance_weight)
+        routing = replace(self.routing, weights=tape.cut(self.routing.weights), balance=balance)
+        return Attended(tape.cut(self.residual), tape.cut(self.normed), routing, self.route)
 
 
 class DecoderBlock(nn.Module):
@@ -57,31 +73,66 @@ class DecoderBlock(nn.Module):
             self.mlp = MixtureOfExperts(config, experts, dispatcher, kernels)
 
     def forward(self, x: Tensor, turns: Tensor, valid: Tensor) -> tuple[Tensor, Routing | None]:
-        """x `[B, S, H]`, valid `[B]` bool -> the next residual stream, and the routing for its statistics."""
-        if self.recompute == "full" and self.training:
-            # The statistics leave as outputs, so recomputing the block cannot count a token twice.
-            return checkpoint(self._run, x, turns, valid, Keep(), use_reentrant=False, preserve_rng_state=False)
-        saved = self.saved()
+        """The phases in their plain order, as one graph."""
+        return run(self.phases(x, turns, valid, Uncut()))
+
+    def phases(
+        self, x: Tensor, turns: Tensor, valid: Tensor, tape: Uncut | Tape, balance_weight: float = 0.0
+    ) -> Generator[str, None, tuple[Tensor, Routing | None]]:
+        """Yield each phase's name, then run it: x `[B, S, H]`, valid `[B]` bool -> the next residual stream, and the
+        routing for its statistics. With a tape that cuts, the balance loss starts a backward with `balance_weight`.
+        """
+        saved = self._saved(x, turns, valid)
         try:
-            return self._run(x, turns, valid, saved)
+            return (yield from self._phases(x, turns, valid, saved, tape, balance_weight))
         finally:
             saved.close()
 
-    def saved(self) -> Keep | Rebuild:
+    def _saved(self, x: Tensor, turns: Tensor, valid: Tensor) -> Saved:
         """What the phases of one forward are given: which activations stay for the backward."""
-        return Rebuild() if self.recompute == "v3" and self.training else Keep()
+        if not self.training or not torch.is_grad_enabled():
+            return Keep()
+        if self.recompute == "v3":
+            return Rebuild()
+        if self.recompute == "full":
+            # Statistics leave with the first pass alone, so running the phases again cannot count a token twice.
+            kept = x.detach()
+            return Replay(
+                lambda collect: self._phases(kept.requires_grad_(), turns, valid, collect, Uncut(), 0.0), "combine"
+            )
+        return Keep()
 
-    def _run(self, x: Tensor, turns: Tensor, valid: Tensor, saved: Keep | Rebuild) -> tuple[Tensor, Routing | None]:
+    def _phases(
+        self, x: Tensor, turns: Tensor, valid: Tensor, saved: Saved, tape: Uncut | Tape, balance_weight: float
+    ) -> Generator[str, None, tuple[Tensor, Routing | None]]:
+        if not isinstance(self.mlp, MixtureOfExperts):
+            yield tape.phase("dense")
+            x = self.run_dense(self.attend(x, turns, valid, saved), saved)
+            if isinstance(saved, Replay):
+                tape.before_backward(saved.again)
+            return x, None
+        yield tape.phase("attention")
         attended = self.attend(x, turns, valid, saved)
-        if attended.routing is None:
-            return self.run_dense(attended, saved), None
-        pending = self.dispatch(attended)
-        shared = self.run_shared(attended, saved)  # while the tokens travel
-        dispatched = pending.wait()
-        combining = self.combine(self.run_experts(dispatched, saved), dispatched)
+        attended = attended.cut(tape, balance_weight)
+        assert attended.routing is not None
+        yield tape.phase("dispatch")
+        dispatching = self.dispatch(attended)
+        dispatching.ticket = tape.cut(dispatching.ticket)
+        yield tape.phase("shared")
+        shared = self.run_shared(attended, saved)
+        shared = None if shared is None else tape.cut(shared)
+        yield tape.phase("experts")
+        dispatched = dispatching.wait()
+        y = tape.cut(self.run_experts(dispatched, saved))
+        yield tape.phase("combine")
+        combining = self.combine(y, dispatched)
+        combining.ticket = tape.cut(combining.ticket)
+        if isinstance(saved, Replay):  # while the gradients travel to the experts
+            tape.before_backward(saved.again)
+        yield tape.phase("finish")
         return self.finish(attended, combining.wait(), shared), attended.routing
 
-    def attend(self, x: Tensor, turns: Tensor, valid: Tensor, saved: Keep | Rebuild) -> Attended:
+    def attend(self, x: Tensor, turns: Tensor, valid: Tensor, saved: Saved) -> Attended:
         """Attention, the second norm and the router's choice: computation; the counts of tokens start to travel."""
         with saved.hooks():
             residual = x + self.attention(self.attention_norm(x, saved), turns, saved)
@@ -91,7 +142,7 @@ class DecoderBlock(nn.Module):
             routing = self.mlp.gate(normed, valid)
         return Attended(residual, normed, routing, self.mlp.dispatcher.begin_route(routing.expert_ids))
 
-    def run_dense(self, attended: Attended, saved: Keep | Rebuild) -> Tensor:
+    def run_dense(self, attended: Attended, saved: Saved) -> Tensor:
         """All the rest of a dense block: computation."""
         with saved.hooks():
             return attended.residual + self.mlp(attended.normed, saved)
@@ -102,13 +153,13 @@ class DecoderBlock(nn.Module):
         rows, routing = attended.normed.flatten(0, 1), attended.routing
         return self.mlp.dispatcher.begin_dispatch(rows, routing.expert_ids, routing.weights, attended.route)
 
-    def run_shared(self, attended: Attended, saved: Keep | Rebuild) -> Tensor | None:
+    def run_shared(self, attended: Attended, saved: Saved) -> Tensor | None:
         """The experts every token passes: computation that needs no dispatch."""
         assert isinstance(self.mlp, MixtureOfExperts)
         with saved.hooks():
             return None if self.mlp.shared is None else self.mlp.shared(attended.normed, saved)
 
-    def run_experts(self, dispatched: Dispatched, saved: Keep | Rebuild) -> Tensor:
+    def run_experts(self, dispatched: Dispatched, saved: Saved) -> Tensor:
         """The routed experts on the rows that arrived: computation."""
         assert isinstance(self.mlp, MixtureOfExperts)
         with saved.hooks():

@@ -10,7 +10,7 @@ from ..comm.dispatcher import Dispatcher
 from ..fp8.linear import GroupedLinear, Linear
 from .config import ModelConfig
 from .kernels import Kernels, SwiGLUFunction
-from .recompute import Keep, Rebuild
+from .recompute import Saved
 from .router import Router
 
 
@@ -23,7 +23,7 @@ class FeedForward(nn.Module):
         self.gate_up = Linear(hidden, 2 * inner)
         self.down = Linear(inner, hidden)
 
-    def forward(self, x: Tensor, saved: Keep | Rebuild) -> Tensor:
+    def forward(self, x: Tensor, saved: Saved) -> Tensor:
         return self.down(_swiglu(self.gate_up(x), None, self.kernels, saved))
 
 
@@ -36,7 +36,7 @@ class RoutedExperts(nn.Module):
         self.gate_up = GroupedLinear(num_local, config.hidden_size, 2 * config.moe_intermediate_size)
         self.down = GroupedLinear(num_local, config.moe_intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, weights: Tensor, offsets: Tensor, saved: Keep | Rebuild) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, offsets: Tensor, saved: Saved) -> Tensor:
         return self.down(_swiglu(self.gate_up(x, offsets), weights, self.kernels, saved), offsets)
 
 
@@ -56,7 +56,7 @@ class MixtureOfExperts(nn.Module):
             )
 
 
-def _swiglu(gate_up: Tensor, weights: Tensor | None, kernels: Kernels, saved: Keep | Rebuild) -> Tensor:
+def _swiglu(gate_up: Tensor, weights: Tensor | None, kernels: Kernels, saved: Saved) -> Tensor:
     def activate() -> Tensor:
         return SwiGLUFunction.apply(gate_up, weights, kernels)
 

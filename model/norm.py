@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import Kernels, RMSNormFunction
-from .recompute import Keep, Rebuild
+from .recompute import Saved
 
 
 class RMSNorm(nn.Module):
@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
         self.eps, self.kernels = eps, kernels
         self.gain = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, saved: Keep | Rebuild) -> Tensor:
+    def forward(self, x: Tensor, saved: Saved) -> Tensor:
         def normalise() -> Tensor:
             return RMSNormFunction.apply(x, self.gain, self.eps, self.kernels)
 

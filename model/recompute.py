@@ -1,14 +1,17 @@
-"""Activation recompute at the grain of single tensors, the way V3 saves memory (V3 §3.2.3).
+"""Activation recompute: of single tensors, the way V3 saves memory (V3 §3.2.3), or of whole blocks.
 
 V3 keeps the inputs of RMSNorm, of the MLA up-projections and of SwiGLU, and computes their outputs again in the
 backward. Module-level checkpointing cannot say that without running the neighbouring GEMMs again. Here a module
 hands over a tensor together with the recipe that rebuilds it; whenever autograd saves that tensor (or a view of it)
-for the backward, it is dropped and the recipe kept instead.
+for the backward, it is dropped and the recipe kept instead (`Rebuild`).
+
+`Replay` drops everything autograd saves in a block and runs the block's phases again. It is torch's non-reentrant
+checkpoint, but for being a generator: an engine that overlaps two micro-batches can run the phases where it wants to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -95,3 +98,64 @@ class _Recipe:
         if self._left <= 0:
             self._values = ()
         return value
+
+
+class Replay:
+    """Drop every tensor that autograd saves; get them back by running the phases again.
+
+    One object serves the forward of one block. `phases(saved)` must run its phases with the activations going to
+    `saved`, save the same tensors in the same order each time, and save none after the phase `last` has begun.
+    """
+
+    def __init__(self, phases: Callable[[_Collect], Iterator[str]], last: str) -> None:
+        self._phases = phases
+        self._last = last
+        self._dropped = 0
+        self._values: dict[int, Tensor] = {}
+
+    def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
+        """Everything comes back anyhow."""
+
+    def hooks(self) -> AbstractContextManager[Any]:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def again(self) -> Iterator[str]:
+        """Run the phases up to `last` again, each named before it runs, and hold what they save. Wants grad mode."""
+        collect = _Collect()
+        for name in self._phases(collect):
+            if name == self._last:
+                break
+            yield f"redo.{name}"
+        assert len(collect.values) == self._dropped, "the phases saved other tensors than the first time"
+        self._values = collect.values
+
+    def _pack(self, _: Tensor) -> int:
+        self._dropped += 1
+        return self._dropped - 1
+
+    def _unpack(self, index: int) -> Tensor:
+        if index not in self._values:  # plain autograd, or a graph that is walked a second time
+            with torch.enable_grad():
+                for _ in self.again():
+                    pass
+        return self._values.pop(index)
+
+
+class _Collect(Keep):
+    """Keeps what autograd saves, numbered in the order of saving."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, Tensor] = {}
+
+    def hooks(self) -> AbstractContextManager[Any]:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda index: self.values[index])
+
+    def _pack(self, tensor: Tensor) -> int:
+        self.values[len(self.values)] = tensor.detach()
+        return len(self.values) - 1
+
+
+Saved = Keep | Rebuild | Replay

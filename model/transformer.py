@@ -5,7 +5,7 @@ B sequences, S tokens of a sequence, D depth of multi-token prediction, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..comm.dispatcher import Dispatcher
-from ..fp8.linear import Linear
+from ..fp8.linear import GroupedLinear, Linear
+from ..phases import Tape, Uncut, WeightQueue, run
 from .block import DecoderBlock
 from .config import ModelConfig
 from .kernels import EmbeddingFunction, Kernels
@@ -35,7 +36,9 @@ class Output:
     balance: Tensor
     """Sequence-wise balance loss summed over MoE layers and valid sequences, before its weight."""
     counts: Tensor
-    """`[L, E]` int64: valid tokens each expert of each MoE layer (MTP modules last) was sent."""
+    """`[L, E]` int64: valid tokens each expert of each of its MoE layers (MTP modules last) was sent."""
+    first_moe: int = 0
+    """Place of the first of these layers among all MoE layers of the model."""
 
 
 class MTPModule(nn.Module):
@@ -60,8 +63,47 @@ class MTPModule(nn.Module):
         return self.project(torch.cat((self.embedding_norm(embedded, keep), self.hidden_norm(hidden, keep)), -1))
 
 
+@dataclass(frozen=True)
+class Part:
+    """The consecutive layers that a stage holds. The first stage has the embedding, the last the head and MTP."""
+
+    layers: range
+    first: bool = True
+    last: bool = True
+
+    @classmethod
+    def whole(cls, config: ModelConfig) -> Part:
+        return cls(range(config.num_hidden_layers))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the sums of a micro-batch's losses are multiplied by where the backward begins."""
+
+    token: float = 1.0
+    mtp: float = 1.0
+    balance: float = 1.0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences to train on or to evaluate."""
+
+    tokens: Tensor
+    """`[B, S+1+D]` int64: position i predicts token i+1, MTP depth k token i+1+k."""
+    valid: Tensor
+    """`[B]` bool, False for sequences that are padding and count for nothing."""
+    weights: Weights = Weights()
+    mtp: bool = True
+    """Whether the MTP modules run; False is for evaluation."""
+
+
 class Transformer(nn.Module):
-    """A DeepSeek-V3-class language model, or the part of its experts that this rank holds."""
+    """A DeepSeek-V3-class language model, or a stage of it, or the part of its experts that this rank holds.
+
+    Layers are numbered through the whole model, whatever part this is. A last stage that is not the first has an
+    embedding too if there is MTP, since its modules read the tokens that they are given.
+    """
 
     def __init__(
         self,
@@ -70,72 +112,116 @@ class Transformer(nn.Module):
         local_experts: Sequence[int],
         recompute: RecomputePolicy = "none",
         kernels: Kernels | None = None,
+        part: Part | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.part = part = part or Part.whole(config)
         kernels = kernels or Kernels.make()
 
         def block(layer: int) -> DecoderBlock:
             experts = local_experts if config.is_moe(layer) else None
             return DecoderBlock(config, experts, dispatcher, kernels, recompute)
 
-        layers = config.num_hidden_layers
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(block(layer) for layer in range(layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        depths = config.num_nextn_predict_layers if part.last else 0
+        if part.first or depths:
+            self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleDict({str(layer): block(layer) for layer in part.layers})
+        if part.last:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+            self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.mtp = nn.ModuleList(
-            MTPModule(config, block(layers + depth), kernels) for depth in range(config.num_nextn_predict_layers)
+            MTPModule(config, block(config.num_hidden_layers + depth), kernels) for depth in range(depths)
         )
+        self.weight_queue = WeightQueue()
+        for module in self.modules():
+            if isinstance(module, Linear | GroupedLinear):
+                module.weight_queue = self.weight_queue
         self._table: Tensor | None = None
 
     def forward(self, tokens: Tensor, valid: Tensor | None = None, mtp: bool = True) -> Output:
-        """tokens `[B, S+1+D]` int64: position i predicts token i+1, MTP depth k token i+1+k.
+        """The whole model, as one graph: tokens and valid as in `MicroBatch`, by default all valid.
 
-        valid `[B]` bool, False for sequences that are padding and count for nothing. `mtp` False leaves the MTP modules
-        out, for evaluation.
+        `mtp` False leaves the MTP modules out, for evaluation.
         """
-        depth = len(self.mtp)
-        length = tokens.shape[1] - 1 - depth
+        assert self.part == Part.whole(self.config), "a stage runs in a pipeline"
         if valid is None:
             valid = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        targets = tokens.masked_fill(~valid.unsqueeze(1), IGNORED)
-        x, routings = self.hidden_states(tokens[:, :length], valid)
-        hidden = self.norm(x, Keep())
-        loss = self._head_loss(hidden, targets[:, 1 : length + 1])
-        mtp_losses = []
-        for k, module in enumerate(self.mtp if mtp else (), start=1):
-            assert isinstance(module, MTPModule)
-            x = module.join(hidden, EmbeddingFunction.apply(tokens[:, k : length + k], self.embedding))
-            x, routing = module.block(x, self._turns(length, x.device), valid)
-            routings.append(routing)
-            hidden = module.norm(x, Keep())
-            mtp_losses.append(self._head_loss(hidden, targets[:, k + 1 : length + k + 1]))
-        moe = [routing for routing in routings if routing is not None]
-        if moe:
-            balance, counts = torch.stack([r.balance for r in moe]).sum(), torch.stack([r.counts for r in moe])
-        else:
-            balance, counts = loss.new_zeros(()), tokens.new_zeros(0, self.config.n_routed_experts)
-        return Output(loss, tuple(mtp_losses), balance, counts)
+        _, output = run(self.phases(MicroBatch(tokens, valid, mtp=mtp), None, Uncut()))
+        return output
 
-    def hidden_states(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, list[Routing | None]]:
-        """Residual stream `[B, S, H]` after the last block, before the final norm, and each block's routing."""
-        x = EmbeddingFunction.apply(tokens, self.embedding)
-        turns = self._turns(tokens.shape[1], x.device)
-        routings = []
-        for layer in self.layers:
-            x, routing = layer(x, turns, valid)
+    def phases(
+        self, batch: MicroBatch, x: Tensor | None, tape: Uncut | Tape
+    ) -> Generator[str, None, tuple[Tensor | None, Output]]:
+        """Yield each phase's name, then run it; returns what the next stage gets, and this part's losses and counts.
+
+        x `[B, S, H]` is the previous stage's output, None at the first stage.
+        """
+        length = batch.tokens.shape[1] - 1 - self.config.num_nextn_predict_layers
+        if self.part.first:
+            assert x is None
+            yield tape.phase("embedding")
+            x = tape.cut(EmbeddingFunction.apply(batch.tokens[:, :length], self.embedding))
+        assert x is not None
+        turns, routings = self._turns(length, x.device), []
+        for layer, block in self.layers.items():
+            assert isinstance(block, DecoderBlock)
+            x, routing = yield from block.phases(x, turns, batch.valid, tape, batch.weights.balance)
             routings.append(routing)
-        return x, routings
+            if self.part.last or int(layer) + 1 < self.part.layers.stop:
+                x = tape.cut(x)
+        losses: list[Tensor] = []
+        if self.part.last:
+            losses = yield from self._predict(batch, x, turns, tape, routings)
+        moe = [routing for routing in routings if routing is not None]
+        zero = x.new_zeros((), dtype=torch.float32)
+        balance = torch.stack([routing.balance for routing in moe]).sum() if moe else zero
+        counts = batch.tokens.new_zeros(0, self.config.n_routed_experts)
+        if moe:
+            counts = torch.stack([routing.counts for routing in moe])
+        output = Output(losses[0] if losses else zero, tuple(losses[1:]), balance, counts, self.first_moe)
+        return (None if self.part.last else tape.leave(x)), output
+
+    def _predict(
+        self, batch: MicroBatch, x: Tensor, turns: Tensor, tape: Uncut | Tape, routings: list[Routing | None]
+    ) -> Generator[str, None, list[Tensor]]:
+        """The losses from the last layer's output: next token first, then each MTP depth."""
+        targets = batch.tokens.masked_fill(~batch.valid.unsqueeze(1), IGNORED)
+        length, weights, losses = x.shape[1], batch.weights, []
+        modules = list(self.mtp) if batch.mtp else []
+        norm: nn.Module = self.norm
+        for depth in range(len(modules) + 1):
+            yield tape.phase("head")
+            hidden = norm(x, Keep())
+            loss = self._head_loss(hidden, targets[:, depth + 1 : length + depth + 1])
+            losses.append(tape.seed(loss, weights.mtp if depth else weights.token))
+            if depth == len(modules):
+                return losses
+            module = modules[depth]
+            assert isinstance(module, MTPModule)
+            embedded = EmbeddingFunction.apply(batch.tokens[:, depth + 1 : length + depth + 1], self.embedding)
+            x = tape.cut(module.join(hidden, embedded))
+            x, routing = yield from module.block.phases(x, turns, batch.valid, tape, weights.balance)
+            x = tape.cut(x)
+            routings.append(routing)
+            norm = module.norm
+        raise AssertionError("unreachable")
+
+    @property
+    def first_moe(self) -> int:
+        """Place of its first MoE layer among all MoE layers of the model."""
+        return max(0, self.part.layers.start - self.config.first_k_dense_replace)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits `[B, S, V]` of tokens `[B, S]`, whole: for evaluation and sampling, not for training."""
         valid = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        x, _ = self.hidden_states(tokens, valid)
+        x = EmbeddingFunction.apply(tokens, self.embedding)
+        for block in self.layers.values():
+            x, _ = block(x, self._turns(tokens.shape[1], x.device), valid)
         return F.linear(self.norm(x, Keep()), self.head)
 
     def routers(self) -> list[Router]:
-        """Routers of the MoE layers in order, MTP modules last: the rows of `Output.counts`."""
+        """Routers of the MoE layers it holds in order, MTP modules last: the rows of `Output.counts`."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def _turns(self, length: int, device: torch.device) -> Tensor:

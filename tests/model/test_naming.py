@@ -64,7 +64,7 @@ def test_every_element_of_every_parameter_has_one_name(config: ModelConfig) -> N
 
 def test_names_lead_to_the_weights_they_say() -> None:
     model, inner = build(small_config()), 24
-    tensors, layer = global_tensors(model), model.layers[1].mlp
+    tensors, layer = global_tensors(model), model.layers["1"].mlp
     for expert in range(8):
         name = f"layers.1.mlp.experts.{expert}"
         assert tensors[f"{name}.w1"].data_ptr() == layer.experts.gate_up.weight[expert, :inner].data_ptr()
@@ -72,7 +72,7 @@ def test_names_lead_to_the_weights_they_say() -> None:
         assert tensors[f"{name}.w2"].data_ptr() == layer.experts.down.weight[expert].data_ptr()
         assert tensors[f"{name}.w1"].shape == (inner, 40) and tensors[f"{name}.w2"].shape == (40, inner)
     assert torch.equal(tensors["layers.1.mlp.shared.w3"], layer.shared.gate_up.weight[2 * inner :])
-    assert torch.equal(tensors["layers.0.mlp.w1"], model.layers[0].mlp.gate_up.weight[:56])
+    assert torch.equal(tensors["layers.0.mlp.w1"], model.layers["0"].mlp.gate_up.weight[:56])
     assert torch.equal(tensors["mtp.0.block.attention.q_norm"], model.mtp[0].block.attention.q_norm.gain)
     assert torch.equal(tensors["embedding"], model.embedding) and torch.equal(tensors["head"], model.head)
 
@@ -81,7 +81,8 @@ def test_gradients_are_named_like_their_parameters() -> None:
     model = build(small_config())
     total_loss(model(random_tokens(model.config, 2, 30))).backward()
     gradients = global_gradients(model)
-    assert torch.equal(gradients["layers.2.mlp.experts.3.w3"], model.layers[2].mlp.experts.gate_up.weight.grad[3, 24:])
+    experts = model.layers["2"].mlp.experts
+    assert torch.equal(gradients["layers.2.mlp.experts.3.w3"], experts.gate_up.weight.grad[3, 24:])
     for name, tensor in global_tensors(model).items():
         assert gradients[name].shape == tensor.shape
 
@@ -107,8 +108,8 @@ def test_a_ranks_experts_may_be_any_in_any_order() -> None:
     whole = global_tensors(fresh(config))
     model = Transformer(config, FlatDispatcher(None, 8), [6, 1])
     initialise(model, 0)
-    assert torch.equal(model.layers[1].mlp.experts.down.weight[0], whole["layers.1.mlp.experts.6.w2"])
-    assert torch.equal(model.layers[1].mlp.experts.down.weight[1], whole["layers.1.mlp.experts.1.w2"])
+    assert torch.equal(model.layers["1"].mlp.experts.down.weight[0], whole["layers.1.mlp.experts.6.w2"])
+    assert torch.equal(model.layers["1"].mlp.experts.down.weight[1], whole["layers.1.mlp.experts.1.w2"])
 
 
 def test_first_values_depend_on_seed_and_name_alone() -> None:

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from counterflow.model import attention as attention_module
-from counterflow.model.block import DecoderBlock
 from counterflow.model.config import ModelConfig
 from counterflow.model.feed_forward import RoutedExperts
 from counterflow.model.kernels import Kernels
 from counterflow.model.recompute import Keep, Rebuild, RecomputePolicy
 from counterflow.model.transformer import Output, Transformer
+from counterflow.phases import Uncut
 from counterflow.tests.model.small import build, global_gradients, random_tokens, small_config, total_loss
 
 POLICIES: tuple[RecomputePolicy, ...] = ("none", "v3", "full")
@@ -201,27 +201,8 @@ def test_v3_rebuilds_each_tensor_once_and_frees_it(monkeypatch: pytest.MonkeyPat
     assert set(alive(watched).values()) == {0}
 
 
-def phases(block: DecoderBlock, x: Tensor, turns: Tensor, valid: Tensor) -> Generator[None, None, Tensor]:
-    """An MoE block's forward, stopping after every phase."""
-    saved = block.saved()
-    attended = block.attend(x, turns, valid, saved)
-    yield
-    pending = block.dispatch(attended)
-    yield
-    shared = block.run_shared(attended, saved)
-    yield
-    dispatched = pending.wait()
-    y = block.run_experts(dispatched, saved)
-    yield
-    combining = block.combine(y, dispatched)
-    yield
-    result = block.finish(attended, combining.wait(), shared)
-    saved.close()
-    return result
-
-
-def in_turns(first: Generator[None, None, Tensor], second: Generator[None, None, Tensor], lead: int) -> list[Tensor]:
-    """What both return, a phase of one after a phase of the other; the first is `lead` phases ahead."""
+def in_turns(first: Generator[str, None, Any], second: Generator[str, None, Any], lead: int) -> list[Tensor]:
+    """The tensors that both return, a phase of one after a phase of the other; the first is `lead` phases ahead."""
     results: dict[int, Tensor] = {}
     schedule = itertools.chain([0] * lead, itertools.cycle([0, 1]))
     while len(results) < 2:
@@ -230,7 +211,7 @@ def in_turns(first: Generator[None, None, Tensor], second: Generator[None, None,
             try:
                 next((first, second)[number])
             except StopIteration as end:
-                results[number] = end.value
+                results[number] = end.value[0]
     return [results[0], results[1]]
 
 
@@ -250,12 +231,13 @@ def two_blocks(
 @pytest.mark.parametrize("lead", [0, 1, 3])
 def test_two_blocks_phase_by_phase_in_turns_give_the_bits_of_one_after_the_other(lead: int, dtype: torch.dtype) -> None:
     found = []
-    for policy in ("none", "v3"):
+    for policy in POLICIES:
         for together in (False, True):
             model, given = two_blocks(policy, Kernels.make(), dtype)
-            blocks = list(model.layers)[1:]
+            blocks = list(model.layers.values())[1:]
             if together:
-                results = in_turns(*(phases(block, *each) for block, each in zip(blocks, given, strict=True)), lead)
+                first, second = (block.phases(*each, Uncut()) for block, each in zip(blocks, given, strict=True))
+                results = in_turns(first, second, lead)
             else:
                 results = [block(*each)[0] for block, each in zip(blocks, given, strict=True)]
             torch.autograd.backward(results, [torch.cos(result.detach()) for result in results])
@@ -276,8 +258,8 @@ def test_two_blocks_in_turns_drop_what_each_drops_alone(
     """What attention's phase told how to rebuild is still known where the shared experts' phase saves it."""
     watched, kernels, _ = watching(monkeypatch)
     model, given = two_blocks(policy, kernels, torch.float32)
-    blocks = list(model.layers)[1:]
-    results = in_turns(*(phases(block, *each) for block, each in zip(blocks, given, strict=True)), lead)
+    blocks = list(model.layers.values())[1:]
+    results = in_turns(*(block.phases(*each, Uncut()) for block, each in zip(blocks, given, strict=True)), lead)
     made = {"norm": 8, "query": 2, "key": 2, "value": 2, "swiglu": 4}
     assert {name: len(refs) for name, refs in watched.items()} == made
     assert alive(watched) == (made if policy == "none" else dict.fromkeys(made, 0))

@@ -1,0 +1,212 @@
+"""The contract between model and pipeline: a chunk's work in phases, each with its own piece of the autograd graph.
+
+A chunk's forward is a generator that yields the name of a phase before it runs it. What one phase hands to the next
+is cut out of the graph, so that the backward is a generator of the same phases in reverse, and two micro-batches can
+be advanced in turn. Neither holds activations for the sake of the cut: only gradients cross it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+Result = TypeVar("Result")
+
+Phases = Generator[str, None, tuple[Tensor | None, Any]]
+"""Yields the name of each phase before running it; returns what the next stage gets, and the chunk's own result."""
+
+
+class WeightQueue:
+    """Gradients of weights that were left for later (W), first in, first out.
+
+    Linear layers ask `deferring` in their backward. While it is set they compute the gradient of their input alone and
+    `put` the rest here, where it lies until the target list is drained.
+    """
+
+    def __init__(self) -> None:
+        self._target: deque[Callable[[], None]] | None = None
+
+    @property
+    def deferring(self) -> bool:
+        return self._target is not None
+
+    def put(self, work: Callable[[], None]) -> None:
+        assert self._target is not None, "weight gradients are not deferred now"
+        self._target.append(work)
+
+    @contextmanager
+    def into(self, target: deque[Callable[[], None]] | None) -> Iterator[None]:
+        """Within it, weight gradients go to `target`; None computes them at once."""
+        before, self._target = self._target, target
+        try:
+            yield
+        finally:
+            self._target = before
+
+
+def drain(work: deque[Callable[[], None]]) -> None:
+    """Run deferred weight gradients in the order in which they were put."""
+    while work:
+        work.popleft()()
+
+
+def run(phases: Generator[str, None, Result]) -> Result:
+    """Run phases one after another to their result."""
+    while True:
+        try:
+            next(phases)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+class Chunk(Protocol):
+    """A stage's module as held by one rank."""
+
+    weight_queue: WeightQueue
+
+    def phases(self, micro_batch: Any, x: Tensor | None, tape: Uncut | Tape) -> Phases:
+        """Run `micro_batch` on `x`, the previous stage's output (None at the first stage)."""
+
+
+class Uncut:
+    """A tape that cuts nothing: the phases make one graph, for plain autograd or for none."""
+
+    def phase(self, name: str) -> str:
+        return name
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def leave(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def seed(self, tensor: Tensor, gradient: float) -> Tensor:
+        """Plain autograd is seeded by whoever sums the losses."""
+        return tensor
+
+    def before_backward(self, redo: Callable[[], Iterator[str]]) -> None:
+        """Plain autograd asks for what it needs."""
+
+
+class Tape:
+    """One micro-batch's pass through a chunk, cut into pieces at the phases."""
+
+    def __init__(self) -> None:
+        self._pieces: list[_Piece | _Redo] = []
+        self._open: _Piece | None = None
+        # Gives the first operation of a piece something that requires a gradient; it never gets one.
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._given: _Cut | None = None
+        self._left: _Cut | None = None
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        """The chunk's input, from the previous stage: its gradient is what `backward` returns."""
+        self._given = _Cut(None)
+        return self._continue(tensor, self._given)
+
+    def phase(self, name: str) -> str:
+        """Begin the phase `name`: what is cut from now on was made in it."""
+        self._open = _Piece(name)
+        self._pieces.append(self._open)
+        return name
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The same values for later phases, cut off from the graph of this one."""
+        if not tensor.requires_grad:
+            return tensor
+        return self._continue(tensor, self._made(_Cut(get_gradient_edge(tensor))))
+
+    def leave(self, tensor: Tensor) -> Tensor:
+        """The chunk's output, on its way to the next stage, whose gradient `backward` is given."""
+        self._left = self._made(_Cut(get_gradient_edge(tensor)))
+        return tensor.detach()
+
+    def seed(self, tensor: Tensor, gradient: float) -> Tensor:
+        """A scalar loss made in this phase: the backward starts from it too, with this gradient. Returns its value."""
+        if tensor.requires_grad and gradient:
+            cut = self._made(_Cut(get_gradient_edge(tensor)))
+            cut.gradient = torch.full_like(tensor, gradient)
+        return tensor.detach()
+
+    def before_backward(self, redo: Callable[[], Iterator[str]]) -> None:
+        """`redo()` yields and runs phases again before the backward of what was recorded so far."""
+        self._pieces.append(_Redo(redo))
+
+    def backward(
+        self, gradient: Tensor | None, queue: WeightQueue, deferred: deque[Callable[[], None]] | None
+    ) -> Generator[str, None, tuple[Tensor | None, None]]:
+        """The phases in reverse, each named before its piece runs; returns the gradient of the chunk's input.
+
+        `gradient` is that of the chunk's output. Weight gradients go to `deferred`, or are computed at once if None.
+        Every piece is let go of as soon as it has run.
+        """
+        if self._left is not None:
+            self._left.gradient = gradient
+        self._open = None
+        del gradient
+        while self._pieces:
+            piece = self._pieces.pop()
+            if isinstance(piece, _Redo):
+                yield from piece.run()
+                continue
+            yield piece.name
+            with queue.into(deferred):
+                piece.backward()
+            del piece
+        return (None if self._given is None else self._given.gradient), None
+
+    def _made(self, cut: _Cut) -> _Cut:
+        assert self._open is not None, "a chunk names a phase before it cuts anything"
+        self._open.cuts.append(cut)
+        return cut
+
+    def _continue(self, tensor: Tensor, cut: _Cut) -> Tensor:
+        result: Tensor = _Cross.apply(self._anchor, tensor.detach(), cut)
+        return result
+
+
+class _Cut:
+    """Where the graph was cut: the side that made a tensor, and the gradient that arrived from the other side."""
+
+    def __init__(self, edge: GradientEdge | None) -> None:
+        self.edge = edge
+        self.gradient: Tensor | None = None
+
+
+class _Cross(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tensor: Tensor, cut: _Cut) -> Tensor:
+        ctx.cut = cut
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        cut: _Cut = ctx.cut  # several pieces may use what was cut once
+        cut.gradient = gradients[0] if cut.gradient is None else cut.gradient + gradients[0]
+        return None, None, None
+
+
+class _Piece:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.cuts: list[_Cut] = []
+
+    def backward(self) -> None:
+        roots = [(cut.edge, cut.gradient) for cut in self.cuts if cut.gradient is not None]
+        self.cuts.clear()
+        if roots:
+            edges, gradients = zip(*roots, strict=True)
+            del roots
+            torch.autograd.backward(edges, gradients)
+
+
+class _Redo:
+    def __init__(self, run: Callable[[], Iterator[str]]) -> None:
+        self.run = run
