@@ -20,15 +20,19 @@ class Placed:
 
     `parameter` has as many elements as its `names` have global tensors of shape `shape`, one after another in memory.
     `replicas` names the ranks that hold the same values: `dp` for what every rank of a stage holds, `edp` for experts.
+    `holders` are the pipeline ranks that hold them, ascending: two where a schedule keeps a stage twice, or where the
+    first and the last stage share the embedding. A parameter that two chunks of one rank use is placed once.
     """
 
     parameter: nn.Parameter
     names: tuple[str, ...]
     replicas: Replicas = "dp"
+    holders: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         assert self.parameter.numel() % len(self.names) == 0, (self.names, self.parameter.shape)
         assert self.parameter.is_contiguous(), self.names
+        assert self.holders and list(self.holders) == sorted(set(self.holders)), (self.names, self.holders)
 
     @property
     def shape(self) -> tuple[int, ...]:

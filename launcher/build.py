@@ -1,49 +1,166 @@
-"""From a configuration and a place in the grid to a model and its optimizer."""
+"""From a configuration and a place in the grid to the chunks of a rank, their optimizer and their executor."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from ..comm.flat import FlatDispatcher
+from ..comm.p2p import Wires
 from ..model.kernels import Kernels
 from ..model.naming import initial_tensor, placements, router_biases
-from ..model.transformer import Transformer
+from ..model.router import Router
+from ..model.transformer import Part, Transformer
+from ..parallel.executor import Executor
 from ..parallel.groups import Groups
+from ..parallel.layout import Layout
+from ..parallel.overlap import find_order
+from ..parallel.schedule.actions import Schedule
+from ..parallel.schedule.choose import example
+from ..parallel.stages import Split
 from ..parallel.zero import ShardedOptimizer
+from ..placement import Placed
 from .config import Config
+from .pipeline import make_split
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_model(config: Config, groups: Groups, device: torch.device) -> Transformer:
-    """This rank's part of the model: everything but the experts of other ranks. Its weights are not set yet."""
+@dataclass(frozen=True)
+class Model:
+    """The chunks of this rank by stage, and who else holds what is in them.
+
+    The first and the last stage on one rank share one embedding.
+    """
+
+    chunks: Mapping[int, Transformer]
+    schedule: Schedule
+    """Any of the run's schedules, for its placement."""
+
+    def placed(self) -> list[Placed]:
+        """Every parameter of this rank once, in the order of the stages."""
+        found: dict[int, Placed] = {}
+        for stage, chunk in self.chunks.items():
+            for item in placements(chunk):
+                held_by = replace(item, holders=self._holders(item.names[0], stage))
+                found.setdefault(id(item.parameter), held_by)
+        return list(found.values())
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of this rank once, by the name its module gives it, which is unique in the whole model."""
+        yield from {name: p for chunk in self.chunks.values() for name, p in chunk.named_parameters()}.items()
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module of this rank by its name; the chunks themselves by their stage."""
+        for stage, chunk in self.chunks.items():
+            for name, module in chunk.named_modules():
+                yield name or f"stage {stage}", module
+
+    def routers(self) -> list[tuple[int, Router]]:
+        """The routers of this rank, each with the number of its layer among all MoE layers of the model."""
+        return [
+            (chunk.first_moe + number, router)
+            for chunk in self.chunks.values()
+            for number, router in enumerate(chunk.routers())
+        ]
+
+    def biases(self) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+        """The routers' biases: name, tensor and the pipeline ranks that hold it."""
+        for stage, chunk in self.chunks.items():
+            for name, bias in router_biases(chunk).items():
+                yield name, bias, self.schedule.holders(stage)
+
+    def accumulations(self, served: Mapping[int, int]) -> dict[nn.Parameter, int]:
+        """How many gradients each parameter gets in a step in which stage s serves `served[s]` micro-batches."""
+        expected: dict[nn.Parameter, int] = {}
+        for stage, chunk in self.chunks.items():
+            depths = len(chunk.mtp)
+            # The head predicts for every depth; the embedding is read by the first layer and by every MTP module.
+            several = {"head": 1 + depths, "embedding": chunk.part.first + depths}
+            for name, parameter in chunk.named_parameters():
+                expected[parameter] = expected.get(parameter, 0) + served[stage] * several.get(name, 1)
+        return expected
+
+    def _holders(self, name: str, stage: int) -> tuple[int, ...]:
+        with_mtp = any(chunk.config.num_nextn_predict_layers for chunk in self.chunks.values())
+        return embedding_holders(self.schedule, with_mtp) if name == "embedding" else self.schedule.holders(stage)
+
+
+def embedding_holders(schedule: Schedule, with_mtp: bool) -> tuple[int, ...]:
+    """The pipeline ranks with an embedding: those of the first stage, and with MTP those of the last."""
+    last = schedule.holders(schedule.num_stages - 1) if with_mtp else ()
+    return tuple(sorted({*schedule.holders(0), *last}))
+
+
+def make_groups(config: Config, layout: Layout, device_type: str, ranks: Sequence[int] | None = None) -> Groups:
+    """The process groups of a run: those of the layout, and one for every set of pipeline ranks that share parameters."""
+    schedule = _any_schedule(config)
+    holders = {schedule.holders(stage) for stage in range(schedule.num_stages)}
+    holders.add(embedding_holders(schedule, config.model.num_nextn_predict_layers > 0))
+    return Groups.create(layout, device_type, ranks, config.parallel.timeout, sorted(holders))
+
+
+def _any_schedule(config: Config) -> Schedule:
+    return example(config.parallel.schedule, config.parallel.pp, config.parallel.schedule_options)
+
+
+def build_model(config: Config, groups: Groups, device: torch.device) -> Model:
+    """This rank's chunks: its stages, without the experts of other ranks. Their weights are not set yet."""
+    split, schedule = make_split(config), _any_schedule(config)
+    chunks: dict[int, Transformer] = {}
+    for stage in sorted(schedule.placement[groups.coordinates.pp]):
+        chunks[stage] = _build_chunk(config, groups, device, split, stage)
+    first, last = chunks.get(0), chunks.get(split.num_stages - 1)
+    if first is not None and last is not None and hasattr(last, "embedding"):
+        last.embedding = first.embedding
+    return Model(chunks, schedule)
+
+
+def _build_chunk(config: Config, groups: Groups, device: torch.device, split: Split, stage: int) -> Transformer:
     experts = config.model.n_routed_experts
     per_rank = experts // groups.layout.ep
-    first = groups.coordinates.ep * per_rank
+    mine = groups.coordinates.ep * per_rank
     with torch.device("meta"):
-        model = Transformer(
+        chunk = Transformer(
             config.model,
             FlatDispatcher(groups.ep, experts),
-            range(first, first + per_rank),
+            range(mine, mine + per_rank),
             recompute=config.train.recompute,
             kernels=Kernels.make(config.train.compile),
+            part=Part(split.layers[stage], first=stage == 0, last=stage == split.num_stages - 1),
         )
     # Parameters take the recipe's format; the routers' biases stay FP32.
-    for parameter in model.parameters():
+    for parameter in chunk.parameters():
         parameter.data = parameter.data.to(DTYPES[config.precision.recipe])
-    model.to_empty(device=device)
-    for bias in router_biases(model).values():
+    chunk.to_empty(device=device)
+    for bias in router_biases(chunk).values():
         bias.zero_()
-    return model
+    return chunk
 
 
-def build_optimizer(config: Config, model: Transformer, groups: Groups) -> ShardedOptimizer:
+def build_optimizer(config: Config, model: Model, groups: Groups) -> ShardedOptimizer:
     """The optimizer of `model`, whose weights it sets to their initial values: FP32 masters, rounded once."""
-    optimizer = ShardedOptimizer(placements(model), groups, config.optim)
+    optimizer = ShardedOptimizer(model.placed(), groups, config.optim)
     std, seed = config.model.initializer_range, config.run.seed
     optimizer.initialise(lambda name, shape: initial_tensor(name, shape, std, seed))
     return optimizer
+
+
+def build_executor(config: Config, model: Model, groups: Groups, device: torch.device) -> Executor:
+    """What runs the schedule on `model`'s chunks."""
+    batch = config.batch
+    return Executor(
+        model.chunks,
+        Wires(groups.down, groups.up),
+        find_order(config.parallel.overlap_order),
+        torch.Size((batch.micro_sequences, batch.sequence_length, config.model.hidden_size)),
+        DTYPES[config.precision.recipe],
+        device,
+    )
 
 
 def dp_rank(groups: Groups) -> int:

@@ -31,6 +31,7 @@ class Command:
 COMMANDS = (
     Command("train", "train_command", "train a model"),
     Command("config", "config_command", "print a configuration, resolved and explained"),
+    Command("simulate", "simulate_command", "simulate a pipeline schedule: step time, bubbles, memory"),
 )
 
 

@@ -15,6 +15,7 @@ from ..model.config import ModelConfig
 from ..parallel.config import OptimConfig, ParallelConfig
 from ..report.config import LogConfig
 from ..settings import Clash, Section, SectionFaults, TokenSchedule, key
+from .config_clashes import find_clashes
 
 
 class RunConfig(Section):
@@ -99,13 +100,6 @@ class TrainConfig(Section):
         return self
 
 
-def _nearest(wanted: int, possible: list[int]) -> str:
-    """The possible values next to `wanted`, one on each side where there is one."""
-    below = [value for value in possible if value < wanted]
-    above = [value for value in possible if value > wanted]
-    return " or ".join(str(value) for value in (*below[-1:], *above[:1]))
-
-
 class Config(Section):
     """A run, completely described."""
 
@@ -123,29 +117,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
-        clashes = []
-        length, longest = self.batch.sequence_length, self.model.max_position_embeddings
-        if length > longest:
-            keys = ("batch.sequence_length", "model.max_position_embeddings")
-            clashes.append(Clash(keys, f"{length} is above model.max_position_embeddings {longest}"))
-        experts, ep, dp = self.model.n_routed_experts, self.parallel.ep, self.parallel.dp
-        if experts % ep:
-            near = _nearest(ep, [degree for degree in range(1, experts + 1) if experts % degree == 0])
-            message = f"{ep} does not divide model.n_routed_experts {experts} (nearest: {near})"
-            clashes.append(Clash(("parallel.ep", "model.n_routed_experts"), message))
-        if dp != "auto" and (dp < 1 or dp % ep):
-            near = _nearest(dp, [max(multiple, 1) * ep for multiple in (dp // ep, dp // ep + 1)])
-            message = f"{dp} is not a positive multiple of parallel.ep {ep} (nearest: {near})"
-            clashes.append(Clash(("parallel.dp", "parallel.ep"), message))
-        # torch's grouped GEMM takes rows of whole 16 bytes.
-        recipe = self.precision.recipe
-        unit = 8 if recipe == "bf16" else 4
-        for name in ("hidden_size", "moe_intermediate_size"):
-            width = getattr(self.model, name)
-            if width % unit:
-                near = _nearest(width, [max(1, width // unit) * unit, (width // unit + 1) * unit])
-                message = f"{width} is not a multiple of {unit}, as experts in {recipe} need (nearest: {near})"
-                clashes.append(Clash((f"model.{name}", "precision.recipe"), message))
+        clashes = find_clashes(self)
         if clashes:
             raise SectionFaults(clashes)
         return self

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data.loader import Batch
-from ..model.naming import placements
-from ..model.transformer import Transformer
+from ..parallel.schedule.actions import Action, Overlap
 
 if TYPE_CHECKING:
-    from .trainer import Trainer, Weights
+    from ..model.transformer import Weights
+    from .build import Model
+    from .trainer import Trainer
 
 
 class NonFiniteError(RuntimeError):
@@ -38,6 +39,8 @@ class Finding(NamedTuple):
 
     micro_batch: int
     backward: bool
+    stage: int
+    """Its place in the micro-batch's way: counted down in the backward."""
     position: int
     rank: int
     what: str
@@ -68,45 +71,57 @@ def _gather(trainer: Trainer, mine: Finding | None) -> list[Finding]:
 def _first_bad_parameter(trainer: Trainer) -> Finding | None:
     for position, (name, tensor) in enumerate(_weights(trainer.model)):
         if (bad := _describe(tensor)) is not None:
-            return Finding(-1, False, position, trainer.groups.rank, f"weight {name}: {bad}")
+            return Finding(-1, False, 0, position, trainer.groups.rank, f"weight {name}: {bad}")
     return None
 
 
-def _weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    for item in placements(model):
+def _weights(model: Model) -> Iterator[tuple[str, Tensor]]:
+    for item in model.placed():
         yield from zip(item.names, item.tensors(), strict=True)
-    yield from model.named_buffers()
+    for name, bias, _ in model.biases():
+        yield name, bias
 
 
 def _replay(trainer: Trainer, micro_batches: list[Batch], weights: Weights) -> Finding | None:
     """Run the step's micro-batches again, watching each module's inputs, outputs and their gradients."""
-    watch = _Watch(trainer.groups.rank)
-    trainer.optimizer.zero_gradients()  # or a fault that does not come again would be found in its traces
+    watch = _Watch(trainer.groups.rank, trainer.model.schedule.num_stages)
     handles = []
-    for name, module in trainer.model.named_modules():
-        handles += watch.follow(name or "model", module)
+    for name, module in trainer.model.modules():
+        handles += watch.follow(name, module)
+    trainer.executor.watch = watch.begin
     try:
-        for watch.micro_batch, batch in enumerate(micro_batches):
-            with torch.enable_grad():
-                trainer.forward_backward(batch, weights)
+        # Starts from gradients of zero, or a fault that does not come again would be found in its traces.
+        with torch.enable_grad():
+            trainer.forward_backward(micro_batches, weights)
+        trainer.optimizer.reduce_gradients()  # which has begun with the last backward
     finally:
+        trainer.executor.watch = None
         for handle in handles:
             handle.remove()
     if watch.first is None:
         for position, (name, gradient) in enumerate(trainer.optimizer.gradients().items()):
             if (bad := _describe(gradient)) is not None:
-                return Finding(len(micro_batches), True, position, trainer.groups.rank, f"gradient of {name}: {bad}")
+                what = f"gradient of {name}: {bad}"
+                return Finding(len(micro_batches), True, 0, position, trainer.groups.rank, what)
     return watch.first
 
 
 class _Watch:
-    """Hooks that remember the first non-finite tensor. All ranks run the same modules, so positions compare."""
+    """Hooks that remember the non-finite tensor that came first on its micro-batch's way.
 
-    def __init__(self, rank: int) -> None:
+    Ranks of one stage run the same modules in the same order, so positions compare.
+    """
+
+    def __init__(self, rank: int, num_stages: int) -> None:
         self.rank = rank
-        self.micro_batch = 0
+        self.num_stages = num_stages
         self.first: Finding | None = None
+        self._forward = self._backward = Action("F", 0, 0)
         self._position = 0
+
+    def begin(self, action: Action | Overlap) -> None:
+        """What is seen from now on belongs to this action: to a pair's forward or backward, whichever it is."""
+        self._forward, self._backward = action if isinstance(action, Overlap) else (action, action)
 
     def follow(self, name: str, module: nn.Module) -> list[Any]:
         return [
@@ -126,10 +141,14 @@ class _Watch:
         self._note(True, what, grad)
 
     def _note(self, backward: bool, what: str, tensor: Tensor) -> None:
-        if self.first is None and (bad := _describe(tensor)) is not None:
-            direction = "backward" if backward else "forward"
-            text = f"micro-batch {self.micro_batch}, {direction}, {what}: {bad}"
-            self.first = Finding(self.micro_batch, backward, self._position, self.rank, text)
+        if (bad := _describe(tensor)) is None:
+            return
+        action = self._backward if backward else self._forward
+        direction = "backward" if backward else "forward"
+        text = f"micro-batch {action.microbatch}, {direction}, {what}: {bad}"
+        way = self.num_stages - action.stage if backward else action.stage
+        found = Finding(action.microbatch, backward, way, self._position, self.rank, text)
+        self.first = found if self.first is None else min(self.first, found)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -16,16 +16,29 @@ from ..checkpoint.manifest import Manifest, check_same_model, complete_steps, re
 from ..data.open import Data, open_data
 from ..data.tokenizer import ByteTokenizer
 from ..parallel.layout import Layout
+from ..parallel.schedule.choose import generate
+from ..parallel.schedule.simulate import simulate
 from ..settings import UsageError
 from .config import Config
+from .config_clashes import batch_sizes
+from .pipeline import make_schedule, microbatches, stage_costs
 from .plan_steps import Progress, total_steps
 
 T = TypeVar("T")
 
+MUCH_BUBBLE = 0.2
+"""Share of a step that pipeline ranks may be idle before the user is told."""
+
+MORE_BUBBLE = 0.05
+"""How much more of it they may be idle at the start of a ramp than at the full batch."""
+
 
 @dataclass(frozen=True)
 class Flight:
-    """A run that can start: its layout, its folder and the checkpoint it goes on from."""
+    """A run that can start: its layout, its folder and the checkpoint it goes on from.
+
+    `notes` are sentences for the user on what will work, but costs more than it need.
+    """
 
     config: Config
     layout: Layout
@@ -34,6 +47,7 @@ class Flight:
     data: Data
     checkpoint: Path | None
     progress: Progress
+    notes: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -45,7 +59,8 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
     faults: list[str] = []
     layout = _collect(faults, lambda: _layout(config, world_size, ranks_per_node))
     if layout is not None:
-        faults += _batch_faults(config, layout)
+        batch_faults = _batch_faults(config, layout)
+        faults += batch_faults or _schedule_faults(config, layout)
     faults += _vocabulary_faults(config)
     data = _collect(faults, lambda: _open_data(config))
     run_dir = Path(config.run.dir).expanduser() / config.run.name
@@ -55,7 +70,8 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
         raise UsageError(faults[0] if len(faults) == 1 else _list("this run cannot start:", faults))
     assert layout is not None and data is not None
     checkpoint, progress = found if found is not None else (None, Progress())
-    return Flight(config, layout, run_dir, total_steps(config), data, checkpoint, progress)
+    notes = bubble_notes(config, layout)
+    return Flight(config, layout, run_dir, total_steps(config), data, checkpoint, progress, notes)
 
 
 def _open_data(config: Config) -> Data:
@@ -85,8 +101,6 @@ def _collect(faults: list[str], check: Callable[[], T]) -> T | None:
 
 def _layout(config: Config, world_size: int, ranks_per_node: int) -> Layout:
     asked = config.parallel
-    if asked.pp > 1:
-        raise UsageError(f"parallel.pp is {asked.pp}: this version has no pipeline schedule; set it to 1")
     per_node = ranks_per_node if asked.gpus_per_node == "auto" else asked.gpus_per_node
     try:
         return Layout.resolve(world_size, asked.pp, asked.ep, asked.dp, per_node)
@@ -99,17 +113,61 @@ def _batch_faults(config: Config, layout: Layout) -> list[str]:
     """Global batches that micro-batches on every rank cannot make up exactly."""
     batch = config.batch
     unit = layout.dp * batch.micro_sequences
-    sizes = {"batch.global_sequences": batch.global_sequences}
-    if batch.ramp is not None:
-        sizes |= {"batch.ramp.start": batch.ramp.start, "batch.ramp.increment": batch.ramp.increment}
     made_of = f"{unit} (dp {layout.dp} x batch.micro_sequences {batch.micro_sequences})"
     faults = []
-    for key, size in sizes.items():
+    for key, size in batch_sizes(config).items():
         if size % unit:
             near = [str(size // unit * unit)] if size > unit else []
             near.append(str((size // unit + 1) * unit))
-            faults.append(f"{key} {size} is not a multiple of {made_of}; nearest that work: {' or '.join(near)}")
+            faults.append(f"batch.{key} {size} is not a multiple of {made_of}; nearest that work: {' or '.join(near)}")
     return faults
+
+
+def _schedule_faults(config: Config, layout: Layout) -> list[str]:
+    """Numbers of micro-batches, from those of the whole run, that the schedule cannot serve.
+
+    Of a ramp's many sizes those up to four times the pipeline are tried, which is where schedules change their form.
+    """
+    parallel = config.parallel
+    counts = {microbatches(config, layout, size): size for size in _sizes_of_the_run(config)}
+    ends = min(counts), max(counts)
+    for count in sorted(counts):
+        try:
+            if count in ends:
+                make_schedule(config, count)
+            elif count <= 4 * parallel.pp:
+                generate(parallel.schedule, parallel.pp, count, parallel.schedule_options)
+        except UsageError as error:
+            return [f"a global batch of {counts[count]} sequences is {count} micro-batches a pipeline: {error}"]
+    return []
+
+
+def bubble_notes(config: Config, layout: Layout) -> tuple[str, ...]:
+    """What too few micro-batches for the pipeline cost, simulated with predicted costs; empty where it is little."""
+    sizes = _sizes_of_the_run(config)
+    fewest, most = (microbatches(config, layout, size) for size in (sizes[0], sizes[-1]))
+    costs = stage_costs(config)
+    if fewest >= 8 * len(costs.forward):  # the rest is the split's affair
+        return ()
+
+    def idle(count: int) -> float:
+        return simulate(make_schedule(config, count), costs).bubble_fraction
+
+    at_first = idle(fewest)
+    so_few = f"{fewest} micro-batches for {layout.pp} pipeline ranks leave them idle for {at_first:.0%} of a step"
+    if fewest < most and at_first > (full := idle(most)) + MORE_BUBBLE:
+        return (f"the batch ramp starts small: {so_few}, the {most} of the full batch for {full:.0%} (simulated)",)
+    if fewest == most and at_first > MUCH_BUBBLE:
+        return (f"{so_few} (simulated); more micro-batches, smaller ones or of a larger global batch, leave less",)
+    return ()
+
+
+def _sizes_of_the_run(config: Config) -> list[int]:
+    """Every size that a global batch has during the run, ascending."""
+    batch = config.batch
+    if batch.ramp is None:
+        return [batch.global_sequences]
+    return [*range(batch.ramp.start, batch.global_sequences, batch.ramp.increment), batch.global_sequences]
 
 
 def _folder_faults(run_dir: Path) -> list[str]:

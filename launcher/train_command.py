@@ -104,8 +104,8 @@ def _check_agreement(flight: Flight, world_size: int) -> None:
 
 
 def _train(flight: Flight, process: Process, as_json: bool) -> int:
-    from ..parallel.groups import Groups
     from ..report.progress import Progress
+    from .build import make_groups
     from .train_loop import run_training, summarise
 
     config = flight.config
@@ -113,7 +113,7 @@ def _train(flight: Flight, process: Process, as_json: bool) -> int:
         heading = "already complete: raise train.steps to go on, or start again with --fresh"
     else:
         heading = "done"
-        groups = Groups.create(flight.layout, process.device.type, timeout=config.parallel.timeout)
+        groups = make_groups(config, flight.layout, process.device.type)
         run_training(flight, groups, process.device)
     if process.rank == 0:
         summary = summarise(flight)

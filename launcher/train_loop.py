@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,9 @@ from ..report.summary import RunSummary, describe_run
 from ..settings import UsageError
 from .build import DTYPES
 from .config import Config
+from .pipeline import describe_split
 from .preflight import Flight
+from .trace import PipelineTrace
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -38,12 +41,16 @@ def run_training(flight: Flight, groups: Groups, device: torch.device) -> None:
         watch = stack.enter_context(_Watch(flight, groups, peak)) if groups.rank == 0 else None
         metrics: StepMetrics | None = None
         while trainer.progress.step < flight.total_steps:
-            metrics = trainer.step()
+            timed = config.parallel.pp > 1 and trainer.progress.step + 1 == config.log.trace_step
+            metrics = trainer.step(timed)
+            trace = trainer.trace() if timed else None
             step, last = metrics.step, metrics.step == flight.total_steps
             if last or step % config.train.evaluate_every == 0:
                 metrics = metrics.model_copy(update={"validation_loss": trainer.evaluate()})
             if watch is not None:
                 watch.step(metrics)
+                if trace is not None:
+                    watch.trace(trace, flight.run_dir / "traces" / f"step-{step}.html", step)
             if last or step % config.checkpoint.every == 0:
                 path = trainer.save(flight.run_dir / "checkpoints")
                 logger.info("checkpoint %s written", path)
@@ -75,6 +82,10 @@ class _Watch(ExitStack):
         self._display = ProgressDisplay(config.log, config.run.name, flight.total_steps, first)
         counts = count_parameters(config.model)
         self._display.note(draw_layout(groups.layout))
+        if config.parallel.pp > 1:
+            self._display.note(describe_split(config))
+        for note in flight.notes:
+            self._display.note(note)
         rows = describe_run(
             total_parameters=counts.total,
             active_parameters=counts.active,
@@ -91,6 +102,10 @@ class _Watch(ExitStack):
     def step(self, metrics: StepMetrics) -> None:
         self._writer.write(metrics)
         self._display.update(metrics)
+
+    def trace(self, trace: PipelineTrace, path: Path, step: int) -> None:
+        trace.write(path, step)
+        self._display.note(f"step {step}: {trace.describe()}; drawn in {path}")
 
 
 def _peak(config: Config, device: torch.device) -> Peak:

@@ -21,25 +21,19 @@ from ..checkpoint import store
 from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.open import Data
 from ..model.counts import flops_per_token
-from ..model.naming import router_biases
 from ..model.router import update_bias
-from ..model.transformer import Output
+from ..model.transformer import MicroBatch, Output, Weights
+from ..parallel.executor import Program, microbatches_of
 from ..parallel.groups import Groups
+from ..parallel.schedule.actions import Schedule, forward_only
 from ..report.hardware import Peak, memory_gib
 from ..report.metrics import StepMetrics, max_violation, utilization
-from .build import build_model, build_optimizer, dp_rank
+from .build import build_executor, build_model, build_optimizer, dp_rank
 from .config import Config
 from .diagnose import explain_non_finite
+from .pipeline import make_schedule
 from .plan_steps import Progress, steps_from
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What the parts of the loss are multiplied by: means over the global batch, and the recipe's weights."""
-
-    token: float
-    mtp: float
-    balance: float
+from .trace import PipelineTrace, gather_trace
 
 
 @dataclass
@@ -61,12 +55,17 @@ class Trainer:
         self.config, self.groups, self.device, self.data, self.peak = config, groups, device, data, peak
         self.model = build_model(config, groups, device)
         self.optimizer = build_optimizer(config, self.model, groups)
+        self.executor = build_executor(config, self.model, groups, device)
         self.progress = Progress()
         self._loader: Loader | None = None
+        self._programs: dict[tuple[int, bool], tuple[Schedule, Program]] = {}
         self._flops = flops_per_token(config.model, config.batch.sequence_length)
 
-    def step(self) -> StepMetrics:
-        """Train on the next global batch. Raises NonFiniteError, before any weight moves, if a number is not finite."""
+    def step(self, timed: bool = False) -> StepMetrics:
+        """Train on the next global batch. Raises NonFiniteError, before any weight moves, if a number is not finite.
+
+        `timed` makes a GPU finish each action of the pipeline before the next, so that `trace` shows its time.
+        """
         started = time.perf_counter()
         train, before = self.config.train, self.progress
         micro_batches, sequences = self._next_batch()
@@ -76,16 +75,14 @@ class Trainer:
         depth = max(1, self.config.model.num_nextn_predict_layers)
         weights = Weights(1 / tokens, mtp_weight / depth / tokens, train.balance_loss / sequences)
 
-        self.model.train()
-        self.optimizer.zero_gradients()
-        parts = [self.forward_backward(batch, weights) for batch in micro_batches]
-        totals = self._sum(parts)
+        self.executor.timed = timed
+        totals = self._sum(self.forward_backward(micro_batches, weights))
         norm = self.optimizer.reduce_gradients()
         if not math.isfinite(norm) or not bool(totals.losses.isfinite().all()):  # equal on all ranks: all stop
             raise explain_non_finite(self, micro_batches, weights)
         self.optimizer.step(lr, norm)
-        for router, counts in zip(self.model.routers(), totals.counts, strict=True):
-            update_bias(router.bias, counts, speed)
+        for layer, router in self.model.routers():
+            update_bias(router.bias, totals.counts[layer], speed)
 
         self.progress = before.advanced(sequences, self.config.batch.sequence_length)
         losses = self._losses(totals, tokens, sequences)  # waits for the device, so the clock is read after it
@@ -104,33 +101,39 @@ class Trainer:
             **self._speed(tokens / seconds),
         )
 
-    def forward_backward(self, batch: Batch, weights: Weights) -> Output:
-        """One micro-batch: gradients are added to the optimizer's FP32 sums, the returned losses are detached."""
-        tokens = batch.tokens.to(self.device)
-        out: Output = self.model(tokens, batch.valid.to(self.device))
-        loss = out.loss * weights.token + out.balance * weights.balance
-        for mtp_loss in out.mtp_losses:
-            loss = loss + mtp_loss * weights.mtp
-        loss.backward()
-        return Output(out.loss.detach(), tuple(x.detach() for x in out.mtp_losses), out.balance.detach(), out.counts)
+    def forward_backward(self, batches: list[Batch], weights: Weights) -> list[Output]:
+        """All micro-batches of a step through the pipeline: their gradients are in the optimizer's FP32 sums.
 
-    @torch.no_grad()
+        Returns the losses and counts of every chunk of this rank for every micro-batch it served.
+        """
+        for chunk in self.model.chunks.values():
+            chunk.train()
+        schedule, program = self._last = self._program(len(batches))
+        served = microbatches_of(schedule, program.rank)
+        self.optimizer.begin_step(self.model.accumulations(served))
+        return self.executor.train(program, [self._on_device(batch, weights) for batch in batches])
+
     def evaluate(self) -> float:
         """Mean next-token loss, in nats a token, over the held-out sequences."""
-        self.model.eval()
-        batch = self.config.batch
+        for chunk in self.model.chunks.values():
+            chunk.eval()
+        batches = list(
+            evaluation_batches(
+                self.data.validation,
+                self.config.train.evaluate_sequences,
+                dp_rank(self.groups),
+                self.groups.layout.dp,
+                self.config.batch.micro_sequences,
+            )
+        )
+        _, program = self._program(len(batches), training=False)
+        outputs = self.executor.evaluate(program, [self._on_device(batch, mtp=False) for batch in batches])
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for micro_batch in evaluation_batches(
-            self.data.validation,
-            self.config.train.evaluate_sequences,
-            dp_rank(self.groups),
-            self.groups.layout.dp,
-            batch.micro_sequences,
-        ):
-            out: Output = self.model(micro_batch.tokens.to(self.device), micro_batch.valid.to(self.device), mtp=False)
-            sums[0] += out.loss
-            sums[1] += int(micro_batch.valid.sum()) * batch.sequence_length
-        dist.all_reduce(sums, group=self.groups.dp)
+        for output in outputs:
+            sums[0] += output.loss
+        if self.groups.coordinates.pp == 0:  # every pipeline rank has the same sequences
+            sums[1] = sum(int(batch.valid.sum()) for batch in batches) * self.config.batch.sequence_length
+        dist.all_reduce(sums, group=self.groups.world)
         return float(sums[0] / sums[1])
 
     def save(self, folder: Path) -> Path:
@@ -173,21 +176,51 @@ class Trainer:
             )
         return next(self._loader), self.config.batch.sequences_at(self.progress.tokens)
 
+    def trace(self) -> PipelineTrace | None:
+        """How the pipeline spent the last step, on rank 0; None elsewhere. Every rank calls it."""
+        schedule, program = self._last
+        return gather_trace(self.groups, schedule, program, self.executor.spans)
+
+    def _program(self, num_microbatches: int, training: bool = True) -> tuple[Schedule, Program]:
+        """The schedule of a step, or of its forwards alone, and this rank's part of it."""
+        if (num_microbatches, training) not in self._programs:
+            schedule = make_schedule(self.config, num_microbatches)
+            if not training:
+                schedule = forward_only(schedule)
+            program = Program.of(schedule, self.groups.coordinates.pp, training)
+            # A ramp passes through many sizes of the batch, and none comes back.
+            self._programs = {key: kept for key, kept in self._programs.items() if key[1] != training}
+            self._programs[num_microbatches, training] = schedule, program
+        return self._programs[num_microbatches, training]
+
+    def _on_device(self, batch: Batch, weights: Weights | None = None, mtp: bool = True) -> MicroBatch:
+        tokens, valid = batch.tokens.to(self.device), batch.valid.to(self.device)
+        return MicroBatch(tokens, valid, weights or Weights(), mtp)
+
     def _state(self) -> dict[str, DTensor]:
         """Everything a checkpoint holds; filling these tensors changes this trainer."""
         biases = {
-            f"weights.{name}": DTensor.from_local(bias, self.groups.dp_mesh, [Replicate()], run_check=False)
-            for name, bias in router_biases(self.model).items()
+            f"weights.{name}": DTensor.from_local(
+                bias, self.groups.replicas("dp", holders), [Replicate()], run_check=False
+            )
+            for name, bias, holders in self.model.biases()
         }
         return {**self.optimizer.state(), **biases}
 
     def _sum(self, parts: list[Output]) -> Totals:
-        """Sum over micro-batches and ranks, in FP64 so that the order cannot be seen."""
-        losses = torch.stack([torch.stack((part.loss, part.balance, *part.mtp_losses)).double() for part in parts])
-        totals = Totals(losses.sum(0), torch.stack([part.counts for part in parts]).sum(0))
-        dist.all_reduce(totals.losses, group=self.groups.dp)
-        dist.all_reduce(totals.counts, group=self.groups.dp)
-        return totals
+        """Sum over micro-batches, stages and ranks, in FP64 so that the order cannot be seen."""
+        model = self.config.model
+        depths = model.num_nextn_predict_layers
+        layers = model.num_hidden_layers - model.first_k_dense_replace + depths
+        losses = torch.zeros(2 + depths, dtype=torch.float64, device=self.device)
+        counts = torch.zeros(layers, model.n_routed_experts, dtype=torch.int64, device=self.device)
+        for part in parts:
+            numbers = torch.stack((part.loss, part.balance, *part.mtp_losses)).double()
+            losses[: len(numbers)] += numbers
+            counts[part.first_moe : part.first_moe + len(part.counts)] += part.counts
+        dist.all_reduce(losses, group=self.groups.world)
+        dist.all_reduce(counts, group=self.groups.world)
+        return Totals(losses, counts)
 
     def _losses(self, totals: Totals, tokens: int, sequences: int) -> dict[str, Any]:
         loss, balance, *mtp = totals.losses.tolist()

@@ -1,20 +1,95 @@
-"""The `parallel` and `optim` sections: the rank grid and the sharded optimizer."""
+"""The `parallel` and `optim` sections: the rank grid, the pipeline and the sharded optimizer."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator
 
 from ..settings import Section, TokenSchedule, key
 
 
+class StageCosts(Section):
+    """What the parts of the model cost for one micro-batch, forward and backward, in any one unit.
+
+    `counterflow simulate CONFIG --measure` prints this section for the machine it runs on.
+    """
+
+    dense_layer: float = key(..., "a dense decoder layer", gt=0)
+    moe_layer: float = key(..., "a mixture-of-experts decoder layer, on the experts one rank holds", gt=0)
+    mtp_module: float = key(0.0, "an MTP module, its own pass through the output head included", ge=0)
+    head: float = key(0.0, "the output head with the loss", ge=0)
+    embedding: float = key(0.0, "the embedding", ge=0)
+
+
 class ParallelConfig(Section):
-    """How ranks are laid out. dp = ep x edp; the world size is pp x dp."""
+    """How ranks are laid out and what they do when. dp = ep x edp; the world size is pp x dp."""
 
     pp: int = key(1, "pipeline parallel ranks", ge=1)
     ep: int = key(1, "expert parallel ranks: each holds n_routed_experts / ep experts of a layer", ge=1)
     dp: int | Literal["auto"] = key("auto", "data parallel ranks (a multiple of ep); auto follows from the world size")
     gpus_per_node: int | Literal["auto"] = key("auto", "ranks on a node; auto asks the launcher")
     timeout: float = key(600.0, "how long a collective may wait for its peers", unit="seconds", gt=0)
+    schedule: str = key(
+        "auto",
+        "pipeline schedule: a name that `counterflow simulate --compare` lists, FILE.py:FUNCTION, or auto: dualpipe "
+        "for even pp, dualpipev for odd",
+    )
+    schedule_options: dict[str, Any] = key({}, "options of the schedule, such as stages_per_rank of interleaved")
+    split: Literal["balanced"] | tuple[int, ...] = key(
+        "balanced",
+        "layers on each stage, in stage order; balanced makes the costliest stage as cheap as can be. The first stage "
+        "has the embedding besides, the last one the MTP modules and the head",
+    )
+    stage_costs: StageCosts | None = key(None, "costs the split is balanced by; null predicts them from FLOPs")
+    overlap_order: Literal["v3", "sequence"] | tuple[str, ...] = key(
+        "v3",
+        "order in which the forward and the backward of a pair advance: v3 as DeepSeek's trace shows, sequence one "
+        "after the other, or a list of phases",
+    )
+
+    @field_validator("schedule_options", mode="before")
+    @classmethod
+    def _options_are_plain(cls, given: Any) -> Any:
+        if given is None:  # `schedule_options:` with nothing below it
+            return {}
+        if not isinstance(given, dict):
+            raise ValueError(f"expects options with their values, such as {{stages_per_rank: 2}}, got {_shown(given)}")
+        wrong = [name for name, value in given.items() if not isinstance(value, bool | int | float | str)]
+        if wrong:
+            raise ValueError(f"expects a number, text, true or false for {' and '.join(wrong)}")
+        return given
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _split_has_layers_everywhere(cls, given: Any) -> Any:
+        if given == "balanced":
+            return given
+        whole = isinstance(given, list | tuple) and all(type(size) is int for size in given)
+        if not whole or not given:
+            raise ValueError(f"expects balanced or the number of layers on each stage, got {_shown(given)}")
+        if min(given) < 1:
+            raise ValueError(f"{list(given)} has a stage without a layer: each needs at least 1")
+        return tuple(given)
+
+    @field_validator("overlap_order", mode="before")
+    @classmethod
+    def _order_is_a_list_of_phases(cls, given: Any) -> Any:
+        if given in ("v3", "sequence"):
+            return given
+        if not isinstance(given, list | tuple) or not given or not all(isinstance(step, str) for step in given):
+            raise ValueError(f"expects v3, sequence or a list of phases, got {_shown(given)}")
+        return tuple(given)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, dict):
+        return "a section of keys"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else repr(value)
 
 
 class OptimConfig(Section):

@@ -6,15 +6,15 @@ live side by side in one world. Groups exist in every layout, also where they ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .layout import Coordinates, Layout
+from .layout import Coordinates, Layout, holder_rounds
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,13 @@ class Groups:
     """The grid itself, with dimensions `pp`, `edp` and `ep`."""
     dp_mesh: DeviceMesh
     """The ranks of this stage in one dimension, `dp`: edp and ep together."""
+    down: dist.ProcessGroup
+    """The ranks of `pp`, for what is sent towards higher pipeline ranks. NCCL runs the transfers of one communicator
+    one after another, so the two directions need one each, or they would wait for each other."""
+    up: dist.ProcessGroup
+    """The ranks of `pp`, for what is sent towards lower pipeline ranks."""
+    shared: Mapping[tuple[str, tuple[int, ...]], DeviceMesh] = field(hash=False, compare=False)
+    """By kind and holders: the ranks of several pipeline ranks that hold the same parameters, this one among them."""
 
     @classmethod
     def create(
@@ -38,45 +45,45 @@ class Groups:
         device_type: str,
         ranks: Sequence[int] | None = None,
         timeout: float = 600.0,
+        holders: Iterable[tuple[int, ...]] = (),
     ) -> Groups:
-        """Make the groups; every rank of the grid calls this once, in the same order among them.
+        """Make the groups; every rank of the grid calls this at the same point of its sequence of new groups.
 
-        `ranks` are the global ranks of the grid, all of the world by default. Each rank makes only the groups it is
-        in, so the cost does not grow with the number of groups.
+        `ranks` are the global ranks of the grid, ascending, all of the world by default. `holders` are the sets of
+        pipeline ranks that hold a parameter in common, the same sets on every rank. Each rank makes only the groups
+        it is in, so the cost does not grow with the number of groups.
         """
-        members = list(range(layout.world_size)) if ranks is None else list(ranks)
-        assert len(members) == layout.world_size, (members, layout)
-        # NCCL splits a communicator with every rank of the world taking part, which a part of the world cannot do.
-        assert ranks is None or device_type == "cpu", "a grid on a part of the world is for tests on CPUs"
-        rank = members.index(dist.get_rank())
-        wait = timedelta(seconds=timeout)
-
-        def group(local: Sequence[int], name: str) -> dist.ProcessGroup:
-            made = dist.new_group(
-                [members[r] for r in local], timeout=wait, use_local_synchronization=True, group_desc=name
-            )
-            assert isinstance(made, dist.ProcessGroup)
-            return made
-
-        def containing(groups: Iterable[list[int]]) -> list[int]:
-            return next(candidate for candidate in groups if rank in candidate)
-
-        world = group(range(layout.world_size), "world")
+        make = _Maker.of(layout, device_type, ranks, timeout)
+        sets = list(holders)
+        assert all(0 <= pp < layout.pp for held in sets for pp in held), (sets, layout)
+        world = make.group(range(layout.world_size), "world")
         along = [
-            group(containing(groups), name)
+            make.containing(groups, name)
             for name, groups in (("pp", layout.pp_groups()), ("edp", layout.edp_groups()), ("ep", layout.ep_groups()))
         ]
-        grid = torch.tensor(members).view(layout.pp, layout.edp, layout.ep)
+        grid = torch.tensor(make.members).view(layout.pp, layout.edp, layout.ep)
         mesh = DeviceMesh.from_group(along, device_type, mesh=grid, mesh_dim_names=("pp", "edp", "ep"))
-        stage = containing(layout.dp_groups())
-        dp_mesh = DeviceMesh.from_group(
-            group(stage, "dp"), device_type, mesh=[members[r] for r in stage], mesh_dim_names=("dp",)
-        )
-        return cls(layout, rank, world, mesh, dp_mesh)
+        here = layout.coordinates(make.rank).pp
+        dp_mesh = make.mesh("dp", (here,))
+        down, up = (make.containing(layout.pp_groups(), name) for name in ("down", "up"))
+        shared: dict[tuple[str, tuple[int, ...]], DeviceMesh] = {}
+        for apart in holder_rounds(sets):
+            held = next((held for held in apart if here in held), None)
+            for kind in ("dp", "edp"):
+                if held is not None:
+                    shared[kind, held] = make.mesh(kind, held)
+                else:
+                    make.group([make.rank], "placeholder")  # see _Maker
+        return cls(layout, make.rank, world, mesh, dp_mesh, down, up, shared)
 
     @property
     def coordinates(self) -> Coordinates:
         return self.layout.coordinates(self.rank)
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        """Ranks that together hold one whole model replica, in stage order."""
+        return self.mesh.get_group("pp")
 
     @property
     def ep(self) -> dist.ProcessGroup:
@@ -85,14 +92,71 @@ class Groups:
 
     @property
     def edp(self) -> dist.ProcessGroup:
-        """Ranks that hold the same experts."""
+        """Ranks of this pipeline rank that hold the same experts."""
         return self.mesh.get_group("edp")
 
     @property
     def dp(self) -> dist.ProcessGroup:
-        """Ranks that hold the same stage."""
+        """Ranks of this pipeline rank."""
         return self.dp_mesh.get_group("dp")
 
-    def replicas(self, kind: str) -> DeviceMesh:
-        """One-dimensional mesh of the ranks that hold the same parameter: `dp`, or `edp` for experts."""
-        return self.dp_mesh if kind == "dp" else self.mesh["edp"]
+    def replicas(self, kind: str, holders: tuple[int, ...] | None = None) -> DeviceMesh:
+        """One-dimensional mesh of the ranks that hold the same parameter: `dp`, or `edp` for experts.
+
+        `holders` are the pipeline ranks that hold it, by default this one alone; else a set that `create` was given.
+        """
+        here = self.coordinates.pp
+        if holders is None or holders == (here,):
+            return self.dp_mesh if kind == "dp" else self.mesh["edp"]
+        made = [held for of_kind, held in self.shared if of_kind == kind]
+        assert holders in made, f"pipeline rank {here} has no {kind} group with holders {holders}, only {made}"
+        return self.shared[kind, holders]
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes groups of a grid's ranks, in such a way that all ranks make equally many.
+
+    Groups are made by their members alone. Torch names such a group after its members and the number of groups that
+    the process has already, and members that count differently wait for each other in vain. NCCL moreover splits the
+    world's communicator with all ranks taking part. So whenever some ranks make a group, each of the others makes
+    one too, be it a placeholder of its own.
+    """
+
+    layout: Layout
+    device_type: str
+    members: list[int]
+    """Global rank of each rank of the grid."""
+    rank: int
+    timeout: timedelta
+
+    @classmethod
+    def of(cls, layout: Layout, device_type: str, ranks: Sequence[int] | None, timeout: float) -> _Maker:
+        members = list(range(layout.world_size)) if ranks is None else list(ranks)
+        assert len(members) == layout.world_size, (members, layout)
+        assert members == sorted(set(members)), f"torch sorts the ranks of a group, so these must ascend: {members}"
+        # NCCL splits a communicator with every rank of the world taking part, which a part of the world cannot do.
+        assert ranks is None or device_type == "cpu", "a grid on a part of the world is for tests on CPUs"
+        return cls(layout, device_type, members, members.index(dist.get_rank()), timedelta(seconds=timeout))
+
+    def group(self, local: Iterable[int], name: str) -> dist.ProcessGroup:
+        """A group of the grid's ranks `local`, this one among them."""
+        made = dist.new_group(
+            [self.members[rank] for rank in local],
+            timeout=self.timeout,
+            use_local_synchronization=True,
+            group_desc=name,
+        )
+        assert isinstance(made, dist.ProcessGroup)
+        return made
+
+    def containing(self, groups: Iterable[list[int]], name: str) -> dist.ProcessGroup:
+        """The one of `groups` that this rank is in."""
+        return self.group(next(candidate for candidate in groups if self.rank in candidate), name)
+
+    def mesh(self, kind: str, holders: tuple[int, ...]) -> DeviceMesh:
+        """The ranks that hold the same as this one, in one dimension called `kind`."""
+        local = self.layout.replica_ranks(self.rank, kind, holders)
+        group = self.group(local, f"{kind} of pipeline ranks {holders}" if len(holders) > 1 else kind)
+        ranks = [self.members[rank] for rank in local]
+        return DeviceMesh.from_group(group, self.device_type, mesh=ranks, mesh_dim_names=(kind,))

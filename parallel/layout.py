@@ -7,7 +7,7 @@ Ranks are counted with `ep` fastest (an expert parallel group fills a node first
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,3 +114,31 @@ class Layout:
         for edp in range(self.edp):
             for ep in range(self.ep):
                 yield [self.rank(pp, edp, ep) for pp in range(self.pp)]
+
+    def replica_ranks(self, rank: int, kind: str, holders: Iterable[int]) -> list[int]:
+        """Ranks that hold what `rank` holds of a parameter kept by the pipeline ranks `holders`, itself among them.
+
+        `dp`: every rank at those places; `edp`, for experts: those with the same `ep` coordinate. Ascending, so `pp`
+        runs slowest. A rank outside `holders` does not hold the parameter: to ask for it is a bug.
+        """
+        at, places = self.coordinates(rank), tuple(holders)
+        assert kind in ("dp", "edp"), kind
+        assert at.pp in places, f"rank {rank} has pipeline rank {at.pp}, which is not one of the holders {places}"
+        experts = range(self.ep) if kind == "dp" else (at.ep,)
+        return [self.rank(pp, edp, ep) for pp in sorted(places) for edp in range(self.edp) for ep in experts]
+
+
+def holder_rounds(holders: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """The sets of two and more pipeline ranks in `holders`, packed into rounds of sets that do not overlap.
+
+    In each round a rank has at most one group to make. The result does not depend on the order of `holders`.
+    """
+    rounds: list[list[tuple[int, ...]]] = []
+    for held in sorted({tuple(sorted(set(held))) for held in holders}):
+        if len(held) > 1:
+            free = (apart for apart in rounds if not any(set(held) & set(other) for other in apart))
+            apart = next(free, None)
+            if apart is None:
+                rounds.append(apart := [])
+            apart.append(held)
+    return rounds

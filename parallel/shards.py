@@ -8,12 +8,14 @@ arithmetic between the two. R ranks, N rows of a global tensor, C columns, G glo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..placement import Placed, Replicas
+
+_Key = tuple[Replicas, tuple[int, ...], bool]  # replicas, holders, decayed
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,11 @@ class Plan:
 
     slots: tuple[Slot, ...]
     replicas: Replicas
+    holders: tuple[int, ...]
     decayed: bool
     ranks: int
+    position: int
+    """Of its first parameter among all that are placed: backward reaches it last, and then the bucket is complete."""
 
     @property
     def numel(self) -> int:
@@ -99,23 +104,35 @@ class Plan:
                 target[:, rows.start : rows.stop] = slot.in_shard(shards[rank])[:, : len(rows)]
 
 
-def plan_buckets(placed: Iterable[Placed], ranks: dict[Replicas, int], bucket_numel: int) -> list[Plan]:
-    """Group parameters into buckets of about `bucket_numel` elements; one bucket has one group and one decay."""
-    open_slots: dict[tuple[Replicas, bool], list[Slot]] = {}
+def plan_buckets(placed: Iterable[Placed], ranks: Callable[[Placed], int], bucket_numel: int) -> list[Plan]:
+    """Group parameters into buckets of about `bucket_numel` elements, in the order of their first parameters.
+
+    One bucket has one set of `ranks(placed)` ranks and one decay, and takes its parameters in the given order, which
+    is the model's: neighbours get their last gradients at about the same time. Replicas that are given the same
+    parameters in the same order plan the same buckets.
+    """
+    open_slots: dict[_Key, list[Slot]] = {}
+    starts: dict[_Key, int] = {}
     plans: list[Plan] = []
+    seen: set[nn.Parameter] = set()
 
-    def close(key: tuple[Replicas, bool]) -> None:
-        plans.append(Plan(tuple(open_slots.pop(key)), key[0], key[1], ranks[key[0]]))
+    def close(key: _Key) -> None:
+        slots = tuple(open_slots.pop(key))
+        plans.append(Plan(slots, *key, slots[0].ranks, starts[key]))
 
-    for item in placed:
-        key = (item.replicas, len(item.shape) > 1)
+    for position, item in enumerate(placed):
+        assert item.parameter not in seen, f"{item.names[0]} is placed twice"
+        seen.add(item.parameter)
+        key = (item.replicas, item.holders, len(item.shape) > 1)
         slots = open_slots.setdefault(key, [])
         start, shard_start = 0, 0
         if slots:
             start, shard_start = slots[-1].start + slots[-1].numel, slots[-1].shard_start + slots[-1].shard_numel
-        slots.append(Slot(item, ranks[item.replicas], start, shard_start))
+        else:
+            starts[key] = position
+        slots.append(Slot(item, ranks(item), start, shard_start))
         if start + slots[-1].numel >= bucket_numel:
             close(key)
     for key in list(open_slots):
         close(key)
-    return plans
+    return sorted(plans, key=lambda plan: plan.position)

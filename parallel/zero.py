@@ -2,17 +2,22 @@
 
 Gradients of every micro-batch are added up in FP32. A step sums them over the replicas by reduce-scatter, so a rank
 receives the rows it owns; updates those; and gathers the new weights of the others. Which ranks take part follows
-from the parameter's placement alone, and every row of every parameter is owned exactly once in the whole grid: the
-global gradient norm is a plain sum over all ranks, with no list of exceptions.
+from the parameter's placement alone, also where several pipeline ranks hold it, and every row of every parameter is
+owned exactly once in the whole grid: the global gradient norm is a plain sum over all ranks, with no list of
+exceptions, and a second copy of a stage costs no second optimizer state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ..placement import Placed, Replicas
@@ -31,7 +36,7 @@ class _Bucket:
 
     def __init__(self, plan: Plan, groups: Groups, moments: torch.dtype) -> None:
         self.plan = plan
-        self.mesh = groups.replicas(plan.replicas)
+        self.mesh = groups.replicas(plan.replicas, plan.holders)
         self.group = self.mesh.get_group()
         self.rank = self.mesh.get_local_rank()
         parameter = plan.slots[0].placed.parameter
@@ -43,26 +48,49 @@ class _Bucket:
         # With a single owner the shard is the bucket; otherwise reduce-scatter fills it.
         alone = plan.ranks == 1
         self.shard_gradient = self.gradient if alone else torch.zeros_like(self.master)
-        for slot in plan.slots:
-            self._accumulate_into(slot.placed.parameter, slot.in_bucket(self.gradient))
+        self._left: list[int | None] = [None] * len(plan.slots)
+        self._reduced = False
+        self._reducing: tuple[dist.Work, Tensor] | None = None
 
-    @staticmethod
-    def _accumulate_into(parameter: torch.nn.Parameter, accumulated: Tensor) -> None:
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            accumulated.add_(parameter.grad.view_as(accumulated))
-            parameter.grad = None  # the BF16 gradient of one micro-batch is not kept
+    def begin(self, expected: Mapping[nn.Parameter, int]) -> None:
+        """Forget the gradients; see `ShardedOptimizer.begin_step`."""
+        assert self._reducing is None, "the last step's reduction was not waited for"
+        self.gradient.zero_()
+        self._left = [expected.get(slot.placed.parameter) for slot in self.plan.slots]
+        self._reduced = False
 
-        parameter.register_post_accumulate_grad_hook(hook)
+    @property
+    def final(self) -> bool:
+        """Whether each of the parameters has had as many gradients as were announced."""
+        return not any(left is None or left for left in self._left)
 
-    def start_reduce(self) -> tuple[dist.Work, Tensor] | None:
+    def accumulate(self, index: int, gradient: Tensor) -> None:
+        """Add a gradient of the parameter in slot `index`."""
+        slot, left = self.plan.slots[index], self._left[index]
+        name = slot.placed.names[0]
+        assert not self._reduced, f"{name} got a gradient after its gradients were reduced"
+        assert left != 0, f"{name} got a gradient more than was announced for this step"
+        accumulated = slot.in_bucket(self.gradient)
+        accumulated.add_(gradient.view_as(accumulated))
+        if left is not None:
+            self._left[index] = left - 1
+
+    @torch.no_grad()
+    def start_reduce(self) -> None:
+        """Start to sum over the replicas; nothing may be added from here on."""
+        self._reduced = True
         if self.plan.ranks == 1:
-            return None
+            return
         by_rank = self.gradient.new_empty(self.plan.ranks, self.plan.shard_numel)
         self.plan.to_shards(self.gradient, by_rank)
         work = _reduce_scatter(self.shard_gradient, by_rank.view(-1), group=self.group, async_op=True)
         assert work is not None
-        return work, by_rank  # by_rank must live until the work is done
+        self._reducing = work, by_rank  # by_rank must live until the work is done
+
+    def finish_reduce(self) -> None:
+        if self._reducing is not None:
+            self._reducing[0].wait()
+            self._reducing = None
 
     def publish(self) -> None:
         """Give every replica the master weights, rounded to the parameters' format."""
@@ -92,13 +120,23 @@ class ShardedOptimizer:
     """AdamW over the parameters of `placed`, its state sharded over each parameter's replicas."""
 
     def __init__(self, placed: Sequence[Placed], groups: Groups, config: OptimConfig) -> None:
-        ranks: dict[Replicas, int] = {"dp": groups.layout.dp, "edp": groups.layout.edp}
+        """`placed` are this rank's parameters in the model's order; every rank of the grid makes its optimizer."""
         moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
         self.config = config
         self.groups = groups
-        plans = plan_buckets(placed, ranks, int(config.bucket_mb * 2**20 / 4))
+        plans = plan_buckets(
+            placed,
+            lambda item: groups.replicas(item.replicas, item.holders).size(),
+            int(config.bucket_mb * 2**20 / 4),
+        )
+        _check_agreement(plans, groups)
         self._buckets = [_Bucket(plan, groups, moments) for plan in plans]
+        self._to_reduce: deque[_Bucket] = deque(reversed(self._buckets))
+        self._known = {item.parameter for item in placed}
+        self._follow_gradients()
         self.steps = 0
+        self.launched_early = 0
+        """Buckets of this step whose reduction was started during backward, that is before `reduce_gradients`."""
 
     @torch.no_grad()
     def initialise(self, value: Callable[[str, tuple[int, ...]], Tensor]) -> None:
@@ -111,9 +149,34 @@ class ShardedOptimizer:
                     target[: len(rows)] = whole[rows.start : rows.stop]
         self.publish()
 
-    def zero_gradients(self) -> None:
+    def begin_step(self, expected: Mapping[nn.Parameter, int] | None = None) -> None:
+        """Forget the gradients of the step before, and let this step's reductions overlap its backward.
+
+        `expected` says how often each parameter will get a gradient in this step: once for each backward pass that
+        reaches it, however often it is used in the graph. When all of a bucket have theirs, its reduction starts, in
+        the midst of backward. A parameter that is not listed is final only at `reduce_gradients`. The counts may
+        differ between replicas. More gradients than announced are a bug, fewer are not: experts may go without tokens.
+
+        Replicas reach their last backwards in different orders (mirrored DualPipe ranks in opposite ones), yet
+        must call their collectives in the same. So buckets start in one fixed order, and each waits for those before
+        it: from the model's end to its beginning, as backward runs, by each bucket's first parameter. It is one order
+        for all groups, because NCCL wants the collectives of overlapping groups in an order that all ranks share.
+        """
+        expected = expected or {}
+        assert expected.keys() <= self._known, "a parameter is announced that this optimizer does not hold"
         for bucket in self._buckets:
-            bucket.gradient.zero_()
+            bucket.begin(expected)
+        self._to_reduce = deque(reversed(self._buckets))
+        self.launched_early = 0
+
+    def zero_gradients(self) -> None:
+        """Begin a step in which all reductions wait for `reduce_gradients`."""
+        self.begin_step()
+
+    @property
+    def num_buckets(self) -> int:
+        """Reductions in a step."""
+        return len(self._buckets)
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's accumulated, unreduced gradients by global name: views `[N, C]`, FP32."""
@@ -131,9 +194,10 @@ class ShardedOptimizer:
     @torch.no_grad()
     def reduce_gradients(self) -> float:
         """Sum gradients over the replicas; returns the norm over every parameter of the model, each counted once."""
-        for started in [bucket.start_reduce() for bucket in self._buckets]:
-            if started is not None:
-                started[0].wait()
+        while self._to_reduce:
+            self._to_reduce.popleft().start_reduce()
+        for bucket in self._buckets:
+            bucket.finish_reduce()
         parts = [torch.linalg.vector_norm(bucket.shard_gradient, dtype=torch.float64) for bucket in self._buckets]
         squares = torch.stack(parts).square().sum()
         dist.all_reduce(squares, group=self.groups.world)
@@ -162,6 +226,58 @@ class ShardedOptimizer:
         fields = {"weights": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
         return {f"{key}.{name}": tensor for key, field in fields.items() for name, tensor in self._named(field)}
 
+    def _follow_gradients(self) -> None:
+        """Take over each gradient a parameter gets, from a graph or by backward on the parameter itself."""
+        this = weakref.ref(self)  # a parameter keeps its hook, which must not keep optimizer and parameters in turn
+
+        def follow(parameter: nn.Parameter, bucket: int, slot: int) -> None:
+            def hook(parameter: Tensor) -> None:
+                if (optimizer := this()) is not None:
+                    optimizer._accumulate(parameter, bucket, slot)
+
+            parameter.register_post_accumulate_grad_hook(hook)
+
+        for b, bucket in enumerate(self._buckets):
+            for s, slot in enumerate(bucket.plan.slots):
+                follow(slot.placed.parameter, b, s)
+
+    def _accumulate(self, parameter: Tensor, bucket: int, slot: int) -> None:
+        if parameter.grad is None:  # a layer that has put its weight gradient off passes none
+            return
+        self._buckets[bucket].accumulate(slot, parameter.grad)
+        parameter.grad = None  # the BF16 gradient of one micro-batch is not kept
+        self._reduce_final()
+
+    def _reduce_final(self) -> None:
+        """Start what is final, as far as it is next in the fixed order."""
+        while self._to_reduce and self._to_reduce[0].final:
+            bucket = self._to_reduce.popleft()
+            bucket.start_reduce()
+            self.launched_early += 1
+
     def _named(self, field: str) -> Iterable[tuple[str, DTensor]]:
         for bucket in self._buckets:
             yield from bucket.views(getattr(bucket, field))
+
+
+def _check_agreement(plans: Sequence[Plan], groups: Groups) -> None:
+    """See to it that replicas plan the same buckets in the same order: others would be summed without an error.
+
+    Every rank asks each of its groups in an order that all share, also one it has no parameter for.
+    """
+    own = (groups.coordinates.pp,)
+    kinds: list[Replicas] = ["dp", "edp"]
+    for holders in sorted({own, *(held for _, held in groups.shared)}):
+        for kind in kinds:
+            group = groups.replicas(kind, holders).get_group()
+            mine = [
+                (slot.placed.names, slot.placed.shape, plan.decayed, place)
+                for plan in plans
+                if (plan.replicas, plan.holders) == (kind, holders)
+                for place, slot in enumerate(plan.slots)
+            ]
+            theirs: list[Any] = [None] * group.size()
+            dist.all_gather_object(theirs, mine, group=group)
+            for rank, other in zip(dist.get_process_group_ranks(group), theirs, strict=True):
+                for ours, its in zip_longest(mine, other):
+                    assert ours == its, f"{kind} of pipeline ranks {holders}: here {ours}, on rank {rank} {its}"

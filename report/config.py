@@ -14,6 +14,11 @@ class LogConfig(Section):
 
     progress: bool = key(True, "show a progress bar on a terminal, plain lines elsewhere")
     every: int = key(10, "steps between plain progress lines where there is no terminal", unit="steps", ge=1)
+    trace_step: int | None = key(
+        3,
+        "step whose pipeline is timed and drawn, measured above simulated, in traces/step-N.html; null draws none",
+        ge=1,
+    )
     tensorboard: bool = key(True, "write TensorBoard events")
     peak_tflops: Annotated[float, Field(gt=0)] | Literal["auto"] = key(
         "auto",

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "slurm": set(),
 }
 MAY_IMPORT["launcher"] = set(MAY_IMPORT)
-AT_THE_ROOT = {"settings", "placement"}  # small contracts between folders
+AT_THE_ROOT = {"settings", "placement", "phases"}  # small contracts between folders
 # Pure modules serve thousands of ranks on a laptop: no process group, no weight.
 WITHOUT_TORCH = ("settings.py", "parallel/layout.py", "parallel/schedule/", "plan/")
 

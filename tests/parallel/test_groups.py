@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,30 +15,48 @@ from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
 from counterflow.tests.pool import Pool, Worker
 
-GROUPS = ("world", "ep", "edp", "dp")
+GROUPS = ("world", "pp", "down", "up", "ep", "edp", "dp")
+Sets = list[tuple[int, ...]]
 GRIDS = [(1, 1, 1), (4, 1, 4), (4, 1, 1), (8, 2, 2), (8, 1, 4), (8, 8, 1)]  # world size, pp, ep
 
 
-def _members(worker: Worker, layout: Layout, ranks: list[int] | None) -> dict[str, Any]:
-    """Global ranks of each group, asked of the group and found by summing over it."""
-    groups = Groups.create(layout, "cpu", ranks)
-    found: dict[str, Any] = {"rank": groups.rank, "coordinates": tuple(groups.coordinates)}
-    for name in GROUPS:
-        group = getattr(groups, name)
-        assert group is not dist.group.WORLD
-        present = torch.zeros(worker.world_size, dtype=torch.int64)
-        present[worker.rank] = 1
-        dist.all_reduce(present, group=group)
-        found[name] = present.nonzero().flatten().tolist()
-        assert sorted(dist.get_process_group_ranks(group)) == found[name]
-    for kind, name in (("dp", "dp"), ("edp", "edp")):
-        assert groups.replicas(kind).mesh.tolist() == found[name]
+def _present(worker: Worker, group: dist.ProcessGroup) -> list[int]:
+    """Global ranks in `group`, asked of it and found by summing over it."""
+    assert group is not dist.group.WORLD
+    present = torch.zeros(worker.world_size, dtype=torch.int64)
+    present[worker.rank] = 1
+    dist.all_reduce(present, group=group)
+    found: list[int] = present.nonzero().flatten().tolist()
+    assert dist.get_process_group_ranks(group) == found
     return found
 
 
-def expected(layout: Layout, rank: int) -> dict[str, list[int]]:
+def _members(worker: Worker, layout: Layout, ranks: list[int] | None, holders: Sets | None = None) -> dict[str, Any]:
+    """Global ranks of each group."""
+    groups = Groups.create(layout, "cpu", ranks, holders=holders or ())
+    found: dict[str, Any] = {"rank": groups.rank, "coordinates": tuple(groups.coordinates)}
+    found |= {name: _present(worker, getattr(groups, name)) for name in GROUPS}
+    for kind in ("dp", "edp"):
+        for mesh in (groups.replicas(kind), groups.replicas(kind, (groups.coordinates.pp,))):
+            assert mesh.mesh.tolist() == found[kind]
+    mine = {tuple(sorted(held)) for held in holders or () if groups.coordinates.pp in held and len(held) > 1}
+    assert {held for _, held in groups.shared} == mine
+    for kind, held in groups.shared:
+        found[f"{kind} {held}"] = _present(worker, groups.replicas(kind, held).get_group())
+        assert groups.replicas(kind, held).mesh.tolist() == found[f"{kind} {held}"]
+    return found
+
+
+def expected(layout: Layout, rank: int, holders: Sets | None = None) -> dict[str, list[int]]:
     lists = {"ep": layout.ep_groups(), "edp": layout.edp_groups(), "dp": layout.dp_groups()}
+    lists |= {name: layout.pp_groups() for name in ("pp", "down", "up")}
     mine = {name: next(group for group in groups if rank in group) for name, groups in lists.items()}
+    for held in {tuple(sorted(held)) for held in holders or () if len(held) > 1}:
+        if layout.coordinates(rank).pp in held:
+            places = [layout.coordinates(r) for r in range(layout.world_size)]
+            of_held = [r for r, at in enumerate(places) if at.pp in held]
+            mine[f"dp {held}"] = of_held
+            mine[f"edp {held}"] = [r for r in of_held if places[r].ep == places[rank].ep]
     return {"world": list(range(layout.world_size)), **mine}
 
 
@@ -72,3 +92,113 @@ def _rows(worker: Worker) -> tuple[list[int], list[int]]:
 
 def test_shards_lie_in_rank_order_on_the_meshes(pool: Pool) -> None:
     assert pool.run(_rows, 4) == [([0, 1, 2, 3], [rank % 2, rank % 2 + 2]) for rank in range(4)]
+
+
+MIRRORED: Sets = [(0, 3), (1, 2)]
+SHARED: list[tuple[int, int, int, Sets]] = [  # world size, pp, ep, sets of holders
+    (4, 4, 1, MIRRORED),
+    (4, 4, 1, [(0, 3)]),  # the embedding with MTP: pipeline ranks 1 and 2 are in no set
+    (8, 4, 2, [(0, 3), (1,)]),
+    (8, 4, 2, MIRRORED),
+    (8, 4, 1, [(0, 3), (0, 1, 2, 3)]),
+    (4, 4, 1, [(0, 1), (1, 2), (2, 3), (3, 0), (0, 1, 2)]),  # a chain: each rank is in a different number of sets
+    (8, 2, 2, [(0, 1), (0, 1)]),
+    (8, 8, 1, [(0, 7), (1, 6), (2, 5), (3, 4), (0, 4)]),
+]
+
+
+@pytest.mark.parametrize(("world", "pp", "ep", "holders"), SHARED)
+def test_holders_of_a_parameter_share_groups(pool: Pool, world: int, pp: int, ep: int, holders: Sets) -> None:
+    layout = Layout(world, pp, ep)
+    for rank, found in enumerate(pool.run(_members, world, layout, None, holders)):
+        wanted = {"rank": rank, "coordinates": layout.coordinates(rank), **expected(layout, rank, holders)}
+        assert found == wanted
+
+
+def _in_any_order(worker: Worker, holders: Sets) -> bool:
+    """Each rank lists the sets in another order and starts late by another time."""
+    mine = holders[worker.rank % len(holders) :] + holders[: worker.rank % len(holders)]
+    time.sleep(0.02 * (worker.rank * 3 % 4))
+    found = _members(worker, Layout(worker.world_size, worker.world_size), None, mine)
+    return found.items() >= expected(Layout(worker.world_size, worker.world_size), worker.rank, holders).items()
+
+
+def test_the_order_in_which_sets_are_listed_does_not_matter(pool: Pool) -> None:
+    assert pool.run(_in_any_order, 8, [(0, 7), (1, 6), (0, 3, 5), (6, 7), (2, 4)]) == [True] * 8
+
+
+def _two_pipelines(worker: Worker) -> dict[str, Any]:
+    """Grids on even and odd ranks, with different sets."""
+    odd = worker.rank % 2
+    holders: Sets = [(0, 1), (1, 2), (0, 3)] if odd else []
+    return _members(worker, Layout(4, 4), [odd, 2 + odd, 4 + odd, 6 + odd], holders)
+
+
+def test_pipelines_with_different_sets_live_side_by_side(pool: Pool) -> None:
+    layout = Layout(4, 4)
+    for global_rank, found in enumerate(pool.run(_two_pipelines, 8)):
+        odd, rank = global_rank % 2, global_rank // 2
+        local = expected(layout, rank, [(0, 1), (1, 2), (0, 3)] if odd else [])
+        groups = {name: [2 * member + odd for member in members] for name, members in local.items()}
+        assert found == {"rank": rank, "coordinates": layout.coordinates(rank), **groups}
+
+
+def _one_after_another(worker: Worker) -> list[bool]:
+    """Three grids on the same ranks, then a group across what were different sets."""
+    grids: list[tuple[Layout, Sets]] = [(Layout(4, 4), [(0, 3)]), (Layout(4, 2, 2), [(0, 1)]), (Layout(4, 4), MIRRORED)]
+    found = []
+    for layout, holders in grids:
+        members = _members(worker, layout, None, holders)
+        found.append(members.items() >= expected(layout, worker.rank, holders).items())
+    later = dist.new_group([0, 1, 2, 3], use_local_synchronization=True)
+    found.append(_present(worker, later) == [0, 1, 2, 3])
+    return found
+
+
+def test_grids_and_groups_can_be_made_one_after_another(pool: Pool) -> None:
+    assert pool.run(_one_after_another, 4) == [[True] * 4] * 4
+
+
+def _unevenly(worker: Worker) -> bool:
+    if worker.rank == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    ranks = [0, 1]
+    try:
+        dist.new_group(ranks, use_local_synchronization=True, timeout=timedelta(seconds=1))
+    except (RuntimeError, dist.DistError):
+        return False
+    return True
+
+
+def test_torch_needs_ranks_that_have_made_equally_many_groups(pool: Pool) -> None:
+    """Why ranks that are in no set make placeholders: should torch stop needing it, they can go."""
+    assert not any(pool.run(_unevenly, 2))
+
+
+def _opposite_directions(worker: Worker) -> tuple[int, int]:
+    """Neighbours send to each other at once, each first its own message: one group a direction."""
+    groups = Groups.create(Layout(2, 2), "cpu")
+    sent, received = torch.tensor([10 + worker.rank]), torch.zeros(1, dtype=torch.int64)
+    here, there = (groups.down, groups.up) if worker.rank == 0 else (groups.up, groups.down)
+    works = [dist.isend(sent, 1 - worker.rank, group=here), dist.irecv(received, 1 - worker.rank, group=there)]
+    for work in works:
+        assert work is not None
+        work.wait()
+    assert len({groups.pp, groups.down, groups.up}) == 3
+    return int(received), int(sent)
+
+
+def test_down_and_up_are_groups_of_their_own(pool: Pool) -> None:
+    assert pool.run(_opposite_directions, 2) == [(11, 10), (10, 11)]
+
+
+def _foreign_set(worker: Worker) -> str:
+    groups = Groups.create(Layout(4, 4), "cpu", holders=MIRRORED)
+    with pytest.raises(AssertionError) as refused:
+        groups.replicas("dp", (1, 2) if worker.rank in (0, 3) else (0, 3))
+    return str(refused.value)
+
+
+def test_a_rank_has_no_group_of_a_set_it_is_not_in(pool: Pool) -> None:
+    for rank, said in enumerate(pool.run(_foreign_set, 4)):
+        assert said.startswith(f"pipeline rank {rank} has no dp group with holders")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable
 from itertools import product
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from counterflow.parallel.layout import Coordinates, Layout
+from counterflow.parallel.layout import Coordinates, Layout, holder_rounds
 from counterflow.settings import UsageError
 
 DEGREES = st.integers(1, 6)
@@ -52,6 +53,46 @@ def test_groups_are_the_ranks_that_share_the_other_coordinates(layout: Layout) -
     assert as_set(layout.edp_groups()) == alike(layout, lambda at: (at.pp, at.ep))
     assert as_set(layout.dp_groups()) == alike(layout, lambda at: at.pp)
     assert as_set(layout.pp_groups()) == alike(layout, lambda at: (at.edp, at.ep))
+
+
+@given(layouts(), st.data())
+def test_replicas_are_the_ranks_at_the_holders_places(layout: Layout, data: st.DataObject) -> None:
+    held = tuple(sorted(data.draw(st.sets(st.integers(0, layout.pp - 1), min_size=1))))
+    places = grid(layout)
+    for rank, here in enumerate(places):
+        if here.pp not in held:
+            with pytest.raises(AssertionError, match=f"rank {rank} has pipeline rank {here.pp}"):
+                layout.replica_ranks(rank, "dp", held)
+            continue
+        of_stage = [r for r, at in enumerate(places) if at.pp in held]
+        assert layout.replica_ranks(rank, "dp", held) == of_stage
+        assert layout.replica_ranks(rank, "edp", held) == [r for r in of_stage if places[r].ep == here.ep]
+
+
+@given(layouts())
+def test_replicas_on_one_pipeline_rank_are_its_groups(layout: Layout) -> None:
+    for kind, groups in (("dp", layout.dp_groups()), ("edp", layout.edp_groups())):
+        for group in groups:
+            for rank in group:
+                assert layout.replica_ranks(rank, kind, (layout.coordinates(rank).pp,)) == group
+
+
+@given(st.lists(st.sets(st.integers(0, 7), min_size=1).map(tuple)), st.randoms())
+def test_rounds_hold_every_shared_set_once_and_never_two_that_overlap(
+    sets: list[tuple[int, ...]], shuffle: Random
+) -> None:
+    rounds = holder_rounds(sets)
+    listed = [held for apart in rounds for held in apart]
+    assert sorted(listed) == sorted({tuple(sorted(held)) for held in sets if len(held) > 1})
+    for apart in rounds:
+        assert len({pp for held in apart for pp in held}) == sum(map(len, apart))
+    shuffled = sets[:]
+    shuffle.shuffle(shuffled)
+    assert holder_rounds(shuffled) == rounds
+
+
+def test_mirrored_pairs_take_one_round() -> None:
+    assert len(holder_rounds((rank, 15 - rank) for rank in range(8))) == 1
 
 
 @given(layouts())

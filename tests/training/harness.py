@@ -16,12 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from counterflow.data.open import Data, open_data
+from counterflow.launcher.build import make_groups
 from counterflow.launcher.config import Config
 from counterflow.launcher.load import load_config
 from counterflow.launcher.trainer import Trainer
-from counterflow.model.naming import placements
 from counterflow.model.router import Router
-from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
 from counterflow.tests.pool import Pool, Worker
 
@@ -75,8 +74,8 @@ def open_text(config: Config) -> Data:
 
 
 def make_trainer(config: Config, world_size: int, ep: int, ranks: Sequence[int] | None = None) -> Trainer:
-    """A trainer on a grid of `world_size` ranks, on which every rank calls this."""
-    groups = Groups.create(Layout(world_size, 1, ep), "cpu", ranks)
+    """A trainer on a grid of `world_size` ranks, on which every rank calls this; pp is the configuration's."""
+    groups = make_groups(config, Layout(world_size, config.parallel.pp, ep), "cpu", ranks)
     return Trainer(config, groups, torch.device("cpu"), open_text(config))
 
 
@@ -89,7 +88,7 @@ class Curve:
     counts: list[Tensor] = field(default_factory=list)
     """`[L, E]` tokens each expert was sent in the step, by all ranks together."""
     biases: list[Tensor] = field(default_factory=list)
-    """`[L, E]` router biases after the step."""
+    """`[L, E]` router biases after the step; NaN in the rows of layers that this rank does not hold."""
     closest_choice: float = float("inf")
     """In a single process: smallest difference between a routing score that was chosen and one that was not."""
     validation_loss: float = 0.0
@@ -113,27 +112,27 @@ def train(
 
 
 def run_steps(trainer: Trainer, steps: int, save_at: dict[int, Path]) -> Curve:
-    """Train until step `steps` and evaluate. Counts are taken from the model, not from what the trainer sums."""
+    """Train until step `steps` and evaluate. Counts are taken from the routers, not from what the trainer sums."""
     curve, counts = Curve(), no_counts(trainer)
+    routers = trainer.model.routers()
+    layer_of = {id(router): layer for layer, router in routers}
 
-    def add_counts(_module: Any, _given: Any, output: Any) -> None:
-        nonlocal counts
-        counts = counts + output.counts
+    def add_counts(router: Any, _given: Any, routing: Any) -> None:
+        counts[layer_of[id(router)]] += routing.counts
 
     def note_choice(router: Any, given: Any, _routing: Any) -> None:
         curve.closest_choice = min(curve.closest_choice, closest_choice(router, given[0]))
 
-    routers = trainer.model.routers()
-    handles = [trainer.model.register_forward_hook(add_counts)]
+    handles = [router.register_forward_hook(add_counts) for _, router in routers]
     if trainer.groups.layout.world_size == 1:
-        handles += [router.register_forward_hook(note_choice) for router in routers]
+        handles += [router.register_forward_hook(note_choice) for _, router in routers]
     while trainer.progress.step < steps:
         counts = no_counts(trainer)
         metrics = trainer.step()
-        dist.all_reduce(counts, group=trainer.groups.dp)
+        dist.all_reduce(counts, group=trainer.groups.world)
         curve.numbers.append({name: getattr(metrics, name) for name in NUMBERS})
         curve.counts.append(counts)
-        curve.biases.append(torch.stack([router.bias for router in routers]))
+        curve.biases.append(biases(trainer))
         if metrics.step in save_at:
             trainer.save(save_at[metrics.step])
     for handle in handles:
@@ -146,12 +145,22 @@ def run_steps(trainer: Trainer, steps: int, save_at: dict[int, Path]) -> Curve:
 
 def no_counts(trainer: Trainer) -> Tensor:
     """Zeros `[L, E]`. A function of its own: cloudpickle takes `config` beside `dist` for torch.distributed.config."""
-    return torch.zeros(len(trainer.model.routers()), trainer.config.model.n_routed_experts, dtype=torch.int64)
+    model = trainer.config.model
+    layers = model.num_hidden_layers - model.first_k_dense_replace + model.num_nextn_predict_layers
+    return torch.zeros(layers, model.n_routed_experts, dtype=torch.int64)
+
+
+def biases(trainer: Trainer) -> Tensor:
+    """`[L, E]` router biases; NaN in the rows of layers that this rank does not hold."""
+    held = torch.full(no_counts(trainer).shape, float("nan"))
+    for layer, router in trainer.model.routers():
+        held[layer] = router.bias
+    return held
 
 
 def parameters(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of the global tensors that this rank's parameters hold, by name."""
-    placed = placements(trainer.model)
+    placed = trainer.model.placed()
     return {name: t.clone() for item in placed for name, t in zip(item.names, item.tensors(), strict=True)}
 
 

@@ -56,7 +56,16 @@ Refused = Callable[..., str]
         (["parallel.dp=8"], 2, "parallel.pp 1 x parallel.dp 8 needs 8 ranks, but there are 2: start 8 ranks, or set "),
         (["parallel.dp=2"], 1, "needs 2 ranks, but there is 1: start 2 ranks, or set parallel.dp to auto (--nproc N"),
         (["parallel.dp=6", "parallel.ep=4"], 6, "parallel.dp: 6 is not a positive multiple of parallel.ep 4 (nearest:"),
-        (["parallel.pp=2"], 2, "parallel.pp is 2: this version has no pipeline schedule; set it to 1"),
+        (
+            ["parallel.pp=3"],
+            3,
+            "parallel.pp: 3 makes 6 stages in schedule dualpipev, but model.num_hidden_layers is 3 ",
+        ),
+        (
+            ["parallel.pp=2"],
+            3,
+            "3 ranks cannot be laid out as pp 2 x ep 1: the number of ranks must be a multiple of 2",
+        ),
         (
             [],
             3,

@@ -18,7 +18,6 @@ from torch import Tensor
 from counterflow.launcher.config import Config
 from counterflow.launcher.diagnose import NonFiniteError
 from counterflow.launcher.trainer import Trainer
-from counterflow.model.naming import placements
 from counterflow.model.router import Routing
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import make_trainer, parameters, tiny
@@ -41,13 +40,13 @@ class Plant:
         return f"rank {self.rank}, micro-batch {self.micro_batch}, {direction}, {what}: 1 of "
 
 
-PHASES = ["layers.0.attention", "layers.1.mlp.gate", "layers.2.mlp.experts", "layers.1.mlp.shared", "layers.2", "mtp.0"]
+PHASES = ["layers.0.attention", "layers.1.mlp.gate", "layers.2.mlp.experts", "layers.1.mlp.shared", "layers.2.mlp_norm"]
 PLANTS = [
-    *(Plant(rank % 4, phase, backward) for backward in (False, True) for rank, phase in enumerate(PHASES[:5])),
+    *(Plant(rank % 4, phase, backward) for backward in (False, True) for rank, phase in enumerate(PHASES)),
     Plant(3, "mtp.0.block.mlp.experts", False, micro_batch=1),
     Plant(2, "mtp.0.block.attention", True, micro_batch=1),
     Plant(1, "norm", False, value=float("inf")),
-    Plant(2, "layers.0", True, value=float("-inf")),
+    Plant(2, "layers.0.mlp", True, value=float("-inf")),
 ]
 WEIGHTS = {1: "layers.1.mlp.experts.5.w2", 2: "layers.2.mlp.experts.3.w3", 3: "layers.1.attention.kv_up", 0: "head"}
 
@@ -62,7 +61,7 @@ def spoil(tensor: Tensor, value: float) -> Tensor:
 @contextmanager
 def planted(trainer: Trainer, plant: Plant) -> Iterator[None]:
     """While open, the module's output is spoilt. The step is looked at again when it fails, so it happens again."""
-    module = dict(trainer.model.named_modules())[plant.module]
+    module = dict(trainer.model.modules())[plant.module]
     calls = 0
 
     def spoil_part(tensor: Tensor) -> Tensor:
@@ -160,7 +159,7 @@ def _bad_weights(worker: Worker, config: Config) -> list[str]:
 
 
 def _tensors(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
-    for item in placements(trainer.model):
+    for item in trainer.model.placed():
         yield from zip(item.names, item.tensors(), strict=True)
 
 
@@ -174,7 +173,7 @@ def test_a_weight_that_is_nan_is_named_by_its_global_name(pool: Pool, text: Path
 def _bad_leaf_gradient(worker: Worker, config: Config) -> str:
     """The gradient of a weight alone is spoilt: no module's input or output shows it."""
     trainer = make_trainer(config, 2, 1)
-    weight = dict(trainer.model.named_parameters())["layers.1.attention.out.weight"]
+    weight = dict(trainer.model.parameters())["layers.1.attention.out.weight"]
     if worker.rank == 1:
         weight.register_hook(lambda gradient: spoil(gradient, float("nan")))
     said = failure_of(trainer)
@@ -196,7 +195,7 @@ def _once(worker: Worker, config: Config) -> str:
         calls.append(1)
         return spoil(output, float("nan")) if len(calls) == 1 else output
 
-    trainer.model.norm.register_forward_hook(hook)
+    trainer.model.chunks[0].norm.register_forward_hook(hook)
     said = failure_of(trainer)
     trainer.close()
     return said

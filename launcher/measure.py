@@ -1,0 +1,215 @@
+"""Times the parts that pipeline stages are made of, on this machine at a configuration's widths.
+
+One process stands for one rank: it holds the experts that a rank holds and computes on the rows that an even router
+sends it. No tokens travel.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..comm.dispatcher import Dispatched, Pending
+from ..fp8.linear import Linear
+from ..model.block import DecoderBlock
+from ..model.counts import count_parameters
+from ..model.kernels import EmbeddingFunction, Kernels
+from ..model.loss import LOGITS_BYTES, cross_entropy_sum
+from ..model.rope import rotary_turns
+from ..settings import UsageError
+from .bootstrap import choose_device
+from .build import DTYPES
+from .config import Config
+
+ROUNDS = 5
+ENOUGH_SECONDS = 20.0
+"""After so long no further round begins."""
+
+Part = Callable[[], None]
+"""Runs one part forward and backward."""
+
+
+def measure_parts(config: Config) -> str:
+    """`parallel.stage_costs` as YAML that a config can take in: milliseconds a micro-batch, forward and backward.
+
+    The parts run in turn, so that a slow moment of the machine meets all of them. Raises UsageError where the parts do
+    not fit this machine's memory.
+    """
+    device, _ = choose_device(config.train.device, "auto", 0, 1)
+    _refuse_too_large(config, device)
+    batch = config.batch
+    print(f"timing micro-batches of {batch.micro_sequences} x {batch.sequence_length} tokens", file=sys.stderr)
+    parts = _build(config, device)
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    started = time.perf_counter()
+    for run in range(ROUNDS + 1):
+        for name, part in parts.items():
+            taken = _time(part, device)
+            if run or time.perf_counter() - started > ENOUGH_SECONDS:  # the first time warms up, if there is time
+                times[name].append(taken)
+        if all(times.values()) and time.perf_counter() - started > ENOUGH_SECONDS:
+            break
+    if not all(times.values()):  # the first round passed the limit on its way
+        for name, part in parts.items():
+            times[name].append(_time(part, device))
+    return _as_yaml(config, {name: statistics.median(all_) * 1e3 for name, all_ in times.items()}, device, times)
+
+
+def _as_yaml(config: Config, ms: dict[str, float], device: torch.device, times: dict[str, list[float]]) -> str:
+    mtp = ms["projection"] + ms["moe_layer"] + ms["head"] if config.model.num_nextn_predict_layers else 0.0
+    costs = {name: ms[name] for name in ("dense_layer", "moe_layer", "head", "embedding")} | {"mtp_module": mtp}
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, threads: {torch.get_num_threads()}"
+    rounds = min(map(len, times.values()))
+    lines = ["parallel:", f"  stage_costs:  # ms, forward and backward; {where}; median of {rounds}"]
+    for name, cost in costs.items():
+        spread = (
+            f"  # {min(times[name]) * 1e3:.4g} to {max(times[name]) * 1e3:.4g}" if name in times and rounds > 1 else ""
+        )
+        lines.append(f"    {name}: {float(f'{cost:.4g}')}{spread}")
+    return "\n".join(lines) + "\n"
+
+
+def _time(part: Part, device: torch.device) -> float:
+    """Seconds of one run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    part()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _build(config: Config, device: torch.device) -> dict[str, Part]:
+    """The parts, with random weights and inputs."""
+    model, batch, dtype = config.model, config.batch, DTYPES[config.precision.recipe]
+    shape = batch.micro_sequences, batch.sequence_length
+    experts = model.n_routed_experts // config.parallel.ep
+    kernels = Kernels.make(config.train.compile)
+    turns = rotary_turns(model, batch.sequence_length, device)
+    valid = torch.ones(batch.micro_sequences, dtype=torch.bool, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).mul_(0.02).to(dtype)
+
+    def layer(local_experts: range | None) -> Part:
+        with torch.device("meta"):
+            block = DecoderBlock(model, local_experts, _EvenShare(experts), kernels, config.train.recompute)
+        for parameter in block.parameters():
+            parameter.data = parameter.data.to(dtype)
+        _fill(block.to_empty(device=device), generator)
+        x, gradient = random(*shape, model.hidden_size).requires_grad_(), random(*shape, model.hidden_size)
+
+        def run() -> None:
+            y, _ = block(x, turns, valid)
+            y.backward(gradient)
+
+        return run
+
+    tokens = torch.randint(model.vocab_size, shape, generator=generator, device=device)
+    table = nn.Parameter(random(model.vocab_size, model.hidden_size))  # serves as embedding and as head
+    hidden = random(*shape, model.hidden_size).requires_grad_()
+    doubled, gradient = random(*shape, 2 * model.hidden_size).requires_grad_(), random(*shape, model.hidden_size)
+    projection = Linear(2 * model.hidden_size, model.hidden_size).to(device, dtype)
+
+    def embedding() -> None:
+        embedded: Tensor = EmbeddingFunction.apply(tokens, table)
+        embedded.backward(gradient)
+
+    return {
+        "dense_layer": layer(None),
+        "moe_layer": layer(range(experts)),
+        "projection": lambda: projection(doubled).backward(gradient),
+        "head": lambda: cross_entropy_sum(hidden.flatten(0, 1), table, tokens.flatten()).backward(),
+        "embedding": embedding,
+    }
+
+
+def _fill(module: nn.Module, generator: torch.Generator) -> None:
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.dim() > 1:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device).mul_(0.02))
+            else:
+                tensor.fill_(1.0 if tensor.is_floating_point() else 0)
+
+
+class _Ready:
+    """Counts that need not travel."""
+
+    def complete(self) -> None:
+        """They are here."""
+
+
+class _EvenShare:
+    """The rows that one rank of an expert parallel group gets from an even router, taken from its own tokens.
+
+    T tokens with K experts each make T K rows on every rank; row r is token r mod T's and the experts' rows follow each
+    other in equal numbers.
+    """
+
+    def __init__(self, num_local: int) -> None:
+        self.num_local = num_local
+
+    def begin_route(self, expert_ids: Tensor) -> _Ready:
+        return _Ready()
+
+    def begin_dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor, route: Any = None) -> Pending[Dispatched]:
+        rows = expert_ids.numel()
+        ends = [rows * (expert + 1) // self.num_local for expert in range(self.num_local)]
+        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        offsets = torch.tensor(ends, dtype=torch.int32, device=x.device)
+        spread = x.repeat(expert_ids.shape[1], 1)
+        sent = Dispatched(spread, weights.t().flatten(), offsets, counts, expert_ids.shape)
+        return Pending(x.new_zeros(()), lambda ticket: sent)
+
+    def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
+        return self.begin_dispatch(x, expert_ids, weights).wait()
+
+    def begin_combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
+        tokens, top_k = dispatched.handle
+        together = y.view(top_k, tokens, -1).sum(0)
+        return Pending(y.new_zeros(()), lambda ticket: together)
+
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
+        return self.begin_combine(y, dispatched).wait()
+
+
+def _refuse_too_large(config: Config, device: torch.device) -> None:
+    """Weights with their gradients, and the activations of the largest layer with theirs."""
+    model, counts, batch = config.model, count_parameters(config.model), config.batch
+    width = DTYPES[config.precision.recipe].itemsize
+    idle = (1 - 1 / config.parallel.ep) * counts.routed_experts * counts.expert
+    weights = counts.dense_block + counts.moe_block - idle + counts.head + counts.mtp_projection
+    tokens = batch.micro_sequences * batch.sequence_length
+    heads = model.num_attention_heads * (3 * model.qk_head_dim + 2 * model.v_head_dim)
+    rows = model.num_experts_per_tok * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
+    a_token = 12 * model.hidden_size + heads + max(rows, 3 * model.intermediate_size)
+    needed = 2 * (weights * width + tokens * a_token * width) + 2 * counts.head * 4 + LOGITS_BYTES
+    free = _free_memory(device)
+    if free is not None and needed > free:
+        raise UsageError(
+            f"measuring this model's layers takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free "
+            f"on {device.type}: set a larger parallel.ep (fewer experts a rank), or a smaller batch.micro_sequences or "
+            "batch.sequence_length"
+        )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None

@@ -1,0 +1,162 @@
+"""`counterflow simulate`: what a pipeline schedule costs, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from ..parallel.schedule.catalogue import schedule_names
+from ..parallel.schedule.draw_html import draw_html
+from ..parallel.schedule.timeline import Timeline
+from ..settings import UsageError
+from .load import load_config
+from .simulate_case import Case, case_from_config, case_from_numbers
+from .simulate_report import compare_table, report
+
+INSTEAD = {
+    "schedule": "--set parallel.schedule=NAME",
+    "option": "--set parallel.schedule_options.KEY=VALUE",
+    "ranks": "--set parallel.pp=P",
+    "forward": "--set parallel.stage_costs=...",
+    "backward_input": "--set parallel.stage_costs=...",
+    "backward_weight": "--set parallel.stage_costs=...",
+    "overlapped": "--pair-ratio R",
+}
+"""Arguments that take the place of a CONFIG, and what says the same with one."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.description = (
+        "Simulate the pipeline of one training step: its time, each rank's bubble and live micro-batches. Give a "
+        "CONFIG, for which the costs of its stages are predicted in TFLOP, or --ranks and --microbatches with costs "
+        "in any one unit of time."
+    )
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="path of a YAML file, or name of a shipped config")
+    add = parser.add_argument_group("with a CONFIG").add_argument
+    add(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a key, such as parallel.pp=8; the value is YAML; may be given again",
+    )
+    add("--pair-ratio", type=_cost, metavar="R", help="time of an overlapped pair by that of its parts (default 2.5/3)")
+    add("--measure", action="store_true", help="time the model's parts here; prints parallel.stage_costs to paste")
+    add = parser.add_argument_group("without").add_argument
+    add("--schedule", metavar="NAME", help=f"{', '.join(schedule_names())}, FILE.py:FUNCTION, or auto (the default)")
+    add("--option", action="append", metavar="KEY=VALUE", help="an option of the schedule, as stages_per_rank=4")
+    add("--ranks", type=_count, metavar="P", help="pipeline ranks")
+    add("--forward", type=_cost, metavar="F", help="cost of a stage's forward (default 1)")
+    add("--backward-input", type=_cost, metavar="I", help="of its backward for the input (default 1)")
+    add("--backward-weight", type=_cost, metavar="W", help="of its backward for the weights (default 1)")
+    add("--overlapped", type=_cost, metavar="FB", help="of an overlapped pair (default 2.5/3 of F + I + W)")
+    add = parser.add_argument_group("in both cases").add_argument
+    add("--microbatches", type=_count, metavar="M", help="micro-batches of a step (default: those of the CONFIG)")
+    add("--p2p", type=_cost, default=0.0, metavar="T", help="how long a transfer between ranks takes (default 0)")
+    add("--compare", action="store_true", help="all schedules in one table; half the layers cost half")
+    add("--html", type=Path, metavar="FILE", help="write a page with the timelines drawn to scale")
+    add("--json", action="store_true", help="print one JSON object; with --compare, one for each schedule")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate and print; or measure."""
+    _refuse_mixtures(args)
+    if args.measure:
+        from .measure import measure_parts
+
+        print(measure_parts(load_config(args.config, args.overrides)), end="")
+        return 0
+    case: Case
+    if args.config is None:
+        case = case_from_numbers(args)
+    else:
+        case = case_from_config(load_config(args.config, args.overrides), args)
+    if args.compare:
+        return _compare(case, args)
+    timeline = case.simulate()
+    if args.html is not None:
+        _write(args.html, draw_html([(timeline.schedule.name, timeline)], case.unit))
+    print(json.dumps(case.to_json(timeline)) if args.json else report(case, timeline))
+    return 0
+
+
+def _compare(case: Case, args: argparse.Namespace) -> int:
+    """Every shipped schedule, and the CONFIG's own where that is none of them. Those that refuse say why."""
+    outcomes: dict[str, Timeline | str] = {}
+    for name in case.names():
+        try:
+            outcomes[name] = case.simulate(name)
+        except UsageError as error:
+            outcomes[name] = str(error)
+    drawn = [(name, timeline) for name, timeline in outcomes.items() if isinstance(timeline, Timeline)]
+    if args.html is not None:
+        _write(args.html, draw_html(drawn, case.unit))
+    if args.json:
+        results = {
+            name: case.to_json(outcome) if isinstance(outcome, Timeline) else {"refused": outcome}
+            for name, outcome in outcomes.items()
+        }
+        print(json.dumps(results))
+    else:
+        print(compare_table(case, outcomes))
+    return 0
+
+
+def _refuse_mixtures(args: argparse.Namespace) -> None:
+    """Arguments that do not go together, all at once."""
+    faults = []
+    if args.config is not None:
+        given = [name for name in INSTEAD if getattr(args, name) is not None]
+        faults += [f"{_flag(name)} does not go with a CONFIG: use {INSTEAD[name]}" for name in given]
+    else:
+        needs = {"--set": args.overrides, "--pair-ratio": args.pair_ratio is not None, "--measure": args.measure}
+        faults += [f"{flag} needs a CONFIG" for flag, given in needs.items() if given]
+        missing = [_flag(name) for name in ("ranks", "microbatches") if getattr(args, name) is None]
+        if missing:
+            faults.append(f"give a CONFIG, or numbers, of which {' and '.join(missing)} cannot be left out")
+        if args.compare:
+            given = [name for name in ("schedule", "option") if getattr(args, name) is not None]
+            faults += [f"{_flag(name)} does not go with --compare, which takes every schedule" for name in given]
+    if args.measure:
+        others = {
+            "--microbatches": args.microbatches is not None,
+            "--pair-ratio": args.pair_ratio is not None,
+            "--p2p": args.p2p,
+            "--compare": args.compare,
+            "--html": args.html is not None,
+            "--json": args.json,
+        }
+        faults += [f"{flag} does not go with --measure, which simulates nothing" for flag, on in others.items() if on]
+    if faults:
+        raise UsageError("\n  ".join(faults))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--html {path} cannot be written: {error.strerror}") from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expects a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _cost(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expects a number of at least 0, got {text!r}")
+    return value

@@ -1,0 +1,98 @@
+"""What `counterflow simulate` prints for a person, in 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+
+from ..parallel.schedule.draw_text import count, draw_text, number, share
+from ..parallel.schedule.timeline import Timeline
+from .pipeline import align
+from .simulate_case import Case
+
+WIDTH = 80
+FEW_RANKS = 8
+"""Up to so many ranks each has its own row in the table."""
+
+
+def report(case: Case, timeline: Timeline) -> str:
+    """The step in words, the split, the picture and, for few ranks, a row for each."""
+    parts = [_summary(case, timeline), case.split(), draw_text(timeline, WIDTH)]
+    if 1 < timeline.schedule.num_ranks <= FEW_RANKS:
+        parts.append(_ranks(timeline))
+    return "\n\n".join(part for part in parts if part)
+
+
+def compare_table(case: Case, outcomes: Mapping[str, Timeline | str]) -> str:
+    """Fastest first; what a schedule that refuses says comes last."""
+    simulated = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Timeline)}
+    rows: list[tuple[str, ...]] = [
+        ("schedule", "stages", "step time", "bubble", "worst rank", "activations", "parameters")
+    ]
+    for name, timeline in sorted(simulated.items(), key=lambda item: item[1].step_time):
+        schedule = timeline.schedule
+        live = max(timeline.peak_microbatches) * schedule.num_ranks / schedule.num_stages
+        rows.append(
+            (
+                name,
+                str(schedule.num_stages),
+                number(timeline.step_time),
+                share(timeline.bubble_fraction),
+                number(max(timeline.bubble)),
+                f"{live:.3g} x",
+                f"{timeline.parameter_copies:.3g} x",
+            )
+        )
+    lines = [f"{count(case.num_ranks, 'rank')}, {count(case.num_microbatches, 'micro-batch', 'es')}"]
+    lines += [*_wrapped("costs", "; ".join(case.assumptions())), ""]
+    if simulated:
+        lines += align(rows, frozenset({0}))
+    width = max(map(len, outcomes))
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, str):
+            lines += _wrapped(name, f"cannot: {outcome}", width + 2)
+    lines += ["", *textwrap.wrap(_LEGEND, WIDTH)]
+    return "\n".join(lines)
+
+
+_LEGEND = (
+    "Bubble: share of all ranks' time without work; worst rank: how long the one that waits most does. Activations: "
+    "the most that a rank holds at once, in micro-batches of one rank's share of the layers. Parameters: copies of "
+    "each stage."
+)
+
+
+def _summary(case: Case, timeline: Timeline) -> str:
+    schedule, unit = timeline.schedule, f" {case.unit}" if case.unit else ""
+    bubble, peak = timeline.bubble, timeline.peak_microbatches
+    worst, fullest = bubble.index(max(bubble)), peak.index(max(peak))
+    held = f"rank {fullest} holds most, {count(peak[fullest], 'micro-batch', 'es')} at a time"
+    if schedule.num_stages > schedule.num_ranks:
+        held += ", each of one stage"
+    of = f"{count(schedule.num_stages, 'stage')} on {count(schedule.num_ranks, 'rank')}"
+    first, *more = case.assumptions()
+    rows = [
+        ("schedule", f"{schedule.name}, {of}, {count(schedule.num_microbatches, 'micro-batch', 'es')}"),
+        ("costs", first),
+        *(("", line) for line in more),
+        ("step time", f"{number(timeline.step_time)}{unit}"),
+        ("bubble", f"{share(timeline.bubble_fraction)} of all ranks' time; rank {worst} waits longest, "
+         f"{number(bubble[worst])}{unit}"),
+        ("activations", held),
+        ("parameters", f"{timeline.parameter_copies:.3g} {'copy' if timeline.parameter_copies == 1 else 'copies'} of "
+         "each stage"),
+    ]  # fmt: skip
+    return "\n".join(line for name, text in rows for line in _wrapped(name, text))
+
+
+def _ranks(timeline: Timeline) -> str:
+    rows: list[tuple[str, ...]] = [("rank", "stages", "busy", "bubble", "share", "activations")]
+    for rank, (waits, peak) in enumerate(zip(timeline.bubble, timeline.peak_microbatches, strict=True)):
+        stages = " ".join(map(str, timeline.schedule.placement[rank]))
+        part = share(waits / timeline.step_time)
+        rows.append((str(rank), stages, number(timeline.step_time - waits), number(waits), part, str(peak)))
+    return "\n".join(align(rows, frozenset({1})))
+
+
+def _wrapped(name: str, text: str, width: int = 13) -> list[str]:
+    return textwrap.wrap(f"{name:<{width}}{text}", WIDTH, subsequent_indent=" " * width, break_on_hyphens=False)

@@ -1,0 +1,260 @@
+"""Runs one pipeline rank's part of any schedule.
+
+The executor knows no schedule by name. Before each action it posts the sends and receives that `plan_transfers` derived,
+waits for what the action needs, and runs the chunk's phases; nothing is negotiated between ranks, since shapes are known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..comm.p2p import Received, Wires
+from ..phases import Chunk, Phases, Tape, Uncut, drain, run
+from .overlap import run_pair
+from .schedule.actions import Action, Overlap, Schedule, parts
+from .schedule.check import check
+from .schedule.timeline import Span
+from .schedule.transfers import Boundary, Transfer, plan_transfers
+
+SENDS_IN_FLIGHT = 4
+"""Sends that a rank may have under way: enough for receivers that are late, and a bound on the memory they hold."""
+
+
+class PipelineError(RuntimeError):
+    """A transfer failed; the message names the ranks and what was waited for."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One rank's part of a checked schedule."""
+
+    rank: int
+    actions: tuple[Action | Overlap, ...]
+    boundaries: tuple[Boundary, ...]
+    num_stages: int
+    peak_microbatches: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, rank: int, training: bool = True) -> Program:
+        """Raises ScheduleError if the schedule cannot run; `training` False is for one of forwards only."""
+        peak = check(schedule, training).peak[rank]
+        return cls(rank, schedule.actions[rank], plan_transfers(schedule)[rank], schedule.num_stages, peak)
+
+
+@dataclass
+class _Pass:
+    """A micro-batch at a stage, from its F to its W."""
+
+    tape: Tape | None = None
+    deferred: deque[Callable[[], None]] = field(default_factory=deque)
+
+
+_Key = tuple[str, int, int]  # activation or gradient, the stage that made it, micro-batch
+
+
+class Executor:
+    """Runs programs on the chunks of one rank.
+
+    Args:
+        chunks: by stage.
+        wires: to the other pipeline ranks.
+        order: in which the phases of an overlapped pair advance, see `overlap.py`.
+        shape: of what passes between stages, `[B, S, H]`.
+    """
+
+    def __init__(
+        self,
+        chunks: Mapping[int, Chunk],
+        wires: Wires,
+        order: Sequence[str],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.chunks = chunks
+        self.wires = wires
+        self.order = order
+        self.buffer = shape, dtype, device
+        self.watch: Callable[[Action | Overlap], None] | None = None
+        """Called with each action before it runs."""
+        self.timed = False
+        """Whether a GPU is waited for around every action, so that `spans` are its times and not the host's."""
+        self.spans: list[Span] = []
+        """When the actions of the last run ran, in seconds of `time.perf_counter`."""
+        self.peak_microbatches = 0
+        """The largest number of (stage, micro-batch) of the last run whose activations were held at once."""
+
+    def train(self, program: Program, micro_batches: Sequence[Any]) -> list[Any]:
+        """Forward and backward of all micro-batches; returns the chunks' results in the order of their forwards."""
+        results = _Run(self, program, micro_batches).run()
+        assert self.peak_microbatches == program.peak_microbatches, (self.peak_microbatches, program.peak_microbatches)
+        return results
+
+    @torch.no_grad()
+    def evaluate(self, program: Program, micro_batches: Sequence[Any]) -> list[Any]:
+        """The same for a program of forwards only."""
+        return _Run(self, program, micro_batches).run()
+
+
+class _Run:
+    """The state of one step."""
+
+    def __init__(self, executor: Executor, program: Program, micro_batches: Sequence[Any]) -> None:
+        self.executor, self.program, self.micro_batches = executor, program, micro_batches
+        self.results: list[Any] = []
+        self._live: dict[tuple[int, int], _Pass] = {}
+        self._peak = 0
+        self._made: dict[_Key, Tensor] = {}
+        self._arriving: dict[_Key, tuple[Transfer, Received]] = {}
+        self._sending: deque[tuple[Transfer, dist.Work, Tensor]] = deque()
+
+    def run(self) -> list[Any]:
+        spans = self.executor.spans = []
+        actions = self.program.actions
+        for action, boundary in zip(actions, self.program.boundaries, strict=False):
+            self._post(boundary)
+            self._await(boundary, action)
+            if self.executor.watch is not None:
+                self.executor.watch(action)
+            start = self._clock()
+            self._perform(action)
+            spans.append(Span(action, start, self._clock()))
+        self._post(self.program.boundaries[len(actions)])
+        while self._sending:
+            self._finish_send()
+        assert not (self._live or self._made or self._arriving), "the schedule left something over"
+        self.executor.peak_microbatches = self._peak
+        return self.results
+
+    def _clock(self) -> float:
+        device = self.executor.buffer[2]
+        if self.executor.timed and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    # What passes between ranks
+
+    def _post(self, boundary: Boundary) -> None:
+        wires = self.executor.wires
+        for transfer in boundary.receives:
+            self._arriving[_key(transfer)] = transfer, wires.receive(*self.executor.buffer, transfer.source)
+        for transfer in boundary.sends:
+            tensor = self._made.pop(_key(transfer))
+            self._sending.append((transfer, wires.send(tensor, transfer.target), tensor))
+        while len(self._sending) > SENDS_IN_FLIGHT:
+            self._finish_send()
+
+    def _await(self, boundary: Boundary, action: Action | Overlap) -> None:
+        for transfer in boundary.needs:
+            key = _key(transfer)
+            _, received = self._arriving.pop(key)
+            try:
+                self._made[key] = received.wait()
+            except RuntimeError as error:
+                raise PipelineError(
+                    f"pipeline rank {self.program.rank} waited for the {_describe(transfer)} "
+                    f"from pipeline rank {transfer.source}, to run {action}: {_first_line(error)}"
+                ) from error
+
+    def _finish_send(self) -> None:
+        transfer, work, _ = self._sending.popleft()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise PipelineError(
+                f"pipeline rank {self.program.rank} waited for pipeline rank {transfer.target} "
+                f"to take the {_describe(transfer)}: {_first_line(error)}"
+            ) from error
+
+    # What a rank does
+
+    def _perform(self, action: Action | Overlap) -> None:
+        if isinstance(action, Overlap):
+            self._overlap(action)
+        elif action.kind == "F":
+            self._end_forward(action, run(self._forward(action)))
+        elif action.kind == "W":
+            drain(self._live.pop((action.stage, action.microbatch)).deferred)
+        else:
+            deferred = self._live[action.stage, action.microbatch].deferred if action.kind == "I" else None
+            gradient, _ = run(self._backward(action, deferred))
+            self._end_backward(action, gradient)
+
+    def _overlap(self, action: Overlap) -> None:
+        forward, backward = action
+        # With a B the weight gradients fill the gaps of this pair and end with it; with an I they are for later.
+        whole = backward.kind == "B"
+        queue: deque[Callable[[], None]] = deque()
+        deferred = queue if whole else self._live[backward.stage, backward.microbatch].deferred
+        made, (gradient, _) = run_pair(
+            self._forward(forward), self._backward(backward, deferred), queue, self.executor.order
+        )
+        drain(queue)
+        self._end_forward(forward, made)
+        self._end_backward(backward, gradient)
+
+    def _forward(self, action: Action) -> Phases:
+        chunk, micro_batch = self.executor.chunks[action.stage], self.micro_batches[action.microbatch]
+        x = self._made.pop(("activation", action.stage - 1, action.microbatch), None)
+        assert (x is None) == (action.stage == 0), f"{action} has no input"
+        if not torch.is_grad_enabled():
+            return chunk.phases(micro_batch, x, Uncut())
+        tape = Tape()
+        self._live[action.stage, action.microbatch] = _Pass(tape)
+        self._peak = max(self._peak, len(self._live))
+        return chunk.phases(micro_batch, None if x is None else tape.enter(x), tape)
+
+    def _backward(
+        self, action: Action, deferred: deque[Callable[[], None]] | None
+    ) -> Generator[str, None, tuple[Tensor | None, None]]:
+        gradient = self._made.pop(("gradient", action.stage + 1, action.microbatch), None)
+        last = action.stage == self.program.num_stages - 1
+        assert (gradient is None) == last, f"{action} has no gradient"
+        live = self._live[action.stage, action.microbatch]
+        assert live.tape is not None, f"{action} has run before"
+        tape, live.tape = live.tape, None
+        return tape.backward(gradient, self.executor.chunks[action.stage].weight_queue, deferred)
+
+    def _end_forward(self, action: Action, made: tuple[Tensor | None, Any]) -> None:
+        output, result = made
+        self.results.append(result)
+        if output is not None:
+            self._made["activation", action.stage, action.microbatch] = output
+
+    def _end_backward(self, action: Action, gradient: Tensor | None) -> None:
+        if action.kind == "B":
+            del self._live[action.stage, action.microbatch]
+        if action.stage:
+            if gradient is None:  # no loss of this stage or behind it counts
+                shape, dtype, device = self.executor.buffer
+                gradient = torch.zeros(shape, dtype=dtype, device=device)
+            self._made["gradient", action.stage, action.microbatch] = gradient
+
+
+def microbatches_of(schedule: Schedule, rank: int) -> dict[int, int]:
+    """How many micro-batches each stage of a rank serves in a step."""
+    served = dict.fromkeys(schedule.placement[rank], 0)
+    for action in schedule.actions[rank]:
+        for part in parts(action):
+            served[part.stage] += part.kind == "F"
+    return served
+
+
+def _key(transfer: Transfer) -> _Key:
+    return transfer.kind, transfer.stage, transfer.microbatch
+
+
+def _describe(transfer: Transfer) -> str:
+    return f"{transfer.kind} of micro-batch {transfer.microbatch} that stage {transfer.stage} made"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].partition(" This is typically")[0]  # gloo's advice is for its developers

@@ -1,0 +1,1 @@
+"""Pipeline schedules as plain data: generated, checked, simulated, executed and drawn from one object."""

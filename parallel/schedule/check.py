@@ -1,0 +1,194 @@
+"""Whether a schedule can run: all work done once, where its stage is, in an order that no rank waits on for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...settings import UsageError
+from .actions import Action, Kind, Overlap, Schedule, parts
+from .rendezvous import find_deadlock
+
+
+class ScheduleError(UsageError):
+    """A schedule that cannot run, with the rank, the position in its order and the action at fault, where there is one."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        message: str,
+        rank: int | None = None,
+        position: int | None = None,
+        action: Action | Overlap | None = None,
+    ) -> None:
+        self.rank, self.position, self.action = rank, position, action
+        place = "" if rank is None else f", rank {rank}"
+        place += "" if position is None else f", position {position}"
+        place += "" if action is None else f" ({action})"
+        super().__init__(f"schedule {schedule.name}{place}: {message}")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checker found out about a schedule that can run."""
+
+    peak: tuple[int, ...]
+    """For each rank the largest number of live (stage, micro-batch): from the start of F to the end of B or W."""
+
+
+def check(schedule: Schedule, training: bool = True) -> Checked:
+    """Refuse a schedule that cannot run, otherwise say what it holds. Linear in the number of actions.
+
+    Every stage of every micro-batch needs one F and, when `training`, one backward (a B, or an I and a W), on one
+    rank that holds the stage, in an order that the data allows. Communication is taken to be rendezvous: a send blocks
+    until it is received. At a boundary a rank posts its receives and sends, and goes on when what it needs has arrived
+    and its own sends are matched. What runs like this also runs where sends are buffered.
+
+    Raises ScheduleError.
+    """
+    _check_form(schedule)
+    done = _check_work(schedule)
+    _check_complete(schedule, done, training)
+    deadlock = find_deadlock(schedule)
+    if deadlock:
+        first = deadlock[0]
+        story = "; ".join(str(wait) for wait in deadlock)
+        raise ScheduleError(
+            schedule, f"deadlock, each waits for the next: {story}", first.rank, first.position, first.action
+        )
+    return Checked(tuple(peak_live(actions) for actions in schedule.actions))
+
+
+def peak_live(actions: Sequence[Action | Overlap]) -> int:
+    """The largest number of (stage, micro-batch) whose activations a rank with these actions holds at once.
+
+    A pair begins its forward before it ends its backward, so for a moment both are held.
+    """
+    live = peak = 0
+    for action in actions:
+        kinds = [part.kind for part in parts(action)]
+        live += kinds.count("F")
+        peak = max(peak, live)
+        live -= kinds.count("B") + kinds.count("W")
+    return peak
+
+
+def _check_form(schedule: Schedule) -> None:
+    """The parts of the schedule fit each other."""
+    for name in ("num_ranks", "num_stages", "num_microbatches"):
+        if getattr(schedule, name) < 1:
+            raise ScheduleError(schedule, f"{name} is {getattr(schedule, name)}, but at least 1 is needed")
+    for name, given in (("placement", schedule.placement), ("actions", schedule.actions)):
+        if len(given) != schedule.num_ranks:
+            raise ScheduleError(schedule, f"{name} is given for {len(given)} ranks, but there are {schedule.num_ranks}")
+    held: set[int] = set()
+    for rank, stages in enumerate(schedule.placement):
+        if len(set(stages)) != len(stages):
+            raise ScheduleError(schedule, f"holds a stage twice: {list(stages)}", rank)
+        held |= set(stages)
+    if held != set(range(schedule.num_stages)):
+        wrong = sorted(held ^ set(range(schedule.num_stages)))
+        raise ScheduleError(
+            schedule, f"the ranks must hold stages 0 to {schedule.num_stages - 1}, wrong or missing are {wrong}"
+        )
+
+
+Place = tuple[int, int]
+"""Where an action runs: its rank and its position there."""
+
+
+def _check_work(schedule: Schedule) -> dict[Action, Place]:
+    """Every action is one of the schedule's, runs where its stage is, once, and after what it needs of its own stage."""
+    done: dict[Action, Place] = {}
+    for rank, actions in enumerate(schedule.actions):
+        held = set(schedule.placement[rank])
+        for position, action in enumerate(actions):
+            if isinstance(action, Overlap):
+                _check_pair(schedule, rank, position, action)
+            for part in parts(action):
+                fault = _fault(schedule, held, done, part, rank)
+                if fault:
+                    raise ScheduleError(schedule, fault, rank, position, action)
+                done[part] = rank, position
+    return done
+
+
+def _check_pair(schedule: Schedule, rank: int, position: int, pair: Overlap) -> None:
+    """A pair runs as one, so neither half may need the other."""
+    if pair.forward.kind != "F" or pair.backward.kind not in ("B", "I"):
+        kinds = f"{pair.forward.kind} and {pair.backward.kind}"
+        raise ScheduleError(schedule, f"a pair is an F and a B or I, not {kinds}", rank, position, pair)
+    if pair.forward.microbatch == pair.backward.microbatch:
+        fault = "the backward of a micro-batch needs all its forwards, so the two cannot be a pair"
+        raise ScheduleError(schedule, fault, rank, position, pair)
+
+
+# What an action may not come after, and what it must come after, of the same stage and micro-batch.
+_CLASHES = {"F": "F", "B": "BIW", "I": "BI", "W": "BW"}
+_BEFORE = {"F": "", "B": "F", "I": "F", "W": "I"}
+
+
+def _fault(schedule: Schedule, held: set[int], done: dict[Action, Place], part: Action, rank: int) -> str | None:
+    """What is wrong with doing `part` next on `rank`."""
+    kind, stage, microbatch = part
+    if kind not in _CLASHES:
+        return f"kind {kind!r} is none of F, B, I and W"
+    if not 0 <= microbatch < schedule.num_microbatches:
+        return f"there is no micro-batch {microbatch}, only 0 to {schedule.num_microbatches - 1}"
+    if stage not in held:
+        return f"the rank holds stages {sorted(held)}, not {stage}"
+    for other in _CLASHES[kind]:
+        place = done.get(Action(other, stage, microbatch))  # type: ignore[arg-type]
+        if place is not None:
+            each = "every stage of a micro-batch has one F, and one B or an I and a W"
+            return f"{kind} after {other} on rank {place[0]}, position {place[1]}: {each}"
+    for needed in _BEFORE[kind]:
+        place = done.get(Action(needed, stage, microbatch))  # type: ignore[arg-type]
+        if place is None or place[0] != rank:
+            return f"{needed}{microbatch} of stage {stage} has not run on this rank before it"
+    return None
+
+
+def _check_complete(schedule: Schedule, done: dict[Action, Place], training: bool) -> None:
+    """Nothing is left out, and stages that share a rank come in the order in which the data flows."""
+    for microbatch in range(schedule.num_microbatches):
+        # The way of a micro-batch: forward through all stages, and back.
+        before: tuple[Action, Place] | None = None
+        for stage in range(schedule.num_stages):
+            before = _follow(schedule, done, ("F",), stage, microbatch, before)
+        for stage in reversed(range(schedule.num_stages)) if training else ():
+            before = _follow(schedule, done, ("B", "I"), stage, microbatch, before)
+            if before[0].kind == "I" and Action("W", stage, microbatch) not in done:
+                rank, position = before[1]
+                raise ScheduleError(schedule, "its W is missing", rank, position, before[0])
+    if not training:
+        for part, (rank, position) in done.items():
+            if part.kind != "F":
+                fault = "a schedule that does not train has forwards alone"
+                raise ScheduleError(schedule, fault, rank, position, part)
+
+
+def _follow(
+    schedule: Schedule,
+    done: dict[Action, Place],
+    kinds: tuple[Kind, ...],
+    stage: int,
+    microbatch: int,
+    before: tuple[Action, Place] | None,
+) -> tuple[Action, Place]:
+    """Where the micro-batch goes on after `before`."""
+    for kind in kinds:
+        action = Action(kind, stage, microbatch)
+        place = done.get(action)
+        if place is not None:
+            break
+    else:
+        rank = schedule.holders(stage)[0] if before is None or before[0].stage != stage else before[1][0]
+        raise ScheduleError(
+            schedule, f"{' or '.join(kinds)} is missing for micro-batch {microbatch}, stage {stage}", rank
+        )
+    if before is not None and before[1][0] == place[0] and before[1][1] > place[1]:
+        raise ScheduleError(
+            schedule, f"needs {before[0]}, which comes later, at position {before[1][1]}", *place, action
+        )
+    return action, place

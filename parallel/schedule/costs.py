@@ -1,0 +1,60 @@
+"""What the actions of a schedule cost, stage by stage, in any unit of time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .actions import Action, Overlap
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Durations for every stage; transfers between ranks overlap with work and only delay what needs them."""
+
+    forward: tuple[float, ...]
+    backward_input: tuple[float, ...]
+    backward_weight: tuple[float, ...]
+    hidden: tuple[float, ...]
+    """What a pair of an F and a B of this stage saves against one after the other: F + I + W - pair."""
+    p2p_latency: float = 0.0
+    p2p_bytes: float = 0.0
+    p2p_bandwidth: float = float("inf")
+    """Bytes a unit of time between two ranks, each direction by itself; transfers queue."""
+
+    @classmethod
+    def uniform(
+        cls,
+        num_stages: int,
+        forward: float = 1.0,
+        backward_input: float = 1.0,
+        backward_weight: float = 1.0,
+        overlapped: float | None = None,
+        p2p: float = 0.0,
+    ) -> Costs:
+        """The same costs at every stage; a pair takes `overlapped`, by default as long as its parts."""
+        parts = forward + backward_input + backward_weight
+        hidden = 0.0 if overlapped is None else parts - overlapped
+        return cls(
+            (forward,) * num_stages,
+            (backward_input,) * num_stages,
+            (backward_weight,) * num_stages,
+            (hidden,) * num_stages,
+            p2p_latency=p2p,
+        )
+
+    def duration(self, action: Action | Overlap) -> float:
+        """How long a rank is busy with it."""
+        if isinstance(action, Overlap):
+            forward, backward = self.duration(action.forward), self.duration(action.backward)
+            hidden = (self.hidden[action.forward.stage] + self.hidden[action.backward.stage]) / 2
+            together = forward + backward - hidden
+            # Without its W a pair has less to hide behind: it cannot be shorter than the longer of the two.
+            return together if action.backward.kind == "B" else max(forward, backward, together)
+        stage = action.stage
+        if action.kind == "F":
+            return self.forward[stage]
+        if action.kind == "W":
+            return self.backward_weight[stage]
+        if action.kind == "I":
+            return self.backward_input[stage]
+        return self.backward_input[stage] + self.backward_weight[stage]

@@ -1,0 +1,245 @@
+"""Timelines drawn as one HTML file: a row a rank, to scale, with zoom, and every action's times on pointing at it.
+
+The page holds its data in the element `data`, as JSON: `unit`, `decimals` of the times told, and for every timeline
+
+  step, bubble, peak    the step's time; for each rank its bubble as written on the page, and its live micro-batches
+  placement, chunks     for each rank its stages; the most stages of a rank
+  origins               where stages are held by several ranks, the ranks that hold stage 0, otherwise null
+  tick                  the unit of the times in `spans`
+  actions, spans        for each rank how many actions it does, and they: Base64 of numbers, written as follows
+
+A number is written in bytes of 7 bits, the lowest first, with 128 added to all but its last; a signed one v as 2v, or
+-2v - 1 where it is negative. An action is `kind + 6 (chunk + chunks * chunk of the pair's backward)` with the kinds
+F, I, W, B, pair with a B, pair with an I; its micro-batch, signed, as the difference from one more than the rank's last
+of this chunk and direction (F, W, or B and I alike); for a pair the backward's likewise; the idle time before it,
+signed, and its duration, in ticks. So half a million actions make a few megabytes that a browser reads in a moment.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from .actions import Action, Overlap, Schedule
+from .draw_html_figure import FIGURE
+from .draw_html_page import CONTROLS, STYLE
+from .draw_text import number, share
+from .timeline import Span, Timeline
+
+KINDS = "FIWB"
+PRECISION = 2.0**-31  # of the step: how far a time on the page may be from the timeline's
+PAIRS = "4 5"
+# Swatches by the codes of the kinds that they explain; those that no timeline has are taken out.
+LEGEND = (
+    ("0 4 5", "F forward"),
+    ("3 4", "B whole backward"),
+    ("1 5", "I backward for the input"),
+    ("2", "W backward for the weights"),
+    (PAIRS, "pair: forward above, backward below"),
+    ("", "idle"),
+)
+
+
+def draw_html(
+    timelines: Sequence[tuple[str, Timeline]], unit: str = "", notes: Sequence[str] = (), title: str = ""
+) -> str:
+    """A page that shows every (name, timeline), one under the other on the same scale of time.
+
+    `unit` is that of all times, "" where they are relative. `notes` are sentences to stand under the title, which is
+    made from the names where `title` is empty. The same input gives the same text. The file needs no network.
+    """
+    assert timelines, "there is no timeline to draw"
+    title = title or ("Pipeline schedule " + timelines[0][0] if len(timelines) == 1 else "Pipeline schedules compared")
+    durations = [span.end - span.start for _, timeline in timelines for spans in timeline.spans for span in spans]
+    data = {
+        "unit": unit,
+        "decimals": _decimals(math.fsum(durations) / len(durations) if durations else 1.0),
+        "timelines": [_timeline_data(timeline) for _, timeline in timelines],
+    }
+    sections = (_section(index, name, timeline, unit) for index, (name, timeline) in enumerate(timelines))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+script-src 'unsafe-inline'">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+{"".join(f"<p>{escape(note)}</p>" for note in notes)}
+{_bar()}
+<noscript><p>The pictures are drawn by a script, which this browser does not run. The numbers are below.</p></noscript>
+{"".join(sections)}
+<div class="tip" id="tip" hidden></div>
+<div class="spoken" id="spoken" aria-live="polite"></div>
+<script type="application/json" id="data">{_embedded(data)}</script>
+<script>{FIGURE}{CONTROLS}</script>
+</body>
+</html>
+"""
+
+
+def _embedded(data: dict[str, Any]) -> str:
+    """JSON that no character of which can end the script element around it or begin another."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _bar() -> str:
+    items = (
+        f'<span data-kinds="{kinds}"><i{pair}></i>{text}</span>'
+        for kinds, text in LEGEND
+        for pair in [' class="pair"' if kinds == PAIRS else ""]
+    )
+    return f"""<div class="legend" id="legend">{"".join(items)}</div>
+<p class="keys soft">Zoom with Ctrl and the wheel, a pinch or a double click; drag to move. In a picture the arrow \
+keys lead from action to action, + and - zoom, 0 shows the whole step.</p>
+<div class="moves"><button id="out" aria-label="Zoom out">&minus;</button>
+<button id="in" aria-label="Zoom in">+</button><button id="whole">Whole step</button>
+<div class="strip" id="strip"><i id="thumb"></i></div><span class="window" id="window"></span></div>"""
+
+
+def _section(index: int, name: str, timeline: Timeline, unit: str) -> str:
+    """The frame of one picture: its name, the figures of the whole step, the canvas, a table of the ranks."""
+    schedule, time = timeline.schedule, f" {unit}" if unit else ""
+    facts = (
+        ("step", number(timeline.step_time) + time),
+        ("bubble", share(timeline.bubble_fraction)),
+        ("copies of the parameters", number(timeline.parameter_copies)),
+        ("peak live micro-batches", str(max(timeline.peak_microbatches, default=0))),
+        ("ranks", str(schedule.num_ranks)),
+        ("stages", str(schedule.num_stages)),
+        ("micro-batches", str(schedule.num_microbatches)),
+    )
+    what = f"Timeline of {name}. Arrow keys tell each action."
+    return f"""<section aria-labelledby="name-{index}">
+<h2 id="name-{index}">{escape(name)}</h2>
+<div class="facts">{" ".join(f"<span>{label} <b>{escape(value)}</b></span>" for label, value in facts)}</div>
+{_shades(schedule)}
+<div class="figure" id="figure-{index}"><canvas aria-hidden="true"></canvas>
+<canvas tabindex="0" role="application" aria-label="{escape(what)}"></canvas></div>
+<details><summary>Numbers of each rank</summary><div class="table"><table><thead><tr><th>rank</th><th>stages</th>
+<th>bubble{escape(time)}</th><th>bubble</th><th>peak live micro-batches</th></tr></thead><tbody>
+{"".join(_table_rows(timeline))}</tbody></table></div></details>
+</section>
+"""
+
+
+def _shades(schedule: Schedule) -> str:
+    """What dark and light mean in this picture."""
+    origins = _origins(schedule)
+    if origins and len(origins) == 2:
+        meaning = f"Dark: micro-batches that enter at rank {origins[0]}. Light: at rank {origins[1]}."
+    elif origins:
+        meaning = f"Dark to light: micro-batches that enter at rank {', '.join(map(str, origins))}."
+    elif max(map(len, schedule.placement)) > 1:
+        meaning = "Dark to light: a rank's stages in the order in which a micro-batch passes them."
+    else:
+        return ""
+    return f'<p class="shade soft">{meaning}</p>'
+
+
+def _table_rows(timeline: Timeline) -> Iterable[str]:
+    step = timeline.step_time
+    columns = zip(timeline.schedule.placement, timeline.bubble, timeline.peak_microbatches, strict=True)
+    for rank, (stages, bubble, peak) in enumerate(columns):
+        cells = (rank, ", ".join(map(str, stages)), number(bubble), share(bubble / step if step else 0.0), peak)
+        yield f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
+
+
+def _origins(schedule: Schedule) -> tuple[int, ...] | None:
+    """Where micro-batches enter a pipeline that holds stages more than once, and None for any other."""
+    held = [stage for stages in schedule.placement for stage in stages]
+    return schedule.holders(0) if len(held) > len(set(held)) else None
+
+
+def _timeline_data(timeline: Timeline) -> dict[str, Any]:
+    schedule, step = timeline.schedule, timeline.step_time
+    chunks = max(map(len, schedule.placement))
+    tick = _tick(timeline)
+    return {
+        "step": step,
+        "bubble": [[number(bubble), share(bubble / step if step else 0.0)] for bubble in timeline.bubble],
+        "peak": list(timeline.peak_microbatches),
+        "placement": schedule.placement,
+        "chunks": chunks,
+        "origins": _origins(schedule),
+        "tick": tick,
+        "actions": [len(spans) for spans in timeline.spans],
+        "spans": [
+            base64.b64encode(_pack(spans, stages, chunks, tick)).decode()
+            for spans, stages in zip(timeline.spans, schedule.placement, strict=True)
+        ],
+    }
+
+
+def _tick(timeline: Timeline) -> float:
+    """The largest power of ten of which all times are multiples, so that they take few bytes and are exact.
+
+    Measured times have none: they are rounded to PRECISION of the step.
+    """
+    step = timeline.step_time
+    shortest = min((s.end - s.start for spans in timeline.spans for s in spans if s.end > s.start), default=0.0)
+    if step <= 0 or shortest <= 0:
+        return 1.0
+    start = math.floor(math.log10(shortest))
+    for exponent in range(start, start - 5, -1):
+        tick = 10.0**exponent
+        if all(
+            abs(time - round(time / tick) * tick) <= step * PRECISION / 2
+            for spans in timeline.spans
+            for span in spans
+            for time in (span.start, span.end)
+        ):
+            return tick
+    return step * PRECISION
+
+
+def _pack(spans: Sequence[Span], stages: Sequence[int], chunks: int, tick: float) -> bytes:
+    """A rank's actions in the bytes that the module's docstring describes."""
+    packed = bytearray()
+    follows: dict[tuple[str, int], int] = {}
+    chunk_of = {stage: chunk for chunk, stage in enumerate(stages)}
+
+    def put(value: int) -> None:
+        while value > 127:
+            packed.append(value & 127 | 128)
+            value >>= 7
+        packed.append(value)
+
+    def put_microbatch(action: Action) -> None:
+        key = ("B" if action.kind == "I" else action.kind, action.stage)
+        put(_unsigned(action.microbatch - follows.get(key, 0)))
+        follows[key] = action.microbatch + 1
+
+    clock = 0
+    for action, start, end in spans:
+        if isinstance(action, Overlap):
+            kind = 4 if action.backward.kind == "B" else 5
+            put(kind + 6 * (chunk_of[action.forward.stage] + chunks * chunk_of[action.backward.stage]))
+            put_microbatch(action.forward)
+            put_microbatch(action.backward)
+        else:
+            put(KINDS.index(action.kind) + 6 * chunk_of[action.stage])
+            put_microbatch(action)
+        from_tick, to_tick = round(start / tick), round(end / tick)
+        put(_unsigned(from_tick - clock))
+        put(to_tick - from_tick)
+        clock = to_tick
+    return bytes(packed)
+
+
+def _unsigned(value: int) -> int:
+    return 2 * value if value >= 0 else -2 * value - 1
+
+
+def _decimals(typical: float) -> int:
+    """How many decimals tell a time of this size to three digits or more, at least one."""
+    return max(1, min(9, math.ceil(-math.log10(typical)) + 2)) if typical > 0 else 1

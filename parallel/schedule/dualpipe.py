@@ -1,0 +1,46 @@
+"""DualPipe (DeepSeek-V3 §3.2.1, figure 5): micro-batches enter at both ends of the pipeline and pass each other."""
+
+from __future__ import annotations
+
+from ...settings import UsageError
+from .actions import Schedule
+from .phases import Streams, adapt, eight_phases, padded, stream_length
+
+
+def dualpipe(num_ranks: int, num_microbatches: int, *, defer_weights: bool = False) -> Schedule:
+    """Stage s on the ranks s and P-1-s. Bubble (P/2-1)(FB+B-3W), at most P+1 live micro-batches.
+
+    The first half of the micro-batches, rounded up, enters at rank 0, the others at rank P-1. With an even number of
+    at least 2P the order is that of DeepSeek's public code, W split off where it does so. With fewer, or an odd number,
+    it is that order without the missing micro-batches, its lone backwards split so that their W fill the gaps.
+
+    `defer_weights` takes the W out of the pairs too: an F beside an I, and the W where a rank would wait. It holds no
+    more micro-batches.
+
+    Raises UsageError for an odd number of ranks.
+    """
+    if num_ranks % 2:
+        even = " or ".join(str(count) for count in (num_ranks - 1, num_ranks + 1) if count)
+        raise UsageError(
+            f"dualpipe needs an even number of pipeline ranks, as stage s lies on two of them, got {num_ranks}: "
+            f"take {even}, or dualpipev, which runs on any number"
+        )
+    half, last = num_ranks // 2, num_ranks - 1
+    from_first = range((num_microbatches + 1) // 2)
+    from_last = range(len(from_first), num_microbatches)
+    length = stream_length(half, len(from_first))
+    actions = []
+    for rank in range(num_ranks):
+        depth = min(rank, last - rank)
+        near, far = (from_first, from_last) if rank < half else (from_last, from_first)
+        streams = Streams((depth, last - depth), (padded(near, length), padded(far, length)))
+        actions.append(tuple(eight_phases(half, depth, streams)))
+    schedule = Schedule(
+        name="dualpipe",
+        num_ranks=num_ranks,
+        num_stages=num_ranks,
+        num_microbatches=num_microbatches,
+        placement=tuple((rank, last - rank) for rank in range(num_ranks)),
+        actions=tuple(actions),
+    )
+    return adapt(schedule, half, defer_weights)

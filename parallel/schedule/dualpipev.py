@@ -1,0 +1,30 @@
+"""DualPipeV (Sea AI Lab's "cut in half" of DualPipe): the pipeline folded to a V, with its turn on the last rank."""
+
+from __future__ import annotations
+
+from .actions import Schedule
+from .phases import Streams, adapt, eight_phases, padded, stream_length
+
+
+def dualpipev(num_ranks: int, num_microbatches: int, *, defer_weights: bool = False) -> Schedule:
+    """Rank r holds the stages r and 2R-1-r. Bubble (R-1)(FB+B-3W), at most 2R+1 live (stage, micro-batch).
+
+    All micro-batches enter at rank 0 and come back to it: a rank's second stream are the same micro-batches on their
+    way back, where in DualPipe they are those from the other end. With at least 2R micro-batches the order is that of
+    DeepSeek's public code; for fewer, and for `defer_weights`, see `dualpipe`.
+    """
+    last_stage = 2 * num_ranks - 1
+    microbatches = range(num_microbatches)
+    stream = padded(microbatches, stream_length(num_ranks, num_microbatches))
+    schedule = Schedule(
+        name="dualpipev",
+        num_ranks=num_ranks,
+        num_stages=2 * num_ranks,
+        num_microbatches=num_microbatches,
+        placement=tuple((rank, last_stage - rank) for rank in range(num_ranks)),
+        actions=tuple(
+            tuple(eight_phases(num_ranks, rank, Streams((rank, last_stage - rank), (stream, stream))))
+            for rank in range(num_ranks)
+        ),
+    )
+    return adapt(schedule, num_ranks, defer_weights)

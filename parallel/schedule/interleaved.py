@@ -1,0 +1,45 @@
+"""Interleaved 1F1B (Megatron-LM, Narayanan et al. 2021, figure 4): each rank holds several stages, P apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...settings import UsageError
+from .actions import Action, Schedule
+
+
+def interleaved(num_ranks: int, num_microbatches: int, *, stages_per_rank: int = 2) -> Schedule:
+    """Rank r holds stages r, r + P, r + 2P, ... Bubble (P-1)(F+B) with F and B those of one stage: 1/v of 1F1B's.
+
+    Micro-batches pass a rank's stages in groups of P. Where P does not divide their number the first group lacks some,
+    and the order is that of full groups without them: sooner done than with the gap in the last group, and than 1F1B.
+    (Groups of more than P, as others form them then, deadlock where a send blocks until it is received.)
+
+    Raises UsageError for fewer than one stage a rank.
+    """
+    if stages_per_rank < 1:
+        raise UsageError(f"stages_per_rank is {stages_per_rank}, but a rank holds at least 1 stage")
+    return Schedule(
+        name="interleaved",
+        num_ranks=num_ranks,
+        num_stages=num_ranks * stages_per_rank,
+        num_microbatches=num_microbatches,
+        placement=tuple(tuple(range(rank, num_ranks * stages_per_rank, num_ranks)) for rank in range(num_ranks)),
+        actions=tuple(tuple(_rank(rank, num_ranks, num_microbatches, stages_per_rank)) for rank in range(num_ranks)),
+    )
+
+
+def _rank(rank: int, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Iterator[Action]:
+    up = range(rank, num_ranks * stages_per_rank, num_ranks)
+    missing = -num_microbatches % num_ranks
+    groups = [range(start, start + num_ranks) for start in range(-missing, num_microbatches, num_ranks)]
+    forwards = [Action("F", stage, m) for group in groups for stage in up for m in group]
+    backwards = [Action("B", stage, m) for group in groups for stage in reversed(up) for m in group]
+
+    # The first micro-batch must have been through all but the last stage here, and 2 more for each rank below.
+    warmup = min((stages_per_rank - 1) * num_ranks + 2 * (num_ranks - rank - 1), len(forwards))
+    order = forwards[:warmup]
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+        order += forward, backward
+    order += backwards[len(forwards) - warmup :]
+    return (action for action in order if action.microbatch >= 0)

@@ -1,0 +1,133 @@
+"""The eight phases that a rank of DualPipe and of DualPipeV goes through (github.com/deepseek-ai/DualPipe).
+
+A rank serves two streams of micro-batches, each at a stage of its own: the near one (0) reaches it on its way to the
+turn, the far one (1) comes back from there. The turn is the middle of the pipeline in DualPipe, where the streams of
+both ends meet, and the last rank in DualPipeV.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from .actions import Action, Kind, Overlap, Schedule, parts
+from .weights import place_weights
+
+Stream = Literal[0, 1]
+MISSING = -1
+"""Stands for a micro-batch of a full stream that this step does not have."""
+
+
+class Streams:
+    """What a rank does next in each of its two streams: the verbs of the figure."""
+
+    def __init__(self, stages: tuple[int, int], microbatches: tuple[Sequence[int], Sequence[int]]) -> None:
+        self.stages, self.microbatches = stages, microbatches
+        self.next_forward, self.next_backward = [0, 0], [0, 0]
+        self.weights_left: deque[Action] = deque()
+
+    def forward(self, stream: Stream) -> Action:
+        return self._next("F", stream, self.next_forward)
+
+    def backward(self, stream: Stream) -> Action:
+        return self._next("B", stream, self.next_backward)
+
+    def backward_input(self, stream: Stream) -> Action:
+        """Only the gradient that the rank before waits for."""
+        action = self._next("I", stream, self.next_backward)
+        self.weights_left.append(action._replace(kind="W"))
+        return action
+
+    def weights(self) -> Action:
+        """The weight gradients that have been left longest."""
+        return self.weights_left.popleft()
+
+    def pair(self, forward: Stream, backward: Stream) -> Overlap:
+        return Overlap(self.forward(forward), self.backward(backward))
+
+    def _next(self, kind: Kind, stream: Stream, counters: list[int]) -> Action:
+        index = counters[stream]
+        counters[stream] += 1
+        return Action(kind, self.stages[stream], self.microbatches[stream][index])
+
+
+def eight_phases(half: int, depth: int, rank: Streams) -> Iterator[Action | Overlap]:
+    """The order of the rank that lies `depth` ranks from its end, on a way of `half` ranks from there to the turn."""
+    to_turn = half - depth - 1
+    length = len(rank.microbatches[0])
+
+    for _ in range(2 * to_turn):  # 1: nF0
+        yield rank.forward(0)
+
+    for _ in range(depth + 1):  # 2: nF0F1
+        yield rank.forward(0)
+        yield rank.forward(1)
+
+    for _ in range(to_turn):  # 3: nI1W1F1
+        yield rank.backward_input(1)
+        yield rank.weights()
+        yield rank.forward(1)
+
+    for i in range(length - 2 * half + depth + 1):  # 4: nF0B1F1B0, the main phase
+        if i == 0 and to_turn == 0:
+            # At the turn both halves would wait for each other's sender: one after the other they are sooner done.
+            yield rank.forward(0)
+            yield rank.backward(1)
+        else:
+            yield rank.pair(0, 1)
+        yield rank.pair(1, 0)
+
+    for _ in range(to_turn):  # 5: nB1F1B0
+        yield rank.backward(1)
+        yield rank.pair(1, 0)
+
+    for i in range(2 * (depth + 1)):  # 6: nB1B0, the second half without its weights
+        stream: Stream = 0 if i % 2 else 1
+        yield rank.backward(stream) if i <= depth else rank.backward_input(stream)
+
+    for _ in range(to_turn):  # 7: nWI0
+        yield rank.weights()
+        yield rank.backward_input(0)
+
+    for _ in range(depth + 1):  # 8: nW
+        yield rank.weights()
+
+
+def stream_length(half: int, num_microbatches: int) -> int:
+    """How many micro-batches a stream of `num_microbatches` must seem to have: the phases need two a rank of its way."""
+    return max(2 * half, num_microbatches)
+
+
+def padded(microbatches: range, length: int) -> Sequence[int]:
+    """A stream filled up to `length` with missing micro-batches, which come last."""
+    return [*microbatches, *[MISSING] * (length - len(microbatches))]
+
+
+def adapt(schedule: Schedule, half: int, defer_weights: bool) -> Schedule:
+    """The schedule of all eight phases without its missing micro-batches, or with the W outside the pairs.
+
+    What is left of an order that runs, runs too, but its gaps lie where the full one had work. So every backward that
+    is not in a pair becomes an I, and the W are placed anew, where ranks wait. Nothing changes where nothing is asked.
+    """
+    missing = any(part.microbatch == MISSING for part in map(lambda work: work[2], schedule.work()))
+    if not missing and not defer_weights:
+        return schedule
+    order = tuple(tuple(_without_weights(actions, defer_weights)) for actions in schedule.actions)
+    # Where a pair keeps its W, few are left, and one begun late throws the ranks out of step. Otherwise there is always
+    # one to do, and a rank need not wait.
+    return place_weights(
+        replace(schedule, actions=order), live_limit=2 * half + 1, patience=0 if defer_weights else 0.5
+    )
+
+
+def _without_weights(actions: Sequence[Action | Overlap], defer_weights: bool) -> Iterator[Action | Overlap]:
+    for action in actions:
+        there = [part for part in parts(action) if part.microbatch != MISSING and part.kind != "W"]
+        if len(there) == 2:
+            forward, backward = there
+            yield Overlap(forward, backward._replace(kind="I") if defer_weights else backward)
+        elif there:
+            (alone,) = there
+            yield alone._replace(kind="I") if alone.kind == "B" else alone

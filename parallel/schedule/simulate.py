@@ -1,0 +1,102 @@
+"""A schedule played through with given costs: when each action runs, and where a rank waits."""
+
+from __future__ import annotations
+
+from ...settings import UsageError
+from .actions import Action, Overlap, Schedule, parts
+from .check import check, peak_live
+from .costs import Costs
+from .timeline import Span, Timeline
+from .transfers import Places
+
+
+def simulate(schedule: Schedule, costs: Costs) -> Timeline:
+    """Start every action as soon as its rank is free and its inputs are there; linear in the number of actions.
+
+    A transfer leaves when the action that produced it ends. It takes its turn on its directed channel for
+    p2p_bytes / p2p_bandwidth, arrives p2p_latency later, and occupies no rank.
+
+    Raises UsageError where the costs are not those of the schedule's stages, ScheduleError where it cannot run.
+    """
+    for name in ("forward", "backward_input", "backward_weight", "hidden"):
+        count = len(getattr(costs, name))
+        if count != schedule.num_stages:
+            raise UsageError(
+                f"costs.{name} has {count} stages, but schedule {schedule.name} for {schedule.num_ranks} ranks has "
+                f"{schedule.num_stages}: give one cost a stage"
+            )
+    return _Simulation(schedule, costs).run()
+
+
+class _Simulation:
+    """A worklist of ranks: each runs until an input has no time of arrival yet, and is woken by who produces that."""
+
+    def __init__(self, schedule: Schedule, costs: Costs) -> None:
+        self.schedule, self.costs = schedule, costs
+        self.places = Places(schedule)
+        self.spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
+        # When the output of a forward (True) or backward (False) is where it is needed, by `Places.index`.
+        self.arrivals: dict[bool, list[float | None]] = {
+            True: [None] * self.places.count,
+            False: [None] * self.places.count,
+        }
+        self.waiting: dict[tuple[bool, int], int] = {}
+        self.channel_free_at: dict[tuple[int, int], float] = {}
+        self.durations: dict[tuple[object, ...], float] = {}
+
+    def run(self) -> Timeline:
+        awake = list(range(self.schedule.num_ranks))
+        while awake:
+            self._run_rank(awake.pop(), awake)
+        if self.waiting:
+            check(self.schedule, training=any(part.kind != "F" for _, _, part in self.schedule.work()))
+            raise AssertionError("the checker passed a schedule in which ranks wait for each other")
+        peaks = tuple(peak_live(actions) for actions in self.schedule.actions)
+        return Timeline(self.schedule, tuple(map(tuple, self.spans)), peaks)
+
+    def _run_rank(self, rank: int, awake: list[int]) -> None:
+        spans, actions = self.spans[rank], self.schedule.actions[rank]
+        now = spans[-1].end if spans else 0.0
+        for position in range(len(spans), len(actions)):
+            action = actions[position]
+            start = now
+            for part in parts(action):
+                source = self.places.input_of(part)
+                if source is not None:
+                    arrival = self.arrivals[source[0]][source[1]]
+                    if arrival is None:
+                        self.waiting[source] = rank
+                        return
+                    if arrival > start:
+                        start = arrival
+            now = start + self._duration(action)
+            spans.append(Span(action, start, now))
+            for part in parts(action):
+                self._deliver(rank, part, now, awake)
+
+    def _duration(self, action: Action | Overlap) -> float:
+        """Costs differ by kind and stage alone, so few of them need to be worked out."""
+        if isinstance(action, Overlap):
+            what: tuple[object, ...] = (action.forward.stage, action.backward.kind, action.backward.stage)
+        else:
+            what = action[:2]
+        duration = self.durations.get(what)
+        if duration is None:
+            duration = self.durations[what] = self.costs.duration(action)
+        return duration
+
+    def _deliver(self, rank: int, part: Action, now: float, awake: list[int]) -> None:
+        """Take what `part` produced to the rank that needs it, which may be this one."""
+        target = self.places.target_of(part)
+        if target is None:
+            return
+        if target != rank:
+            channel = rank, target
+            sent = max(now, self.channel_free_at.get(channel, 0.0)) + self.costs.p2p_bytes / self.costs.p2p_bandwidth
+            self.channel_free_at[channel] = sent
+            now = sent + self.costs.p2p_latency
+        output = part.kind == "F", self.places.index(part)
+        self.arrivals[output[0]][output[1]] = now
+        waiting = self.waiting.pop(output, None)
+        if waiting is not None:
+            awake.append(waiting)
