@@ -32,6 +32,7 @@ COMMANDS = (
     Command("train", "train_command", "train a model"),
     Command("config", "config_command", "print a configuration, resolved and explained"),
     Command("simulate", "simulate_command", "simulate a pipeline schedule: step time, bubbles, memory"),
+    Command("verify", "verify_command", "verify that a layout trains as a single process does"),
 )
 
 

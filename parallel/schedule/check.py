@@ -6,25 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...settings import UsageError
-from .actions import Action, Kind, Overlap, Schedule, parts
+from .actions import Action, Overlap, Schedule, parts
 from .rendezvous import find_deadlock
 
 
 class ScheduleError(UsageError):
-    """A schedule that cannot run, with the rank, the position in its order and the action at fault, where there is one."""
+    """A schedule that cannot run. `rank`, `position` in its order and `action` there say where, None if nowhere."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        message: str,
-        rank: int | None = None,
-        position: int | None = None,
-        action: Action | Overlap | None = None,
-    ) -> None:
-        self.rank, self.position, self.action = rank, position, action
-        place = "" if rank is None else f", rank {rank}"
-        place += "" if position is None else f", position {position}"
-        place += "" if action is None else f" ({action})"
+    def __init__(self, schedule: Schedule, message: str, rank: int | None = None, position: int | None = None) -> None:
+        self.rank, self.position = rank, position
+        self.action: Action | Overlap | None = None
+        place = ""
+        if rank is not None:
+            place += f", rank {rank}"
+            if position is not None:
+                place += f", position {position}"
+                if position < len(schedule.actions[rank]):
+                    self.action = schedule.actions[rank][position]
+                    place += f" ({self.action})"
         super().__init__(f"schedule {schedule.name}{place}: {message}")
 
 
@@ -53,9 +52,7 @@ def check(schedule: Schedule, training: bool = True) -> Checked:
     if deadlock:
         first = deadlock[0]
         story = "; ".join(str(wait) for wait in deadlock)
-        raise ScheduleError(
-            schedule, f"deadlock, each waits for the next: {story}", first.rank, first.position, first.action
-        )
+        raise ScheduleError(schedule, f"deadlock, each waits for the next: {story}", first.rank, first.position)
     return Checked(tuple(peak_live(actions) for actions in schedule.actions))
 
 
@@ -98,7 +95,7 @@ Place = tuple[int, int]
 
 
 def _check_work(schedule: Schedule) -> dict[Action, Place]:
-    """Every action is one of the schedule's, runs where its stage is, once, and after what it needs of its own stage."""
+    """Every action is one of the schedule's, runs where its stage is, once, and after what it needs there."""
     done: dict[Action, Place] = {}
     for rank, actions in enumerate(schedule.actions):
         held = set(schedule.placement[rank])
@@ -108,7 +105,7 @@ def _check_work(schedule: Schedule) -> dict[Action, Place]:
             for part in parts(action):
                 fault = _fault(schedule, held, done, part, rank)
                 if fault:
-                    raise ScheduleError(schedule, fault, rank, position, action)
+                    raise ScheduleError(schedule, fault, rank, position)
                 done[part] = rank, position
     return done
 
@@ -117,10 +114,10 @@ def _check_pair(schedule: Schedule, rank: int, position: int, pair: Overlap) -> 
     """A pair runs as one, so neither half may need the other."""
     if pair.forward.kind != "F" or pair.backward.kind not in ("B", "I"):
         kinds = f"{pair.forward.kind} and {pair.backward.kind}"
-        raise ScheduleError(schedule, f"a pair is an F and a B or I, not {kinds}", rank, position, pair)
+        raise ScheduleError(schedule, f"a pair is an F and a B or I, not {kinds}", rank, position)
     if pair.forward.microbatch == pair.backward.microbatch:
         fault = "the backward of a micro-batch needs all its forwards, so the two cannot be a pair"
-        raise ScheduleError(schedule, fault, rank, position, pair)
+        raise ScheduleError(schedule, fault, rank, position)
 
 
 # What an action may not come after, and what it must come after, of the same stage and micro-batch.
@@ -141,54 +138,36 @@ def _fault(schedule: Schedule, held: set[int], done: dict[Action, Place], part: 
         place = done.get(Action(other, stage, microbatch))  # type: ignore[arg-type]
         if place is not None:
             each = "every stage of a micro-batch has one F, and one B or an I and a W"
-            return f"{kind} after {other} on rank {place[0]}, position {place[1]}: {each}"
+            return f"{part} after its {other} on rank {place[0]}, position {place[1]}: {each}"
     for needed in _BEFORE[kind]:
         place = done.get(Action(needed, stage, microbatch))  # type: ignore[arg-type]
         if place is None or place[0] != rank:
-            return f"{needed}{microbatch} of stage {stage} has not run on this rank before it"
+            return f"{needed}{microbatch} of stage {stage} has not run on this rank before {kind}{microbatch}"
     return None
 
 
 def _check_complete(schedule: Schedule, done: dict[Action, Place], training: bool) -> None:
     """Nothing is left out, and stages that share a rank come in the order in which the data flows."""
+    up = [(stage, "F") for stage in range(schedule.num_stages)]
+    down = [(stage, "BI") for stage in reversed(range(schedule.num_stages))]
     for microbatch in range(schedule.num_microbatches):
-        # The way of a micro-batch: forward through all stages, and back.
-        before: tuple[Action, Place] | None = None
-        for stage in range(schedule.num_stages):
-            before = _follow(schedule, done, ("F",), stage, microbatch, before)
-        for stage in reversed(range(schedule.num_stages)) if training else ():
-            before = _follow(schedule, done, ("B", "I"), stage, microbatch, before)
-            if before[0].kind == "I" and Action("W", stage, microbatch) not in done:
-                rank, position = before[1]
-                raise ScheduleError(schedule, "its W is missing", rank, position, before[0])
+        before: Action | None = None
+        for stage, kinds in up + down if training else up:
+            ways = [Action(kind, stage, microbatch) for kind in kinds]  # type: ignore[arg-type]
+            action = next((action for action in ways if action in done), None)
+            if action is None:
+                # The rank that did the forward has to do the backward; a forward is for any that holds the stage.
+                rank = schedule.holders(stage)[0] if kinds == "F" else done[Action("F", stage, microbatch)][0]
+                what = f"{' or '.join(kinds)} is missing for micro-batch {microbatch}, stage {stage}"
+                raise ScheduleError(schedule, what, rank)
+            rank, position = done[action]
+            if before is not None and done[before][0] == rank and done[before][1] > position:
+                fault = f"{action} needs {before}, which comes later, at position {done[before][1]}"
+                raise ScheduleError(schedule, fault, rank, position)
+            if action.kind == "I" and action._replace(kind="W") not in done:
+                raise ScheduleError(schedule, f"W{microbatch} of stage {stage} is missing", rank, position)
+            before = action
     if not training:
         for part, (rank, position) in done.items():
             if part.kind != "F":
-                fault = "a schedule that does not train has forwards alone"
-                raise ScheduleError(schedule, fault, rank, position, part)
-
-
-def _follow(
-    schedule: Schedule,
-    done: dict[Action, Place],
-    kinds: tuple[Kind, ...],
-    stage: int,
-    microbatch: int,
-    before: tuple[Action, Place] | None,
-) -> tuple[Action, Place]:
-    """Where the micro-batch goes on after `before`."""
-    for kind in kinds:
-        action = Action(kind, stage, microbatch)
-        place = done.get(action)
-        if place is not None:
-            break
-    else:
-        rank = schedule.holders(stage)[0] if before is None or before[0].stage != stage else before[1][0]
-        raise ScheduleError(
-            schedule, f"{' or '.join(kinds)} is missing for micro-batch {microbatch}, stage {stage}", rank
-        )
-    if before is not None and before[1][0] == place[0] and before[1][1] > place[1]:
-        raise ScheduleError(
-            schedule, f"needs {before[0]}, which comes later, at position {before[1][1]}", *place, action
-        )
-    return action, place
+                raise ScheduleError(schedule, "a schedule that does not train has forwards alone", rank, position)

@@ -12,10 +12,12 @@ def dualpipe(num_ranks: int, num_microbatches: int, *, defer_weights: bool = Fal
 
     The first half of the micro-batches, rounded up, enters at rank 0, the others at rank P-1. With an even number of
     at least 2P the order is that of DeepSeek's public code, W split off where it does so. With fewer, or an odd number,
-    it is that order without the missing micro-batches, its lone backwards split so that their W fill the gaps.
+    it is that order without the missing micro-batches, its lone backwards split so that their W fill the gaps. At the
+    costs of V3's table the bubble then stays what it is down to P + 1 micro-batches, but for up to a pair more where
+    their number is odd; with fewer than that the way through the pipeline is most of the step.
 
     `defer_weights` takes the W out of the pairs too: an F beside an I, and the W where a rank would wait. It holds no
-    more micro-batches.
+    more micro-batches. Whether it is faster depends on what a pair without its W still hides.
 
     Raises UsageError for an odd number of ranks.
     """

@@ -96,7 +96,7 @@ def eight_phases(half: int, depth: int, rank: Streams) -> Iterator[Action | Over
 
 
 def stream_length(half: int, num_microbatches: int) -> int:
-    """How many micro-batches a stream of `num_microbatches` must seem to have: the phases need two a rank of its way."""
+    """The micro-batches that a stream must seem to have, if it has `num_microbatches`: the phases need two a rank."""
     return max(2 * half, num_microbatches)
 
 
@@ -111,7 +111,7 @@ def adapt(schedule: Schedule, half: int, defer_weights: bool) -> Schedule:
     What is left of an order that runs, runs too, but its gaps lie where the full one had work. So every backward that
     is not in a pair becomes an I, and the W are placed anew, where ranks wait. Nothing changes where nothing is asked.
     """
-    missing = any(part.microbatch == MISSING for part in map(lambda work: work[2], schedule.work()))
+    missing = any(part.microbatch == MISSING for _, _, part in schedule.work())
     if not missing and not defer_weights:
         return schedule
     order = tuple(tuple(_without_weights(actions, defer_weights)) for actions in schedule.actions)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from .actions import Action, Overlap, Schedule
-from .transfers import Transfer, plan_transfers
+from .actions import Action, Overlap, Schedule, parts
+from .transfers import Places, Transfer, post_receives
 
 
 class Wait(NamedTuple):
@@ -31,51 +32,61 @@ def find_deadlock(schedule: Schedule) -> list[Wait]:
     A rank reaches a boundary, posts its receives and sends there, and passes when what the coming action needs has
     been sent and the target of everything it sent has come to the boundary that receives it. Linear in the actions.
     """
-    boundaries = plan_transfers(schedule)
-    sent_at: dict[Transfer, int] = {}
-    received_at: dict[Transfer, int] = {}
-    for rank_boundaries in boundaries:
-        for index, boundary in enumerate(rank_boundaries):
-            sent_at.update(dict.fromkeys(boundary.sends, index))
-            received_at.update(dict.fromkeys(boundary.receives, index))
-
+    places = Places(schedule)
+    posted_at = post_receives(schedule, places)
     reached = [0] * schedule.num_ranks
-    stuck: list[tuple[Transfer, int] | None] = [None] * schedule.num_ranks
+    stuck: list[int | None] = [None] * schedule.num_ranks  # the output that the rank waits to get or to be rid of
     sleepers: dict[tuple[int, int], list[int]] = {}  # who waits until this rank comes to this boundary
     ready = list(range(schedule.num_ranks))
     while ready:
         rank = ready.pop()
         stuck[rank] = None
-        while stuck[rank] is None and reached[rank] < len(boundaries[rank]):
-            boundary = boundaries[rank][reached[rank]]
-            for transfer in boundary.needs:
-                if reached[transfer.source] < sent_at[transfer]:
-                    stuck[rank] = transfer, transfer.source
-                    sleepers.setdefault((transfer.source, sent_at[transfer]), []).append(rank)
+        while reached[rank] <= len(schedule.actions[rank]):
+            for output, other, boundary in _conditions(schedule, places, posted_at, rank, reached[rank]):
+                if reached[other] < boundary:
+                    stuck[rank] = output
+                    sleepers.setdefault((other, boundary), []).append(rank)
                     break
-            else:
-                for transfer in boundary.sends:
-                    if reached[transfer.target] < received_at[transfer]:
-                        stuck[rank] = transfer, transfer.target
-                        sleepers.setdefault((transfer.target, received_at[transfer]), []).append(rank)
-                        break
-                else:
-                    reached[rank] += 1
-                    ready += sleepers.pop((rank, reached[rank]), ())
-
-    return _circle(schedule, reached, stuck)
+            if stuck[rank] is not None:
+                break
+            reached[rank] += 1
+            ready += sleepers.pop((rank, reached[rank]), ())
+    return _circle(schedule, places, reached, stuck)
 
 
-def _circle(schedule: Schedule, reached: list[int], stuck: list[tuple[Transfer, int] | None]) -> list[Wait]:
+def _conditions(
+    schedule: Schedule, places: Places, posted_at: list[int], rank: int, boundary: int
+) -> Iterator[tuple[int, int, int]]:
+    """What `rank` waits for at `boundary`: for each output concerned, which rank must have come to which boundary."""
+    actions = schedule.actions[rank]
+    if boundary < len(actions):
+        for part in parts(actions[boundary]):
+            needed = places.input_of(part)
+            if needed >= 0 and places.ranks[needed] != rank:
+                yield needed, places.ranks[needed], places.positions[needed] + 1
+    if boundary > 0:
+        for part in parts(actions[boundary - 1]):
+            target = places.target_of(part)
+            if target is not None and target != rank:
+                output = places.number(part)
+                yield output, target, posted_at[output]
+
+
+def _circle(schedule: Schedule, places: Places, reached: list[int], stuck: list[int | None]) -> list[Wait]:
     """From a rank that is stuck along those it waits for, until one comes again: who stands in that circle."""
-    rank = next((rank for rank, wait in enumerate(stuck) if wait is not None), None)
+    rank = next((rank for rank, output in enumerate(stuck) if output is not None), None)
     waits: list[Wait] = []
     while rank is not None and rank not in [wait.rank for wait in waits]:
-        waiting = stuck[rank]
+        output = stuck[rank]
         # A rank that is through has passed every boundary, so nobody waits for it.
-        assert waiting is not None, f"rank {rank} is not stuck, yet another waits for it"
+        assert output is not None, f"rank {rank} is not stuck, yet another waits for it"
+        source = places.ranks[output]
+        made = parts(schedule.actions[source][places.positions[output]])
+        transfer = next(places.transfer_of(part, source) for part in made if places.number(part) == output)
+        assert transfer is not None, f"{made} was waited for, but leaves nothing for another rank"
         position, actions = reached[rank], schedule.actions[rank]
-        waits.append(Wait(rank, position, actions[position] if position < len(actions) else None, *waiting))
-        rank = waiting[1]
+        other = transfer.target if rank == source else source
+        waits.append(Wait(rank, position, actions[position] if position < len(actions) else None, transfer, other))
+        rank = other
     first = next((index for index, wait in enumerate(waits) if wait.rank == rank), 0)
     return waits[first:]

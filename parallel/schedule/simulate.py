@@ -35,12 +35,9 @@ class _Simulation:
         self.schedule, self.costs = schedule, costs
         self.places = Places(schedule)
         self.spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
-        # When the output of a forward (True) or backward (False) is where it is needed, by `Places.index`.
-        self.arrivals: dict[bool, list[float | None]] = {
-            True: [None] * self.places.count,
-            False: [None] * self.places.count,
-        }
-        self.waiting: dict[tuple[bool, int], int] = {}
+        # By `Places.number`: when an output is where it is needed, and the rank that waits for it.
+        self.arrivals: list[float | None] = [None] * len(self.places.ranks)
+        self.waiting: dict[int, int] = {}
         self.channel_free_at: dict[tuple[int, int], float] = {}
         self.durations: dict[tuple[object, ...], float] = {}
 
@@ -61,11 +58,11 @@ class _Simulation:
             action = actions[position]
             start = now
             for part in parts(action):
-                source = self.places.input_of(part)
-                if source is not None:
-                    arrival = self.arrivals[source[0]][source[1]]
+                needed = self.places.input_of(part)
+                if needed >= 0:
+                    arrival = self.arrivals[needed]
                     if arrival is None:
-                        self.waiting[source] = rank
+                        self.waiting[needed] = rank
                         return
                     if arrival > start:
                         start = arrival
@@ -95,8 +92,8 @@ class _Simulation:
             sent = max(now, self.channel_free_at.get(channel, 0.0)) + self.costs.p2p_bytes / self.costs.p2p_bandwidth
             self.channel_free_at[channel] = sent
             now = sent + self.costs.p2p_latency
-        output = part.kind == "F", self.places.index(part)
-        self.arrivals[output[0]][output[1]] = now
+        output = self.places.number(part)
+        self.arrivals[output] = now
         waiting = self.waiting.pop(output, None)
         if waiting is not None:
             awake.append(waiting)

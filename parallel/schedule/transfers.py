@@ -55,29 +55,27 @@ def plan_transfers(schedule: Schedule) -> tuple[tuple[Boundary, ...], ...]:
     Every stage of a micro-batch must have its forward and, where the schedule has any, its backward; `check` says so.
     """
     places = Places(schedule)
-    sends: list[list[tuple[Transfer, ...]]] = []
-    channels: dict[tuple[int, int], list[Transfer]] = {}
-    made: dict[tuple[bool, int], Transfer] = {}
+    posted_at = post_receives(schedule, places)
+    made: dict[int, Transfer] = {}
+    sends: list[list[tuple[Transfer, ...]]] = [[()] for _ in schedule.actions]
+    receives: list[dict[int, list[Transfer]]] = [{} for _ in schedule.actions]
     for rank, actions in enumerate(schedule.actions):
-        sends.append([()])
         for action in actions:
             sent = []
             for part in parts(action):
-                target = places.target_of(part)
-                if target is not None and target != rank:
-                    kind: Literal["activation", "gradient"] = "activation" if part.kind == "F" else "gradient"
-                    transfer = Transfer(kind, part.stage, part.microbatch, rank, target)
-                    made[part.kind == "F", places.index(part)] = transfer
-                    channels.setdefault((rank, target), []).append(transfer)
+                transfer = places.transfer_of(part, rank)
+                if transfer is not None:
+                    output = places.number(part)
+                    made[output] = transfer
+                    receives[transfer.target].setdefault(posted_at[output], []).append(transfer)
                     sent.append(transfer)
             sends[rank].append(tuple(sent))
 
-    receives = _receives(schedule, places, channels)
     plan = []
     for rank, actions in enumerate(schedule.actions):
         boundaries = []
         for position, action in enumerate(actions):
-            inputs = (made.get(source) for source in map(places.input_of, parts(action)) if source is not None)
+            inputs = (made.get(places.input_of(part)) for part in parts(action))
             needs = tuple(transfer for transfer in inputs if transfer is not None)
             boundaries.append(Boundary(sends[rank][position], tuple(receives[rank].get(position, ())), needs))
         boundaries.append(Boundary(sends[rank][-1], (), ()))
@@ -88,66 +86,72 @@ def plan_transfers(schedule: Schedule) -> tuple[tuple[Boundary, ...], ...]:
 class Places:
     """Where each forward and backward of a schedule runs, and so where its input comes from and its output goes.
 
-    Forwards (True) and backwards (False: a B, or the I where it is split) are told apart by a bool, and numbered by
-    stage and micro-batch, `count` of each.
+    They are numbered: the forwards by stage and micro-batch, then likewise the backwards, a B or the I of one that is
+    split. `ranks` and `positions` say by number where each runs, -1 for one that is missing.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self.num_microbatches, self.last_stage = schedule.num_microbatches, schedule.num_stages - 1
-        self.count = schedule.num_stages * schedule.num_microbatches
-        self.ranks: dict[bool, list[int]] = {True: [-1] * self.count, False: [-1] * self.count}
-        self.positions: dict[bool, list[int]] = {True: [-1] * self.count, False: [-1] * self.count}
+        self.half = schedule.num_stages * schedule.num_microbatches
+        self.ranks, self.positions = [-1] * (2 * self.half), [-1] * (2 * self.half)
         for rank, position, part in schedule.work():
             if part.kind != "W":
-                index = self.index(part)
-                self.ranks[part.kind == "F"][index], self.positions[part.kind == "F"][index] = rank, position
+                number = self.number(part)
+                self.ranks[number], self.positions[number] = rank, position
 
-    def index(self, part: Action) -> int:
-        """The number of its stage and micro-batch."""
-        return part.stage * self.num_microbatches + part.microbatch
+    def number(self, part: Action) -> int:
+        """The number of a forward or backward; its output has the same."""
+        index = part.stage * self.num_microbatches + part.microbatch
+        return index if part.kind == "F" else index + self.half
 
-    def input_of(self, part: Action) -> tuple[bool, int] | None:
-        """The forward or backward whose output it needs, if that is of another stage."""
+    def input_of(self, part: Action) -> int:
+        """The output that `part` needs from another stage, -1 if it needs none."""
         kind, stage, _ = part
-        if kind == "F":
-            return (True, self.index(part) - self.num_microbatches) if stage > 0 else None
-        if kind == "W" or stage == self.last_stage:
-            return None
-        return False, self.index(part) + self.num_microbatches
+        if kind == "W" or stage == (0 if kind == "F" else self.last_stage):
+            return -1
+        return self.number(part) + (-self.num_microbatches if kind == "F" else self.num_microbatches)
+
+    def user_of(self, part: Action) -> int:
+        """The forward or backward of another stage that needs the output of `part`, -1 if none does."""
+        kind, stage, _ = part
+        if kind == "W" or stage == (self.last_stage if kind == "F" else 0):
+            return -1
+        return self.number(part) + (self.num_microbatches if kind == "F" else -self.num_microbatches)
 
     def target_of(self, part: Action) -> int | None:
-        """The rank of the action of another stage that needs its output, if there is one."""
-        kind, stage, microbatch = part
-        if kind == "W" or stage == (self.last_stage if kind == "F" else 0):
+        """The rank that needs the output of `part`, which may be its own, if one does."""
+        user = self.user_of(part)
+        if user < 0:
             return None
-        there = self.index(part) + (self.num_microbatches if kind == "F" else -self.num_microbatches)
-        rank = self.ranks[kind == "F"][there]
-        assert rank >= 0, f"{kind}{microbatch} after that of stage {stage} is missing: check the schedule first"
-        return rank
+        assert self.ranks[user] >= 0, f"what follows {part} at the next stage is missing: check the schedule first"
+        return self.ranks[user]
 
-    def needed_at(self, transfer: Transfer) -> int:
-        """The position of the action on the target that needs it."""
-        forward = transfer.kind == "activation"
-        stage = transfer.stage + (1 if forward else -1)
-        return self.positions[forward][stage * self.num_microbatches + transfer.microbatch]
+    def transfer_of(self, part: Action, rank: int) -> Transfer | None:
+        """How the output of `part` leaves `rank`, where it runs, if it does."""
+        target = self.target_of(part)
+        if target is None or target == rank:
+            return None
+        return Transfer("activation" if part.kind == "F" else "gradient", part.stage, part.microbatch, rank, target)
 
 
-def _receives(
-    schedule: Schedule, places: Places, channels: dict[tuple[int, int], list[Transfer]]
-) -> list[dict[int, list[Transfer]]]:
-    """For each rank by boundary what it begins to receive there."""
-    receives: list[dict[int, list[Transfer]]] = [{} for _ in schedule.actions]
+def post_receives(schedule: Schedule, places: Places) -> list[int]:
+    """For each output that leaves its rank the boundary at which its target begins to receive it, -1 for the others."""
+    # What every channel carries, in the order of its source: outputs and the positions where they are needed.
+    channels: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for rank, _, part in schedule.work():
+        target = places.target_of(part)
+        if target is not None and target != rank:
+            needed_at = places.positions[places.user_of(part)]
+            channels.setdefault((rank, target), []).append((places.number(part), needed_at))
+
+    posted_at = [-1] * len(places.ranks)
     ahead = [_one_ahead(actions) for actions in schedule.actions]
-    for (_, target), transfers in channels.items():
-        # From the last to the first: none may be posted after one that follows it.
+    for (_, target), outputs in channels.items():
         boundary = len(ahead[target])
-        boundaries = []
-        for transfer in reversed(transfers):
-            boundary = min(boundary, ahead[target][places.needed_at(transfer)])
-            boundaries.append(boundary)
-        for transfer, boundary in zip(transfers, reversed(boundaries), strict=True):
-            receives[target].setdefault(boundary, []).append(transfer)
-    return receives
+        # From the last to the first: none may be posted after one that follows it.
+        for output, needed_at in reversed(outputs):
+            boundary = posted_at[output] = min(boundary, ahead[target][needed_at])
+    return posted_at
 
 
 def _one_ahead(actions: Sequence[Action | Overlap]) -> list[int]:

@@ -94,6 +94,8 @@ class Curve:
     validation_loss: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)
     """The global tensors that this rank's parameters hold at the end."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """The summed gradients of the first step, whole, of the tensors that this rank has a part in."""
 
 
 def train(
@@ -133,6 +135,8 @@ def run_steps(trainer: Trainer, steps: int, save_at: dict[int, Path]) -> Curve:
         curve.numbers.append({name: getattr(metrics, name) for name in NUMBERS})
         curve.counts.append(counts)
         curve.biases.append(biases(trainer))
+        if not curve.gradients:
+            curve.gradients = whole_gradients(trainer)
         if metrics.step in save_at:
             trainer.save(save_at[metrics.step])
     for handle in handles:
@@ -141,6 +145,11 @@ def run_steps(trainer: Trainer, steps: int, save_at: dict[int, Path]) -> Curve:
     curve.weights = parameters(trainer)
     trainer.close()
     return curve
+
+
+def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """The summed gradients of the last step; every rank calls it."""
+    return {name: gradient.full_tensor().clone() for name, gradient in trainer.optimizer.reduced_gradients().items()}
 
 
 def no_counts(trainer: Trainer) -> Tensor:

@@ -15,7 +15,7 @@ from counterflow.launcher.trainer import Trainer
 from counterflow.model.counts import count_parameters
 from counterflow.model.transformer import Weights
 from counterflow.tests.pool import Pool, Worker
-from counterflow.tests.training.harness import LAYOUTS, make_trainer, tiny
+from counterflow.tests.training.harness import LAYOUTS, make_trainer, tiny, whole_gradients
 
 EVERY = pytest.mark.parametrize(("world", "ep"), LAYOUTS, ids=[f"ep{ep}-edp{w // ep}" for w, ep in LAYOUTS])
 # World size, ep and sequences of a micro-batch: a global batch of 8 sequences is 1 to 8 micro-batches a rank.
@@ -33,7 +33,7 @@ def batch_gradients(trainer: Trainer, weights: Weights) -> dict[str, Tensor]:
     trainer.forward_backward(micro_batches, weights)
     trainer.optimizer.reduce_gradients()
     trainer.close()
-    return {name: gradient.full_tensor().clone() for name, gradient in trainer.optimizer.reduced_gradients().items()}
+    return whole_gradients(trainer)
 
 
 def _gradients_alone(worker: Worker, config: Config, ep: int) -> dict[str, dict[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from counterflow.parallel.schedule.actions import Action, Overlap, Schedule, parts
@@ -24,6 +25,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dualpipev", {}),
     ("dualpipev", {"defer_weights": True}),
 ]
+
+
+def examples(count: int) -> settings:
+    """So many examples, each as slow as a busy machine makes it."""
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -96,7 +102,7 @@ def _arrivals(
 
 
 def parse_order(text: str) -> tuple[Action | Overlap, ...]:
-    """A rank's order as `deepseek_orders.json` has it: "F0.1 F3.1+B0.0" is F of micro-batch 0 at stage 1, and a pair."""
+    """A rank's order as `deepseek_orders.json` has it: "F0.1 F3.1+B0.0" is F0 of stage 1, and a pair."""
     order: list[Action | Overlap] = []
     for token in text.split():
         read = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from counterflow.parallel.schedule.actions import Action, Overlap, Schedule, forward_only
@@ -13,18 +13,19 @@ from counterflow.parallel.schedule.costs import Costs
 from counterflow.parallel.schedule.simulate import simulate
 from counterflow.parallel.schedule.timeline import Timeline
 from counterflow.settings import UsageError
-from counterflow.tests.parallel.schedule.cases import VARIANTS, schedules
+from counterflow.tests.parallel.schedule.cases import VARIANTS, examples, schedules
 
-F = I = W = 10.0
-PAIR = 25.0
+# F, I and W of a stage each, and a pair of F and B.
+UNIT, PAIR = 10.0, 25.0
+WHOLE = 3 * UNIT
 
 
 def timed(name: str, ranks: int, microbatches: int, **options: bool | int) -> Timeline:
     schedule = find_schedule(name)(ranks, microbatches, **options)
-    return simulate(schedule, Costs.uniform(schedule.num_stages, F, I, W, PAIR))
+    return simulate(schedule, Costs.uniform(schedule.num_stages, UNIT, UNIT, UNIT, PAIR))
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(schedule=schedules())
 def test_every_schedule_can_run(schedule: Schedule) -> None:
     check(schedule)
@@ -37,7 +38,7 @@ def test_every_small_schedule_can_run(name: str, options: dict[str, bool | int])
             check(find_schedule(name)(ranks, microbatches, **options))
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(schedule=schedules())
 def test_peaks_are_the_known_bounds(schedule: Schedule) -> None:
     ranks, microbatches = schedule.num_ranks, schedule.num_microbatches
@@ -68,11 +69,11 @@ def test_dualpipe_holds_one_more_than_its_ranks_on_each_of_them(ranks: int) -> N
 # V3 Table 2, and the step that its replay takes. F&B is the pair, B the whole backward.
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 8), (4, 16), (4, 20), (6, 24), (8, 20), (12, 31), (16, 40)])
 def test_worst_bubble_is_table_2(stages: int, microbatches: int) -> None:
-    backward = I + W
-    assert max(timed("1f1b", stages, microbatches).bubble) == (stages - 1) * (F + backward)
-    assert max(timed("gpipe", stages, microbatches).bubble) == (stages - 1) * (F + backward)
-    assert max(timed("zb1p", stages, microbatches).bubble) == (stages - 1) * (F + backward - 2 * W)
-    dual = (stages / 2 - 1) * (PAIR + backward - 3 * W)
+    f, backward, w = UNIT, 2 * UNIT, UNIT
+    assert max(timed("1f1b", stages, microbatches).bubble) == (stages - 1) * (f + backward)
+    assert max(timed("gpipe", stages, microbatches).bubble) == (stages - 1) * (f + backward)
+    assert max(timed("zb1p", stages, microbatches).bubble) == (stages - 1) * (f + backward - 2 * w)
+    dual = (stages / 2 - 1) * (PAIR + backward - 3 * w)
     assert max(timed("dualpipev", stages // 2, microbatches).bubble) == dual
     if microbatches % 2 == 0:
         assert max(timed("dualpipe", stages, microbatches).bubble) == dual
@@ -98,43 +99,43 @@ def test_steps_take_what_deepseeks_replay_took(name: str, ranks: int, microbatch
 
 def test_dualpipe_without_overlap_is_still_ahead_of_zb1p() -> None:
     schedule = find_schedule("dualpipe")(4, 20)
-    assert simulate(schedule, Costs.uniform(4, F, I, W, overlapped=30.0)).step_time == 620
+    assert simulate(schedule, Costs.uniform(4, UNIT, UNIT, UNIT, overlapped=WHOLE)).step_time == 620
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(ranks=st.integers(1, 12), groups=st.integers(1, 4), stages=st.integers(1, 4))
 def test_interleaving_divides_the_bubble(ranks: int, groups: int, stages: int) -> None:
     schedule = find_schedule("interleaved")(ranks, ranks * groups, stages_per_rank=stages)
-    timeline = simulate(schedule, Costs.uniform(schedule.num_stages, F, I, W))
-    assert max(timeline.bubble) == (ranks - 1) * (F + I + W)
-    whole = simulate(find_schedule("1f1b")(ranks, ranks * groups), Costs.uniform(ranks, *(stages * c for c in (F, I, W))))
+    timeline = simulate(schedule, Costs.uniform(schedule.num_stages, UNIT, UNIT, UNIT))
+    assert max(timeline.bubble) == (ranks - 1) * WHOLE
+    whole = simulate(find_schedule("1f1b")(ranks, ranks * groups), Costs.uniform(ranks, *3 * [stages * UNIT]))
     assert max(whole.bubble) == stages * max(timeline.bubble)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(ranks=st.integers(1, 12), microbatches=st.integers(1, 48), stages=st.integers(2, 3))
 def test_interleaving_any_number_of_microbatches_beats_1f1b(ranks: int, microbatches: int, stages: int) -> None:
     schedule = find_schedule("interleaved")(ranks, microbatches, stages_per_rank=stages)
-    step = simulate(schedule, Costs.uniform(schedule.num_stages, F, I, W)).step_time
-    whole = simulate(find_schedule("1f1b")(ranks, microbatches), Costs.uniform(ranks, *(stages * c for c in (F, I, W))))
+    step = simulate(schedule, Costs.uniform(schedule.num_stages, UNIT, UNIT, UNIT)).step_time
+    whole = simulate(find_schedule("1f1b")(ranks, microbatches), Costs.uniform(ranks, *3 * [stages * UNIT]))
     assert step <= whole.step_time
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(half=st.integers(1, 8), microbatches=st.integers(1, 40), defer=st.booleans())
 def test_few_or_odd_microbatches_cost_a_bounded_bubble(half: int, microbatches: int, defer: bool) -> None:
-    """From P+1 micro-batches on no more than the full schedule's bubble, and for an odd number at most a pair besides."""
+    """From P+1 micro-batches on the full schedule's bubble at most, and a pair besides for an odd number."""
     ranks = 2 * half
     timeline = timed("dualpipe", ranks, microbatches, defer_weights=defer)
     if microbatches > ranks:
-        full = (half - 1) * (PAIR + I + W - 3 * W)
+        full = (half - 1) * (PAIR - UNIT)
         assert max(timeline.bubble) <= full + microbatches % 2 * PAIR
     else:
         # One micro-batch needs its way through all stages and back, and its last W.
-        assert timeline.step_time <= ranks * (F + I) + W + (microbatches - 1) * (F + I)
+        assert timeline.step_time <= 2 * UNIT * ranks + UNIT + (microbatches - 1) * 2 * UNIT
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(half=st.integers(1, 8), microbatches=st.integers(1, 40))
 def test_deferred_weights_leave_the_pairs_and_never_cost_time(half: int, microbatches: int) -> None:
     for name, ranks in (("dualpipe", 2 * half), ("dualpipev", half)):
@@ -164,7 +165,7 @@ def test_no_stage_a_rank_is_refused() -> None:
         find_schedule("interleaved")(4, 8, stages_per_rank=0)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(schedule=schedules())
 def test_placement_of_dual_schedules_is_mirrored_or_folded(schedule: Schedule) -> None:
     copies = {len(schedule.holders(stage)) for stage in range(schedule.num_stages)}
@@ -180,7 +181,7 @@ def test_dualpipe_feeds_both_ends() -> None:
     assert entries == [(0, m) for m in range(5)] + [(3, m) for m in range(5, 9)]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(schedule=schedules())
 def test_forwards_alone_can_run_and_keep_their_ranks(schedule: Schedule) -> None:
     forwards = forward_only(schedule)
@@ -193,8 +194,8 @@ def test_forwards_alone_can_run_and_keep_their_ranks(schedule: Schedule) -> None
 def test_forwards_alone_have_no_bubble_but_the_way_in(name: str, ranks: int) -> None:
     """The last stage begins when the first micro-batch has come through, and then never waits."""
     schedule = forward_only(find_schedule(name)(ranks, 24))
-    timeline = simulate(schedule, Costs.uniform(schedule.num_stages, F))
-    assert timeline.step_time <= F * (schedule.num_stages - 1 + 24 * len(schedule.placement[0]))
+    timeline = simulate(schedule, Costs.uniform(schedule.num_stages, UNIT))
+    assert timeline.step_time <= UNIT * (schedule.num_stages - 1 + 24 * len(schedule.placement[0]))
 
 
 def test_generators_are_pure() -> None:

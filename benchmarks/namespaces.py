@@ -1,0 +1,139 @@
+"""Two network namespaces joined by a link of limited rate: two machines and the network between them.
+
+    with joined(mbit=100) as link:
+        subprocess.run([*link.inside(0), "ping", "-c", "1", link.addresses[1]])
+
+Needs root and iproute2. Names are unique and addresses live inside the namespaces, so several links can exist at once
+and none touches the machine's own network. Whatever ends the block, an exception, Ctrl-C or SIGTERM, the namespaces are
+removed; only after SIGKILL they stay, as `counterflow-PID-0` and `counterflow-PID-1` (`ip netns delete` removes them).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from counterflow.settings import UsageError
+
+INTERFACE = "wire"
+NETWORK = "10.0.0.0/30"
+ADDRESSES = ("10.0.0.1", "10.0.0.2")
+# What an idle link may send at once before it keeps to its rate: little beside a transfer, but more than it could send
+# in the time by which the kernel's timer is late, or it would never reach its rate.
+BURST_BYTES = 16 * 1024
+# What may wait for the link. More than a socket keeps under way, so that nothing is ever dropped.
+QUEUE_BYTES = 16 * 2**20
+
+# A connection must not begin slowly again after a pause, nor estimate the rate of its path from what it happened to
+# send (BBR, the default in places: 0.5 MiB at a time in both directions reached 51 of 100 Mbit/s): no cluster's network
+# does. Reno is in every kernel, and on a link that drops nothing it sends whatever the link takes.
+TCP = {"tcp_slow_start_after_idle": 0, "tcp_congestion_control": "reno"}
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Link:
+    """The link and its two ends, 0 and 1; each direction has the whole rate to itself."""
+
+    namespaces: tuple[str, str]
+    addresses: tuple[str, str] = ADDRESSES
+    interface: str = INTERFACE
+    """Its name, the same in both namespaces: what GLOO_SOCKET_IFNAME has to say."""
+
+    def inside(self, end: int) -> list[str]:
+        """What to put before a command so that it runs at this end."""
+        return ["ip", "netns", "exec", self.namespaces[end]]
+
+    def limit(self, mbit: float) -> None:
+        """Limit each direction to `mbit` million bits a second, packet headers counted."""
+        shape = [f"rate {round(mbit * 1e6)}bit", f"burst {BURST_BYTES}", f"limit {QUEUE_BYTES}"]
+        for namespace in self.namespaces:
+            command = f"tc -n {namespace} qdisc replace dev {self.interface} root tbf {' '.join(shape)}"
+            _run(*command.split())
+
+    def bytes_sent(self, end: int) -> int:
+        """Bytes that the kernel has sent from this end since the link was made, headers of packets included."""
+        shown = json.loads(_run("ip", "-n", self.namespaces[end], "-s", "-j", "link", "show", "dev", self.interface))
+        return int(shown[0]["stats64"]["tx"]["bytes"])
+
+
+@contextmanager
+def joined(mbit: float) -> Iterator[Link]:
+    """Two new namespaces and a link between them, limited to `mbit` million bits a second in each direction.
+
+    Raises:
+        UsageError: not root, no iproute2, or a kernel that refuses.
+    """
+    _refuse_without_means()
+    prefix = f"counterflow-{os.getpid()}" if (number := next(_numbers)) == 0 else f"counterflow-{os.getpid()}.{number}"
+    link = Link((f"{prefix}-0", f"{prefix}-1"))
+    with ExitStack() as cleanup, _terminated_as_exit():
+        for namespace in link.namespaces:
+            _run("ip", "netns", "add", namespace)
+            cleanup.callback(_remove, namespace)
+        first, second = link.namespaces
+        # Made where they belong: the machine's own namespace never sees the interfaces.
+        _run(*f"ip -n {first} link add {INTERFACE} type veth peer name {INTERFACE} netns {second}".split())
+        for namespace, address in zip(link.namespaces, ADDRESSES, strict=True):
+            _run(*f"ip -n {namespace} address add {address}/30 dev {INTERFACE}".split())
+            _run(*f"ip -n {namespace} link set lo up".split())
+            _run(*f"ip -n {namespace} link set {INTERFACE} up".split())
+            # gloo leaves Nagle's algorithm on, so that a small message waits until the last one is acknowledged: 40 ms
+            # where acknowledgements are put off, after every transfer.
+            _run(*f"ip -n {namespace} route change {NETWORK} dev {INTERFACE} src {address} quickack 1".split())
+            for setting, value in TCP.items():
+                _run(*f"ip netns exec {namespace} sh -c".split(), f"echo {value} > /proc/sys/net/ipv4/{setting}")
+        link.limit(mbit)
+        yield link
+
+
+def _refuse_without_means() -> None:
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        raise UsageError(f"{' and '.join(missing)} not found: network namespaces need iproute2 (apt install iproute2)")
+    if os.geteuid() != 0:
+        raise UsageError("network namespaces need root: run it with sudo, or in a container with CAP_SYS_ADMIN")
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UsageError(f"`{' '.join(command)}` failed, so there is no limited link: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _remove(namespace: str) -> None:
+    # The interfaces go at once, even while a process is still in the namespace.
+    subprocess.run(["ip", "-n", namespace, "link", "delete", INTERFACE], capture_output=True)
+    done = subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, text=True)
+    if done.returncode:
+        print(f"namespace {namespace} could not be removed: {done.stderr.strip()}", file=sys.stderr)
+
+
+@contextmanager
+def _terminated_as_exit() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP raise SystemExit, so that what is to be cleaned up is."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+
+    def leave(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

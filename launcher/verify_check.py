@@ -1,0 +1,211 @@
+"""The verification itself: the grid's steps against the single process's, each from the same state.
+
+Every step of the grid begins with the state that the single process had before it. So what one step rounds otherwise
+is not carried into the next, where AdamW makes much of little (it moves a weight by the learning rate for a gradient
+near zero too, whatever its sign), and one tolerance serves all steps. The weights are compared with what the single
+process makes of the grid's own gradients, for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..parallel.groups import Groups
+from ..parallel.layout import Layout
+from .build import make_groups
+from .config import Config
+from .explain import plain
+from .trainer import Trainer
+from .verify_compare import (
+    TOLERANCES,
+    Difference,
+    Tolerances,
+    compare_biases,
+    compare_copies,
+    compare_formula,
+    compare_gradients,
+    compare_numbers,
+    compare_state,
+    merge,
+    moved_choices,
+)
+from .verify_run import Alone, Seen, Watched
+from .verify_shrink import Shrunk
+from .verify_text import Text, open_text
+
+MOST_SEEDS = 3
+"""Seeds that are tried before ties are taken for a fault."""
+
+
+@dataclass
+class Attempt:
+    """One seed's run."""
+
+    seed: int
+    differences: list[Difference] = field(default_factory=list)
+    moved: list[Moved] = field(default_factory=list)
+    closest: float = float("inf")
+    """Least gap between a routing score that was chosen and one that was not."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether rounding alone explains that this run went another way."""
+        return any(moved.tie for moved in self.moved)
+
+    @property
+    def first(self) -> Difference | None:
+        """What departs first."""
+        return next((found for found in self.differences if found.departs), None)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Tokens that went to other experts than in the single process."""
+
+    step: int
+    layer: int
+    """Among all MoE layers."""
+    choices: int
+    near: int
+    """Choices of that layer that are within rounding."""
+    closest: float
+
+    @property
+    def tie(self) -> bool:
+        return 0 < self.choices <= self.near
+
+
+@dataclass
+class Outcome:
+    """What was found in one precision."""
+
+    recipe: str
+    tolerances: Tolerances
+    attempts: list[Attempt]
+    microbatches: tuple[int, ...]
+    """Of each pipeline in each step."""
+    origin: str
+    """Of the text."""
+
+    @property
+    def last(self) -> Attempt:
+        return self.attempts[-1]
+
+    @property
+    def agrees(self) -> bool:
+        return self.last.first is None and not self.last.moved
+
+
+def verify_ranks(shrunk: Shrunk, groups: Groups) -> list[Outcome]:
+    """Every rank of the grid calls this; rank 0 gets the outcome in the configured precision and, where that is not
+    FP32, in FP32 too, which sees faults that coarser formats hide. The other ranks get nothing.
+    """
+    text = _share(groups, open_text(shrunk.config.data) if groups.rank == 0 else None)
+    single = make_groups(shrunk.alone(), Layout(1), "cpu", [groups_rank(groups)]) if groups.rank == 0 else None
+    outcomes = []
+    for recipe in dict.fromkeys((shrunk.config.precision.recipe, "fp32")):
+        outcomes.append(_verify(_with(shrunk, "precision.recipe", recipe), groups, single, text))
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def groups_rank(groups: Groups) -> int:
+    """This rank's global number."""
+    return dist.get_global_rank(groups.world, groups.rank)
+
+
+def _verify(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text) -> Outcome | None:
+    config = shrunk.config
+    bounds = TOLERANCES[config.precision.recipe]
+    attempts = []
+    for number in range(MOST_SEEDS):
+        seeded = _with(shrunk, "run.seed", config.run.seed + number)
+        attempt = _attempt(seeded, groups, single, text, bounds)
+        attempts.append(attempt)
+        if not _share(groups, attempt is not None and attempt.tied):
+            break
+    if single is None:
+        return None
+    made = [attempt for attempt in attempts if attempt is not None]
+    return Outcome(config.precision.recipe, bounds, made, tuple(_microbatches(shrunk)), text.origin)
+
+
+def _attempt(
+    shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text, bounds: Tolerances
+) -> Attempt | None:
+    """One seed. Rank 0 runs the single process first, then all run the grid, step by step."""
+    config, steps = shrunk.config, shrunk.config.train.steps
+    assert steps is not None
+    alone = None if single is None else Alone(shrunk.alone(), single, text, steps)
+    attempt = None
+    if alone is not None:
+        closest = min(step.choices.closest() for step in alone.steps)
+        attempt = Attempt(config.run.seed, list(compare_formula(alone, bounds)), closest=closest)
+    grid = Watched(Trainer(config, groups, torch.device("cpu"), text.data(config)))
+    for number in range(steps):
+        if number:  # the first begins with initial weights of the grid's own
+            grid.begin_with(_share(groups, None if alone is None else alone.steps[number].before))
+        ranks = _collect(groups, grid.step())
+        if alone is not None and attempt is not None:
+            _compare(attempt, alone, number, ranks, bounds)
+        if _share(groups, attempt is not None and bool(attempt.moved)):
+            break
+    grid.trainer.close()
+    return attempt
+
+
+def _compare(attempt: Attempt, alone: Alone, number: int, ranks: Sequence[Seen], bounds: Tolerances) -> None:
+    expected, step = alone.steps[number], number + 1
+    if (found := moved_choices(expected, ranks)) is not None:
+        layer, choices = found
+        near = expected.choices.near(layer, bounds.tie)
+        attempt.moved.append(Moved(step, layer, choices, near, expected.choices.closest()))
+    attempt.differences += _differences(alone, number, ranks, bounds)
+
+
+def _differences(alone: Alone, number: int, ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
+    expected, step = alone.steps[number], number + 1
+    yield from compare_numbers(step, expected, ranks, bounds)
+    yield from compare_gradients(step, expected, ranks, bounds)
+    yield from compare_biases(step, expected, ranks)
+    gradients = merge([seen.gradients for seen in ranks])
+    if gradients.keys() == expected.seen.gradients.keys():
+        state = alone.updated(number, gradients, alone.trainer.config.optim.lr.at(0))
+        yield from compare_state(step, state, ranks, bounds)
+    yield from compare_copies(step, ranks)
+
+
+def _with(shrunk: Shrunk, path: str, value: Any) -> Shrunk:
+    tree = plain(shrunk.config)
+    section, name = path.split(".")
+    tree[section][name] = value
+    return Shrunk(Config.model_validate(tree), shrunk.layout, shrunk.changes, shrunk.lost)
+
+
+def _microbatches(shrunk: Shrunk) -> Iterator[int]:
+    from .pipeline import microbatches
+    from .plan_steps import Progress, steps_from
+
+    config = shrunk.config
+    plan = steps_from(Progress(), config.batch)
+    for _, (_, sequences) in zip(range(config.train.steps or 0), plan, strict=False):
+        yield microbatches(config, shrunk.layout, sequences)
+
+
+def _share(groups: Groups, value: Any) -> Any:
+    """Rank 0's value on every rank of the grid."""
+    carried = [value]
+    dist.broadcast_object_list(carried, src=dist.get_global_rank(groups.world, 0), group=groups.world)
+    return carried[0]
+
+
+def _collect(groups: Groups, mine: Seen) -> list[Seen]:
+    """What all ranks have seen, on rank 0."""
+    everyone: list[Any] = [None] * groups.layout.world_size
+    first = dist.get_global_rank(groups.world, 0)
+    dist.gather_object(mine, everyone if groups.rank == 0 else None, dst=first, group=groups.world)
+    return everyone

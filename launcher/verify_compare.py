@@ -1,0 +1,206 @@
+"""Compares what the ranks of a grid made of a step with what a single process made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .verify_run import Alone, Rows, Seen, Step
+
+EXACT = 0.0
+
+CLASSES = ("embedding", "attention", "router", "experts", "shared experts", "dense", "norms", "head", "MTP")
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far a difference may go, in parts of the single process's figure or of a tensor's largest value."""
+
+    loss: float
+    gradient: float
+    weight: float
+    """Of master weights, against a single process that steps with the same gradients."""
+    moment: float
+    tie: float
+    """How far rounding moves a routing score: choices that are closer may come out either way."""
+
+
+TOLERANCES = {
+    "fp32": Tolerances(loss=1e-5, gradient=1e-5, weight=1e-6, moment=1e-5, tie=2e-6),
+    # Gradients are rounded to BF16 once a micro-batch, and an expert's micro-batch has other rows in other layouts.
+    "bf16": Tolerances(loss=1e-4, gradient=1e-2, weight=1e-6, moment=1e-2, tie=2e-3),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One quantity of one step, here and in the single process."""
+
+    step: int
+    quantity: str
+    name: str
+    """The global tensor's, or the number's."""
+    kind: str
+    """One of CLASSES for tensors."""
+    largest: float
+    """The largest difference of two elements; infinite where there is something on one side only."""
+    scale: float
+    """The largest value in the single process."""
+    bound: float
+    ranks: tuple[int, ...]
+    """Those that hold it."""
+
+    @property
+    def error(self) -> float:
+        if self.largest == 0:
+            return 0.0
+        return self.largest / self.scale if self.scale else math.inf
+
+    @property
+    def departs(self) -> bool:
+        return not self.error <= self.bound  # NaN departs too
+
+
+def parameter_class(name: str) -> str:
+    """Which of CLASSES a global tensor belongs to, by its name."""
+    if name in ("embedding", "head"):
+        return name
+    if name.startswith("mtp."):
+        return "MTP"
+    leaf = name.rpartition(".")[2]
+    if leaf.endswith("norm"):
+        return "norms"
+    for part, kind in ((".attention.", "attention"), (".experts.", "experts"), (".shared.", "shared experts")):
+        if part in name:
+            return kind
+    return "router" if ".gate" in name else "dense"
+
+
+def compare_numbers(step: int, expected: Step, ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
+    """Losses and gradient norm, on the rank where each is furthest off."""
+    everyone = tuple(seen.rank for seen in ranks)
+    for name, number in expected.seen.numbers.items():
+        off = {seen.rank: abs(seen.numbers.get(name, math.nan) - number) for seen in ranks}
+        largest = max(off.values(), key=lambda value: (math.isnan(value), value))
+        bound = bounds.gradient if name == "grad_norm" else bounds.loss
+        yield Difference(step, "number", name, name, _known(largest), abs(number), bound, everyone)
+
+
+def compare_gradients(step: int, expected: Step, ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
+    """Summed gradients, as backward reaches them: a fault at one place is then the first of those it causes."""
+    merged, held = merge([seen.gradients for seen in ranks]), holders(ranks)
+    for name, rows in backward_order(expected.seen.gradients):
+        yield difference(step, "gradient", name, merged.get(name), rows.values, bounds.gradient, held.get(name, ()))
+
+
+def compare_formula(alone: Alone, bounds: Tolerances) -> Iterator[Difference]:
+    """The single process's gradients of step 1 against plain autograd's."""
+    found = alone.steps[0].seen.gradients
+    for name, expected in backward_order(alone.formula):
+        rows = found.get(name)
+        yield difference(
+            1, "plain gradient", name, None if rows is None else rows.values, expected, bounds.gradient, (0,)
+        )
+
+
+def compare_biases(step: int, expected: Step, ranks: Sequence[Seen]) -> Iterator[Difference]:
+    """Router biases of every rank that holds them, which equal counts make equal to the last bit."""
+    for name, bias in expected.seen.biases.items():
+        copies = {seen.rank: seen.biases[name] for seen in ranks if name in seen.biases}
+        worst = max(copies, key=lambda rank: _off(copies[rank], bias), default=None)
+        found = None if worst is None else copies[worst]
+        yield difference(step, "bias", name, found, bias, EXACT, tuple(copies))
+
+
+def compare_state(step: int, expected: Mapping[str, Tensor], ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
+    """Master weights and moments after the step, against `expected`, made of the same gradients."""
+    merged, held = merge([seen.state for seen in ranks]), holders(ranks)
+    for quantity, bound in (("weight", bounds.weight), ("exp_avg", bounds.moment), ("exp_avg_sq", bounds.moment)):
+        prefix = "weights." if quantity == "weight" else f"{quantity}."
+        for full_name, tensor in expected.items():
+            if full_name.startswith(prefix):
+                name = full_name.removeprefix(prefix)
+                yield difference(step, quantity, name, merged.get(full_name), tensor, bound, held.get(name, ()))
+
+
+def compare_copies(step: int, ranks: Sequence[Seen]) -> Iterator[Difference]:
+    """Every rank's copy of a weight against the master weights, rounded: replicas are equal to the last bit."""
+    masters, held = merge([seen.state for seen in ranks]), holders(ranks)
+    for name, at in held.items():
+        copies = {seen.rank: seen.copies[name] for seen in ranks if name in seen.copies}
+        expected = masters[f"weights.{name}"]
+        for rank in at:
+            copy = copies[rank]
+            if not torch.equal(copy, expected.to(copy.dtype).view_as(copy)):
+                yield difference(step, "copy", name, copy, expected.to(copy.dtype), EXACT, (rank,))
+                break
+        else:
+            yield Difference(step, "copy", name, parameter_class(name), 0.0, float(expected.abs().max()), EXACT, at)
+
+
+def moved_choices(expected: Step, ranks: Sequence[Seen]) -> tuple[int, int] | None:
+    """The first MoE layer whose experts were sent other numbers of tokens, and how many went elsewhere.
+
+    What a layer before it did otherwise moves tokens too, so only the first says how it came about.
+    """
+    found = torch.stack([seen.counts for seen in ranks]).sum(0)
+    off = (found - expected.seen.counts).abs().sum(1)
+    if not bool(off.any()):
+        return None
+    layer = int(off.nonzero()[0])
+    return layer, -(-int(off[layer]) // 2)
+
+
+def merge(parts: Sequence[Mapping[str, Rows]]) -> dict[str, Tensor]:
+    """Whole tensors from the rows that the ranks own; NaN where nobody owns a row."""
+    whole: dict[str, Tensor] = {}
+    for part in parts:
+        for name, rows in part.items():
+            if name not in whole:
+                whole[name] = torch.full(rows.shape, math.nan)
+            whole[name][rows.start : rows.start + rows.values.shape[0]] = rows.values.float()
+    return whole
+
+
+def holders(ranks: Sequence[Seen]) -> dict[str, tuple[int, ...]]:
+    """For every global tensor the ranks that have a copy of it."""
+    held: dict[str, tuple[int, ...]] = {}
+    for seen in ranks:
+        for name in seen.copies:
+            held[name] = (*held.get(name, ()), seen.rank)
+    return held
+
+
+def backward_order(tensors: Mapping[str, Rows] | Mapping[str, Tensor]) -> list[tuple[str, Rows | Tensor]]:
+    """From what backward reaches first to the embedding."""
+
+    def place(name: str) -> tuple[int, int]:
+        first, _, rest = name.partition(".")
+        order = {"mtp": 0, "head": 1, "norm": 2, "layers": 3, "embedding": 4}
+        number = rest.partition(".")[0]
+        return order.get(first, 5), -int(number) if number.isdecimal() else 0
+
+    return sorted(reversed(list(tensors.items())), key=lambda item: place(item[0]))
+
+
+def difference(
+    step: int, quantity: str, name: str, found: Tensor | None, expected: Tensor, bound: float, ranks: tuple[int, ...]
+) -> Difference:
+    """Of two tensors, the largest difference of their elements beside the largest value of the expected one."""
+    largest = math.inf if found is None else _off(found, expected)
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return Difference(step, quantity, name, parameter_class(name), largest, scale, bound, ranks)
+
+
+def _off(found: Tensor, expected: Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    return _known(float((found.float().view_as(expected) - expected.float()).abs().max()))
+
+
+def _known(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,242 @@
+"""What a step of training leaves behind on a rank, and the single process that it is compared with.
+
+L MoE layers, E experts, K top-k, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..comm.flat import FlatDispatcher
+from ..data.loader import Loader
+from ..model.kernels import Kernels
+from ..model.naming import initialise, placements
+from ..model.router import Router
+from ..model.transformer import Transformer
+from ..parallel.groups import Groups
+from .build import DTYPES
+from .config import Config
+from .plan_steps import Progress, steps_from
+from .trainer import Trainer
+from .verify_text import Text
+
+NUMBERS = ("loss", "loss_mtp", "loss_balance", "grad_norm")
+
+State = dict[str, Tensor]
+"""Whole tensors by global name: `weights.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and the biases as `NAME`."""
+
+
+@dataclass
+class Rows:
+    """The consecutive rows of a global tensor that a rank owns."""
+
+    start: int
+    shape: tuple[int, ...]
+    """Of the global tensor."""
+    values: Tensor
+
+    @classmethod
+    def of(cls, tensor: DTensor) -> Rows:
+        return cls(_first_row(tensor), tuple(tensor.shape), tensor.to_local().detach().clone())
+
+
+@dataclass
+class Seen:
+    """What one rank has at the end of a step."""
+
+    rank: int
+    numbers: dict[str, float]
+    gradients: dict[str, Rows]
+    state: dict[str, Rows]
+    """Master weights and moments."""
+    copies: dict[str, Tensor]
+    """The global tensors in this rank's parameters, in the format of the recipe."""
+    biases: dict[str, Tensor]
+    counts: Tensor
+    """`[L, E]` tokens that this rank's routers sent to each expert."""
+
+
+@dataclass
+class Choices:
+    """How near a router's choices in a step were to coming out otherwise, by MoE layer."""
+
+    gaps: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def closest(self) -> float:
+        return min((float(gap.min()) for gaps in self.gaps.values() for gap in gaps), default=float("inf"))
+
+    def near(self, layer: int, bound: float) -> int:
+        """Choices of groups and experts in a layer whose last chosen and first not chosen scores are `bound` apart
+        or less."""
+        return sum(int((gap[:2] <= bound).sum()) for gap in self.gaps.get(layer, []))
+
+
+@dataclass
+class Step:
+    """A step of the single process: the state it began with, and what it made."""
+
+    before: State
+    seen: Seen
+    choices: Choices
+
+
+class Watched:
+    """A trainer whose routers are watched."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def step(self, choices: Choices | None = None) -> Seen:
+        """Train a step; `choices` is filled in if given."""
+        trainer = self.trainer
+        with _routers_watched(trainer, choices) as counts:
+            metrics = trainer.step()
+        optimizer = trainer.optimizer
+        placed = trainer.model.placed()
+        return Seen(
+            rank=trainer.groups.rank,
+            numbers={name: value for name in NUMBERS if (value := getattr(metrics, name)) is not None},
+            gradients={name: Rows.of(tensor) for name, tensor in optimizer.reduced_gradients().items()},
+            state={name: Rows.of(tensor) for name, tensor in optimizer.state().items()},
+            copies={n: t.clone() for item in placed for n, t in zip(item.names, item.tensors(), strict=True)},
+            biases={name: bias.clone() for name, bias, _ in trainer.model.biases()},
+            counts=counts,
+        )
+
+    def state(self) -> State:
+        """A copy of what the next step begins with; for a single process, which has all of it."""
+        biases = {name: bias.clone() for name, bias, _ in self.trainer.model.biases()}
+        return {name: t.to_local().clone() for name, t in self.trainer.optimizer.state().items()} | biases
+
+    def begin_with(self, state: State) -> None:
+        """Go on from `state` instead, whatever part of it this rank holds."""
+        for name, tensor in self.trainer.optimizer.state().items():
+            local, start = tensor.to_local(), _first_row(tensor)
+            local.copy_(state[name][start : start + local.shape[0]])
+        for name, bias, _ in self.trainer.model.biases():
+            bias.copy_(state[name])
+        self.trainer.optimizer.publish()
+
+
+class Alone(Watched):
+    """The single process: every step of it, with plain autograd's gradients of the first."""
+
+    def __init__(self, config: Config, groups: Groups, text: Text, steps: int) -> None:
+        super().__init__(Trainer(config, groups, torch.device("cpu"), text.data(config)))
+        self.steps: list[Step] = []
+        self.formula = plain_gradients(config, groups, text)
+        for _ in range(steps):
+            before, choices = self.state(), Choices()
+            self.steps.append(Step(before, self.step(choices), choices))
+        self.trainer.close()
+
+    def updated(self, number: int, gradients: Mapping[str, Tensor], lr: float) -> State:
+        """What its optimizer makes of other gradients in step `number` (from 0)."""
+        optimizer = self.trainer.optimizer
+        self.begin_with(self.steps[number].before)
+        optimizer.steps = number
+        optimizer.zero_gradients()
+        for name, accumulated in optimizer.gradients().items():
+            accumulated.copy_(gradients[name].view_as(accumulated))
+        optimizer.step(lr, optimizer.reduce_gradients())
+        return {name: tensor.to_local().clone() for name, tensor in optimizer.state().items()}
+
+
+def plain_gradients(config: Config, groups: Groups, text: Text) -> dict[str, Tensor]:
+    """Gradients of the first step by plain autograd on the whole model, by global name, FP32.
+
+    Neither schedule nor executor, cut graph, recomputation nor optimizer takes part, only the model's own forward on
+    one micro-batch after another.
+    """
+    model = config.model
+    dispatcher = FlatDispatcher(groups.ep, model.n_routed_experts)
+    network = Transformer(model, dispatcher, range(model.n_routed_experts), kernels=Kernels.make(False))
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(DTYPES[config.precision.recipe])
+    initialise(network, config.run.seed)
+    parameters = list(network.parameters())
+    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+    progress, sequences = next(steps_from(Progress(), config.batch))
+    tokens, depths = sequences * config.batch.sequence_length, model.num_nextn_predict_layers
+    with Loader(
+        text.data(config).train,
+        [(progress.sequences, sequences)],
+        dp_rank=0,
+        dp_size=1,
+        micro_sequences=config.batch.micro_sequences,
+    ) as loader:
+        for batch in next(loader):
+            out = network(batch.tokens, batch.valid)
+            loss = out.loss / tokens + config.train.balance_loss * out.balance / sequences
+            for mtp_loss in out.mtp_losses:
+                loss = loss + config.train.mtp_weight.at(0) * mtp_loss / depths / tokens
+            made = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for total, gradient in zip(sums, made, strict=True):
+                if gradient is not None:
+                    total += gradient
+    by_parameter = dict(zip(parameters, sums, strict=True))
+    return {
+        name: tensor
+        for item in placements(network)
+        for name, tensor in zip(item.names, item.tensors(by_parameter[item.parameter]), strict=True)
+    }
+
+
+def _first_row(tensor: DTensor) -> int:
+    """Where the rows of a tensor sharded over one mesh dimension begin on this rank."""
+    mesh = tensor.device_mesh
+    rows = -(-tensor.shape[0] // mesh.size())
+    return min(int(tensor.shape[0]), rows * mesh.get_local_rank())
+
+
+@contextmanager
+def _routers_watched(trainer: Trainer, choices: Choices | None) -> Iterator[Tensor]:
+    """Within it routers add what they count to the tensor yielded: not what the trainer makes of it."""
+    model = trainer.config.model
+    layers = model.num_hidden_layers - model.first_k_dense_replace + model.num_nextn_predict_layers
+    counts = torch.zeros(layers, model.n_routed_experts, dtype=torch.int64)
+    routers = trainer.model.routers()
+    layer_of = {id(router): layer for layer, router in routers}
+
+    def watch(router: Any, given: Any, routing: Any) -> None:
+        layer = layer_of[id(router)]
+        counts[layer] += routing.counts
+        if choices is not None:
+            choices.gaps.setdefault(layer, []).append(choice_gaps(router, given[0]))
+
+    handles = [router.register_forward_hook(watch) for _, router in routers]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def choice_gaps(router: Router, x: Tensor) -> Tensor:
+    """`[3, T]`: by how much each of the router's choices for x `[B, S, H]` was made, of groups, of experts, and of the
+    unbiased experts that the balance loss counts."""
+    config = router.config
+    scores = (x.float() @ router.weight.float().t()).sigmoid().flatten(0, 1)
+    biased = scores + router.bias
+    grouped = biased.unflatten(1, (config.n_group, -1))
+    groups = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+    kept = torch.zeros_like(groups).scatter_(1, groups.topk(config.topk_group, -1).indices, 1.0).bool()
+    experts = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
+    top_k = config.num_experts_per_tok
+    return torch.stack((_gaps(groups, config.topk_group), _gaps(experts, top_k), _gaps(scores, top_k)))
+
+
+def _gaps(scores: Tensor, chosen: int) -> Tensor:
+    """Difference between the last chosen and the first not chosen, of each row; infinite where all are chosen."""
+    if chosen == scores.shape[1]:
+        return scores.new_full(scores.shape[:1], float("inf"))
+    best = scores.topk(chosen + 1, -1).values
+    return best[:, chosen - 1] - best[:, chosen]

@@ -1,0 +1,274 @@
+"""What others shipped wrong without an error, under pipelining: losses alone, odd micro-batches, grids, resume, NaN."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from counterflow.checkpoint.manifest import read_manifest
+from counterflow.launcher.config import Config
+from counterflow.launcher.diagnose import NonFiniteError
+from counterflow.launcher.trainer import Trainer
+from counterflow.model.transformer import Weights
+from counterflow.parallel.executor import PipelineError
+from counterflow.tests.pool import Pool, RankFailure, Worker
+from counterflow.tests.training.harness import (
+    Curve,
+    make_trainer,
+    relative,
+    replicas,
+    run_steps,
+    tiny,
+    train,
+    whole_gradients,
+)
+
+DEEP = ("model.num_hidden_layers=4", "model.num_nextn_predict_layers=2")
+
+
+def pipeline(text: Path, schedule: str, pp: int, *more: str) -> Config:
+    return tiny(text, *DEEP, f"parallel.schedule={schedule}", f"parallel.pp={pp}", *more)
+
+
+ALONE = {
+    "next token": Weights(token=1 / 128, mtp=0.0, balance=0.0),
+    "mtp": Weights(token=0.0, mtp=1 / 128, balance=0.0),
+    "balance": Weights(token=0.0, mtp=0.0, balance=1 / 8),
+}
+# World size, ep, and what is set: schedules, and splits of 8 sequences into micro-batches of 1 to 4.
+SPLITS = [
+    (4, 1, "1f1b", 4, 2),
+    (4, 2, "dualpipe", 2, 1),
+    (2, 1, "dualpipe", 2, 4),
+    (4, 1, "dualpipe", 4, 1),
+    (2, 1, "dualpipev", 2, 2),
+    (4, 2, "zb1p", 2, 4),
+]
+
+
+def _gradients_alone(worker: Worker, config: Config, ep: int) -> dict[str, dict[str, Tensor]]:
+    trainer = make_trainer(config, worker.world_size, ep)
+    found = {}
+    for loss, weights in ALONE.items():
+        micro_batches, _ = trainer._next_batch()
+        trainer.forward_backward(micro_batches, weights)
+        trainer.optimizer.reduce_gradients()
+        found[loss] = whole_gradients(trainer)
+        trainer.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(pool: Pool, text: Path) -> dict[str, dict[str, Tensor]]:
+    return pool.run(_gradients_alone, 1, pipeline(text, "1f1b", 1), 1)[0]
+
+
+@pytest.mark.parametrize(("world", "ep", "schedule", "pp", "micro"), SPLITS)
+def test_gradient_of_each_loss_alone_does_not_know_the_pipeline(
+    pool: Pool, text: Path, alone: dict[str, dict[str, Tensor]], world: int, ep: int, schedule: str, pp: int, micro: int
+) -> None:
+    config = pipeline(text, schedule, pp, f"batch.micro_sequences={micro}")
+    ranks = pool.run(_gradients_alone, world, config, ep)
+    for loss, expected in alone.items():
+        found = {name: gradient for rank in ranks for name, gradient in rank[loss].items()}
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), (loss, name)
+
+
+@pytest.mark.parametrize("split", ["[1,1,1,1]", "[2,2]", "[1,3]", "[3,1]"])
+def test_uneven_stages_change_nothing(pool: Pool, text: Path, split: str) -> None:
+    stages = split.count(",") + 1
+    (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1), 1, 3)
+    for rank in pool.run(train, stages, pipeline(text, "dualpipe", stages, f"parallel.split={split}"), 1, 3):
+        for a, b in zip(expected.numbers, rank.numbers, strict=True):
+            assert all(relative(a[name], b[name]) <= 1e-5 for name in a)
+
+
+@pytest.mark.parametrize("sequences", [3, 6])
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p", "interleaved"])
+def test_fewer_micro_batches_than_the_pipeline_wants_change_nothing(
+    pool: Pool, text: Path, schedule: str, sequences: int
+) -> None:
+    """V3's batch ramp starts with 24 micro-batches for 16 ranks."""
+    batch = f"batch.global_sequences={sequences}"
+    layers = "model.num_hidden_layers=8"
+    (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1, batch, layers), 1, 2)
+    for rank in pool.run(train, 4, pipeline(text, schedule, 4, batch, layers), 1, 2):
+        for a, b in zip(expected.numbers, rank.numbers, strict=True):
+            assert all(relative(a[name], b[name]) <= 1e-5 for name in a)
+        assert relative(rank.validation_loss, expected.validation_loss) <= 1e-5, "8 sequences, one of them alone"
+
+
+def _half(worker: Worker, config: Config) -> Curve:
+    """Two pipelines of two ranks in one world of four; the second trains on another seed."""
+    first = worker.rank < 2
+    ranks = [0, 1] if first else [2, 3]
+    mine = config.model_copy(update={"run": config.run.model_copy(update={"seed": 2 if first else 3})})
+    return run_steps(make_trainer(mine, 2, 1, ranks), 3, {})
+
+
+def test_two_pipelines_in_one_world_do_not_touch_each_other(pool: Pool, text: Path) -> None:
+    config = pipeline(text, "dualpipe", 2)
+    together = pool.run(_half, 4, config)
+    for seed, ranks in ((2, together[:2]), (3, together[2:])):
+        expected = pool.run(train, 2, pipeline(text, "dualpipe", 2, f"run.seed={seed}"), 1, 3)
+        for found, wanted in zip(ranks, expected, strict=True):
+            assert found.numbers == wanted.numbers
+            assert all(torch.equal(found.weights[name], tensor) for name, tensor in wanted.weights.items())
+
+
+def test_a_checkpoint_of_any_pipeline_goes_on_in_any_other(pool: Pool, text: Path, tmp_path: Path) -> None:
+    """Every key once, with a checksum; the next steps follow the unbroken run, bit by bit in the same layout."""
+    layouts = [("1f1b", 1, 1), ("dualpipe", 2, 2), ("interleaved", 2, 1)]
+    unbroken, written = {}, {}
+    for schedule, pp, ep in layouts:
+        folder = tmp_path / f"{schedule}{pp}{ep}"
+        config = pipeline(text, schedule, pp)
+        unbroken[schedule] = pool.run(train, pp * ep, config, ep, 4, {2: folder})
+        written[schedule] = folder / "step-2"
+    assert len({frozenset(read_manifest(path).tensors) for path in written.values()}) == 1
+    for source, path in written.items():
+        for schedule, pp, ep in layouts:
+            ranks = pool.run(train, pp * ep, pipeline(text, schedule, pp), ep, 4, None, path)
+            for found, expected in zip(ranks, unbroken[schedule], strict=True):
+                later = expected.numbers[2:]
+                if source == schedule:
+                    assert found.numbers == later
+                    assert all(torch.equal(found.weights[name], t) for name, t in expected.weights.items())
+                for a, b in zip(found.numbers, later, strict=True):
+                    assert all(relative(a[name], b[name]) <= 1e-5 for name in a), (source, schedule)
+
+
+def test_bf16_copies_of_a_stage_stay_bit_equal(pool: Pool, text: Path) -> None:
+    config = pipeline(text, "dualpipe", 2, "precision.recipe=bf16", "optim.moments=bf16", "train.recompute=v3")
+    held = replicas(pool.run(train, 4, config, 2, 4))
+    for name, copies in held.items():
+        assert len(copies) == (2 if ".experts." in name else 4), name
+        assert all(torch.equal(copies[0], copy) for copy in copies), name
+
+
+@contextmanager
+def spoilt(trainer: Trainer, module: str, rank: int, backward: bool, micro_batch: int) -> Iterator[None]:
+    """While open, one number of the module's output or its gradient is NaN on `rank` in its n-th micro-batch."""
+    calls = 0
+    modules = dict(trainer.model.modules())
+    per_step = 4
+
+    def spoil(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[0] = float("nan")
+        return tensor
+
+    def hook(_module: Any, _given: Any, output: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if (calls - 1) % per_step != micro_batch:
+            return output
+        if not backward:
+            return spoil(output)
+        output = output.clone()
+        output.register_hook(spoil)
+        return output
+
+    here = trainer.groups.rank == rank and module in modules
+    handle = modules[module].register_forward_hook(hook) if here else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _named(worker: Worker, config: Config, plants: list[tuple[str, int, bool, int]]) -> list[str]:
+    trainer = make_trainer(config, worker.world_size, 1)
+    said = []
+    for plant in plants:
+        with spoilt(trainer, *plant), pytest.raises(NonFiniteError) as caught:
+            trainer.step()
+        said.append(str(caught.value))
+    trainer.step()
+    trainer.close()
+    return said
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe"])
+def test_a_planted_nan_is_named_with_rank_micro_batch_and_tensor(pool: Pool, text: Path, schedule: str) -> None:
+    """Rank 0 and 1 as pp 2; DualPipe runs micro-batches 0 to 3 from rank 0 and 4 to 7 from rank 1."""
+    # Both ranks of DualPipe see each stage in four micro-batches; under the others a rank sees its own in eight.
+    plants = [("layers.3.mlp", 1, False, 2), ("layers.0.attention", 0, True, 1), ("mtp.1.block.attention", 1, True, 3)]
+    if schedule != "dualpipe":
+        plants = [(module, rank, backward, 0) for module, rank, backward, _ in plants]
+    batch = "batch.global_sequences=8" if schedule == "dualpipe" else "batch.global_sequences=4"
+    config = pipeline(text, schedule, 2, batch, "model.first_k_dense_replace=4", "parallel.split=[2,2]")
+    (said, also) = pool.run(_named, 2, config, plants)
+    assert said == also, "all ranks stop with the same words"
+    for message, (module, rank, backward, number) in zip(said, plants, strict=True):
+        direction = "backward, gradient of the" if backward else "forward,"
+        assert message.startswith(
+            f"step 1 is not finite: rank {rank}, micro-batch {number}, {direction} output of {module}: 1 of "
+        ), message
+
+
+def _failing(worker: Worker, config: Config, end: Callable[[object], None]) -> tuple[str, float]:
+    """Rank 1 fails in its second step; what each of the others says, and after how many seconds."""
+    trainer = make_trainer(config, worker.world_size, 1)
+    trainer.step()
+    if worker.rank == 1:
+        trainer.executor.watch = end
+    started = time.monotonic()
+    with pytest.raises(PipelineError) as caught:
+        trainer.step()
+    return str(caught.value), time.monotonic() - started
+
+
+def _hang(action: object) -> None:
+    time.sleep(8)
+    raise PipelineError(f"hung before {action}")
+
+
+def _die(action: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+WAITED = "of micro-batch 0 that stage 1 made from pipeline rank 1, to run"
+FIRST = f"pipeline rank 0 waited for the gradient {WAITED} B0 of stage 0: "
+LAST = f"pipeline rank 2 waited for the activation {WAITED} F0 of stage 2: "
+
+
+def test_a_peer_that_hangs_ends_the_others_by_the_timeout_naming_whom_and_what_they_waited_for(
+    pool: Pool, text: Path
+) -> None:
+    config = pipeline(text, "1f1b", 3, "parallel.timeout=3")
+    (first, after), (hung, _), (last, also_after) = pool.run(_failing, 3, config, _hang)
+    assert hung == "hung before F0 of stage 1"
+    assert first.startswith(FIRST) and last.startswith(LAST)
+    assert 2.5 < min(after, also_after) and max(after, also_after) < 7
+
+
+def _step_twice(worker: Worker, config: Config) -> None:
+    trainer = make_trainer(config, worker.world_size, 1)
+    trainer.step()
+    if worker.rank == 1:
+        trainer.executor.watch = _die
+    trainer.step()
+
+
+def test_a_peer_that_dies_ends_the_others_at_once_naming_whom_and_what_they_waited_for(pool: Pool, text: Path) -> None:
+    config = pipeline(text, "1f1b", 3, "parallel.timeout=60")
+    started = time.monotonic()
+    with pytest.raises(RankFailure) as caught:
+        pool.run(_step_twice, 3, config)
+    assert time.monotonic() - started < 30
+    said = str(caught.value)
+    assert "the process of rank 1 died" in said
+    assert f"PipelineError: {FIRST}" in said and f"PipelineError: {LAST}" in said
