@@ -2,8 +2,8 @@
 
     python -P benchmarks/pipeline.py [--rounds 5] [--unit 0.1] [--microbatches 20]
 
-Four processes over gloo. A stage sleeps instead of computing: F, I and W take a unit of 0.1 s each, an overlapped pair
-2.5 units; activations and gradients of 256 KiB really pass between the processes. All schedules of both sides run in
+Four processes over gloo. A stage waits instead of computing, as the host of a GPU does: F, I and W take a unit of 0.1 s
+each, an overlapped pair 2.5 units; activations and gradients of 256 KiB really pass between the processes. All schedules of both sides run in
 turn in the same processes, in the opposite order every other round. A step is measured from the first rank's start to
 the last rank's end. Its ratio is that to the simulated step of the very order that ran, with free communication.
 """
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from counterflow.benchmarks.pipeline_chunks import COSTS, SHAPE, Clock, SleepingChunk, SleepingModule, sleep_exactly
+from counterflow.benchmarks.pipeline_chunks import COSTS, SHAPE, Device, SleepingChunk, SleepingModule, sleep_exactly
 from counterflow.comm.p2p import Wires
 from counterflow.parallel.executor import Executor, Program
 from counterflow.parallel.overlap import find_order
@@ -49,21 +49,21 @@ class Runner:
     """By stage."""
 
 
-def our_runner(name: str, num_microbatches: int, rank: int, wires: Wires, clock: Clock) -> Runner:
+def our_runner(name: str, num_microbatches: int, rank: int, wires: Wires, device: Device) -> Runner:
     schedule = find_schedule(name)(RANKS, num_microbatches)
-    chunks = {stage: SleepingChunk(stage, schedule.num_stages, clock) for stage in schedule.placement[rank]}
+    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.placement[rank]}
     executor = Executor(chunks, wires, find_order("v3"), SHAPE, torch.float32, CPU)
     program = Program.of(schedule, rank)
     micro_batches = torch.zeros(num_microbatches, *SHAPE).unbind()
     return Runner(lambda: executor.train(program, micro_batches), schedule, chunks)
 
 
-def torch_runner(name: str, num_microbatches: int, rank: int, clock: Clock) -> Runner:
+def torch_runner(name: str, num_microbatches: int, rank: int, device: Device) -> Runner:
     from torch.distributed import pipelining
 
     schedule = find_schedule(name)(RANKS, num_microbatches)
     last_stage = schedule.num_stages - 1
-    modules = {stage: SleepingModule(clock) for stage in schedule.placement[rank]}
+    modules = {stage: SleepingModule(device) for stage in schedule.placement[rank]}
     stages = [pipelining.PipelineStage(module, stage, last_stage + 1, CPU) for stage, module in modules.items()]
     settings = {"n_microbatches": num_microbatches, "loss_fn": lambda output, _: output.mean(), "scale_grads": False}
     if len(stages) == 1:
@@ -99,14 +99,14 @@ def read_torch_order(order: Mapping[int, Sequence[Any]]) -> tuple[tuple[Action |
     return tuple(tuple(filter(None, map(read, order[rank]))) for rank in range(RANKS))
 
 
-def make_runners(rank: int, num_microbatches: int, clock: Clock) -> dict[Side, Runner]:
+def make_runners(rank: int, num_microbatches: int, device: Device) -> dict[Side, Runner]:
     ranks = list(range(RANKS))
     wires = Wires(dist.new_group(ranks), dist.new_group(ranks))
     runners = {}
     for name in schedule_names():
-        runners[name, OURS] = our_runner(name, num_microbatches, rank, wires, clock)
+        runners[name, OURS] = our_runner(name, num_microbatches, rank, wires, device)
         if name in ("1f1b", "dualpipev"):
-            runners[name, TORCH] = torch_runner(name, num_microbatches, rank, clock)
+            runners[name, TORCH] = torch_runner(name, num_microbatches, rank, device)
     return runners
 
 
@@ -116,11 +116,11 @@ def run_rounds(
     """On each rank: when every step started and ended, and the simulated steps, in seconds."""
     torch.set_num_threads(1)
     sleep_exactly()
-    clock = Clock(WARM_UP_UNIT)
-    runners = make_runners(worker.rank, num_microbatches, clock)
+    device = Device(WARM_UP_UNIT)
+    runners = make_runners(worker.rank, num_microbatches, device)
     for runner in runners.values():
         runner.step()
-    clock.unit = unit
+    device.unit = unit
     times: dict[Side, list[tuple[float, float]]] = {side: [] for side in runners}
     for turn in range(rounds):
         for side in list(runners)[:: 1 if turn % 2 == 0 else -1]:

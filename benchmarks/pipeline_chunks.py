@@ -1,14 +1,13 @@
 """Stages that sleep instead of computing, for the pipeline executor and for torch.distributed.pipelining.
 
 What passes between them is real, and so are the gradients; only the time is made up. It is counted in units, of which
-a `Clock` says how long they are: F, I and W take one each, and a pair of an F and a B two and a half.
+a `Device` says how long they are: F, I and W take one each, and a pair of an F and a B two and a half.
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,21 +29,47 @@ COSTS = {
 HIDDEN = FORWARD + BACKWARD_INPUT + BACKWARD_WEIGHT - OVERLAPPED
 TRANSFER = HIDDEN / 4
 """Each of the all-to-alls, two in a forward and two in a backward, that only a pair hides."""
+FORWARD_HALF = FORWARD / 2 - TRANSFER
+BACKWARD_INPUT_HALF = BACKWARD_INPUT / 2 - TRANSFER
+BACKWARD_WEIGHT_HALF = BACKWARD_WEIGHT / 2
+"""What there is to compute before and after the experts' all-to-all, each."""
 SHAPE = torch.Size((1, 128, 512))
 """Of what passes between stages, `[B, S, H]`, FP32."""
 
 
-class Clock:
-    """The time, in units of `unit` seconds."""
+class Device:
+    """What a GPU is to its host: it computes one thing after another, transfers beside that, and can be waited for.
+
+    Durations are in units of `unit` seconds, points in time in seconds.
+    """
 
     def __init__(self, unit: float) -> None:
         self.unit = unit
+        self.free_at = 0.0
 
     def now(self) -> float:
-        return time.perf_counter() / self.unit
+        return time.perf_counter()
 
-    def sleep(self, duration: float) -> None:
-        time.sleep(duration * self.unit)
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def compute(self, duration: float) -> None:
+        """Begin when all that was asked for before is done."""
+        self.free_at = max(self.free_at, self.now()) + duration * self.unit
+
+    def transfer(self, duration: float) -> float:
+        """Begin likewise, but beside what is computed next; returns when it will have ended."""
+        return max(self.free_at, self.now()) + duration * self.unit
+
+    def wait_for(self, then: float) -> None:
+        """Compute nothing more before that time."""
+        self.free_at = max(self.free_at, then)
+
+    def synchronize(self) -> None:
+        """Keep the host until all is done."""
+        left = self.free_at - self.now()
+        if left > 0:
+            self.sleep(left)
 
 
 def sleep_exactly() -> None:
@@ -56,48 +81,48 @@ def sleep_exactly() -> None:
 class SleepingChunk(nn.Module):
     """A stage of one MoE layer for the executor: a bias is added in `attention`, another one in `experts`.
 
-    The first stage's input is the micro-batch itself, the last stage's result the mean of its output.
+    The first stage's input is the micro-batch itself, the last stage's result the mean of its output. The host waits
+    for the device when an output, a gradient or the weight gradients are to be there, as a send over gloo makes it.
     """
 
-    def __init__(self, stage: int, num_stages: int, clock: Clock) -> None:
+    def __init__(self, stage: int, num_stages: int, device: Device) -> None:
         super().__init__()
         self.last = stage == num_stages - 1
-        self.clock = clock
+        self.device = device
         self.weight_queue = WeightQueue()
         self.attention_bias, self.experts_bias = (nn.Parameter(torch.zeros(SHAPE[-1])) for _ in range(2))
 
     def phases(self, micro_batch: Tensor, x: Tensor | None, tape: Uncut | Tape) -> Phases:
         x = micro_batch if x is None else x
-        dispatch, combine = _AllToAll(self.clock), _AllToAll(self.clock)
+        dispatch, combine = _AllToAll(self.device), _AllToAll(self.device)
         yield tape.phase("attention")
-        x = tape.cut(_Compute.apply(x, self.attention_bias, self))
+        x = tape.cut(_Compute.apply(x, self.attention_bias, self, True))
         yield tape.phase("dispatch")
         x = tape.cut(_Launch.apply(x, dispatch))
         yield tape.phase("experts")
-        x = tape.cut(_Compute.apply(_Wait.apply(x, dispatch), self.experts_bias, self))
+        x = tape.cut(_Compute.apply(_Wait.apply(x, dispatch), self.experts_bias, self, False))
         yield tape.phase("combine")
         x = tape.cut(_Launch.apply(x, combine))
         yield tape.phase("finish")
         x = _Wait.apply(x, combine)
+        self.device.synchronize()
         if self.last:
             return None, tape.seed(x.mean(), 1.0)
         return tape.leave(x), None
 
 
 class _AllToAll:
-    """A transfer that takes its time beside whatever is computed, as an asynchronous collective does."""
+    """A transfer and later, in the backward, the one of its gradients."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, device: Device) -> None:
+        self.device = device
         self.done_at = 0.0
 
     def launch(self) -> None:
-        self.done_at = self.clock.now() + TRANSFER
+        self.done_at = self.device.transfer(TRANSFER)
 
     def wait(self) -> None:
-        left = self.done_at - self.clock.now()
-        if left > 0:
-            self.clock.sleep(left)
+        self.device.wait_for(self.done_at)
 
 
 class _Launch(Function):
@@ -127,43 +152,46 @@ class _Wait(Function):
 
 
 class _Compute(Function):
-    """Half of a chunk's computation; the weight gradient at once, or later if the queue is deferring."""
+    """Half of a chunk's computation. In the backward that of `first` comes last, and the host waits for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: nn.Parameter, chunk: SleepingChunk) -> Tensor:
-        ctx.bias, ctx.chunk = bias, chunk
-        chunk.clock.sleep(FORWARD / 2 - TRANSFER)
+    def forward(ctx: Any, x: Tensor, bias: nn.Parameter, chunk: SleepingChunk, first: bool) -> Tensor:
+        ctx.bias, ctx.chunk, ctx.first = bias, chunk, first
+        chunk.device.compute(FORWARD_HALF)
         return x + bias
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,), chunk = gradients, ctx.chunk
-        chunk.clock.sleep(BACKWARD_INPUT / 2 - TRANSFER)
-        work = partial(_add_weight_gradient, chunk.clock, ctx.bias, gradient)
+        chunk.device.compute(BACKWARD_INPUT_HALF)
+        work = partial(_add_weight_gradient, chunk.device, ctx.bias, gradient, ctx.first)
         if chunk.weight_queue.deferring:
             chunk.weight_queue.put(work)
+            if ctx.first:
+                chunk.device.synchronize()
         else:
             work()
-        return gradient, None, None
+        return gradient, None, None, None
 
 
-def _add_weight_gradient(clock: Clock, bias: nn.Parameter, gradient: Tensor) -> None:
-    clock.sleep(BACKWARD_WEIGHT / 2)
+def _add_weight_gradient(device: Device, bias: nn.Parameter, gradient: Tensor, last: bool) -> None:
+    device.compute(BACKWARD_WEIGHT_HALF)
     total = gradient.sum((0, 1))
     bias.grad = total if bias.grad is None else bias.grad.add_(total)
+    if last:
+        device.synchronize()
 
 
 class SleepingModule(nn.Module):
     """A stage for torch.distributed.pipelining, as a plain module whose backward can be split in I and W.
 
-    It sleeps as often as the other one does, since every sleep ends a little late. torch runs the parts of a pair one
-    after the other, whatever a model could overlap. To give its pairs the same cost the F of a pair sleeps less; that
-    the B's input need not be there before is to torch's advantage.
+    torch runs the parts of a pair one after the other, whatever a model could overlap. To give its pairs the same cost
+    the F of a pair takes less; that the B's input need not be there before is to torch's advantage.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, device: Device) -> None:
         super().__init__()
-        self.clock = clock
+        self.device = device
         self.bias = nn.Parameter(torch.zeros(SHAPE[-1]))
         self.paired: set[int] = set()
         """The micro-batches whose F at this stage is a part of a pair."""
@@ -171,27 +199,25 @@ class SleepingModule(nn.Module):
         """Whose F comes next; the forwards of a step run in order. To be set to 0 before each step."""
 
     def forward(self, x: Tensor) -> Tensor:
-        paired = self.next_microbatch in self.paired
+        self.device.compute(FORWARD - (HIDDEN if self.next_microbatch in self.paired else 0.0))
         self.next_microbatch += 1
-        for piece in 2 * (((FORWARD - HIDDEN) / 2,) if paired else (FORWARD / 2 - TRANSFER, TRANSFER)):
-            self.clock.sleep(piece)
         if not x.requires_grad:  # the pipeline's input, but the first stage's I takes its time all the same
             x = x.detach().requires_grad_()
         # The sum keeps the ways to the input and to the weight apart, so that each can be gone by itself.
-        backward_input = 2 * (BACKWARD_INPUT / 2 - TRANSFER, TRANSFER)
-        backward_weight = 2 * (BACKWARD_WEIGHT / 2,)
-        x = _SleepInBackward.apply(x, self.clock, backward_input)
-        return x + _SleepInBackward.apply(self.bias, self.clock, backward_weight)
+        x = _SleepInBackward.apply(x, self.device, BACKWARD_INPUT)
+        x = x + _SleepInBackward.apply(self.bias, self.device, BACKWARD_WEIGHT)
+        self.device.synchronize()
+        return x
 
 
 class _SleepInBackward(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clock: Clock, pieces: Sequence[float]) -> Tensor:
-        ctx.clock, ctx.pieces = clock, pieces
+    def forward(ctx: Any, x: Tensor, device: Device, duration: float) -> Tensor:
+        ctx.device, ctx.duration = device, duration
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        for piece in ctx.pieces:
-            ctx.clock.sleep(piece)
+        ctx.device.compute(ctx.duration)
+        ctx.device.synchronize()
         return gradients[0], None, None

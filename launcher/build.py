@@ -18,9 +18,9 @@ from ..model.transformer import Part, Transformer
 from ..parallel.executor import Executor
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
-from ..parallel.overlap import find_order
 from ..parallel.schedule.actions import Schedule
 from ..parallel.schedule.choose import example
+from ..parallel.schedule.orders import find_order
 from ..parallel.stages import Split
 from ..parallel.zero import ShardedOptimizer
 from ..placement import Placed
@@ -97,7 +97,7 @@ def embedding_holders(schedule: Schedule, with_mtp: bool) -> tuple[int, ...]:
 
 
 def make_groups(config: Config, layout: Layout, device_type: str, ranks: Sequence[int] | None = None) -> Groups:
-    """The process groups of a run: those of the layout, and one for every set of pipeline ranks that share parameters."""
+    """The process groups of a run: the layout's, and those of every set of pipeline ranks that share parameters."""
     schedule = _any_schedule(config)
     holders = {schedule.holders(stage) for stage in range(schedule.num_stages)}
     holders.add(embedding_holders(schedule, config.model.num_nextn_predict_layers > 0))

@@ -128,7 +128,7 @@ def _first_line(section: type[Section]) -> str:
 
 def _entry(name: str, value: Any, indent: str) -> list[str]:
     """A key with its value, in block style; what is inside a list, in flow style."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         inner = [line for key, item in value.items() for line in _entry(key, item, indent + "  ")]
         return [f"{indent}{name}:", *inner]
     line = f"{indent}{name}: {_inline(value)}"

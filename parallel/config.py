@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from ..settings import Section, TokenSchedule, key
+from ..settings import Section, TokenSchedule, UsageError, key
+from .schedule.orders import ORDERS, find_order
 
 
 class StageCosts(Section):
@@ -75,11 +76,14 @@ class ParallelConfig(Section):
     @field_validator("overlap_order", mode="before")
     @classmethod
     def _order_is_a_list_of_phases(cls, given: Any) -> Any:
-        if given in ("v3", "sequence"):
+        if isinstance(given, str) and given in ORDERS:
             return given
         if not isinstance(given, list | tuple) or not given or not all(isinstance(step, str) for step in given):
-            raise ValueError(f"expects v3, sequence or a list of phases, got {_shown(given)}")
-        return tuple(given)
+            raise ValueError(f"expects {', '.join(ORDERS)} or a list of phases, got {_shown(given)}")
+        try:
+            return find_order(tuple(given))
+        except UsageError as error:
+            raise ValueError(str(error)) from None
 
 
 def _shown(value: Any) -> str:

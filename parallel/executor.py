@@ -1,7 +1,8 @@
 """Runs one pipeline rank's part of any schedule.
 
-The executor knows no schedule by name. Before each action it posts the sends and receives that `plan_transfers` derived,
-waits for what the action needs, and runs the chunk's phases; nothing is negotiated between ranks, since shapes are known.
+The executor knows no schedule by name. Before each action it posts the sends and receives that `plan_transfers`
+derived, waits for what the action needs, and runs the chunk's phases. Nothing is negotiated between ranks, since shapes
+are known.
 """
 
 from __future__ import annotations

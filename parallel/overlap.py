@@ -12,53 +12,8 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Generic, TypeVar
 
 from ..phases import drain
-from ..settings import UsageError
 
 Result = TypeVar("Result")
-
-V3 = (
-    # The order inside a layer pair that DeepSeek's published trace shows (V3 Figure 4), with every transfer launched
-    # as soon as what it carries is there. In the comments, what travels while the phase computes.
-    "B.finish",  # sends gradients to the experts: combine(B)
-    "W",  # combine(F) of the layer before, combine(B)
-    "F.finish",
-    "F.attention",  # combine(B)
-    "F.dispatch",
-    "B.redo.attention",  # with full recompute: combine(B), dispatch(F)
-    "B.redo.dispatch",
-    "B.combine",
-    "B.experts",  # dispatch(F); its end sends the gradients back: dispatch(B)
-    "B.shared",  # dispatch(F), dispatch(B)
-    "W",
-    "F.shared",
-    "F.experts",  # dispatch(B), or with full recompute the dispatch that is repeated
-    "F.combine",
-    "B.redo.shared",  # with full recompute these could not run before
-    "B.redo.experts",
-    "B.combine",
-    "B.experts",
-    "B.shared",
-    "W",
-    "B.dispatch",
-    "B.attention",  # combine(F)
-)
-
-ORDERS: dict[str, tuple[str, ...]] = {"v3": V3, "sequence": ()}
-"""Orders by name. The empty one runs the whole forward and then the whole backward."""
-
-
-def find_order(order: str | Sequence[str]) -> tuple[str, ...]:
-    """The order of that name, or the given one; raises UsageError for one that cannot be."""
-    if isinstance(order, str):
-        if order not in ORDERS:
-            raise UsageError(f"there is no overlap order {order!r}; there are {', '.join(ORDERS)}, or a list of phases")
-        return ORDERS[order]
-    for entry in order:
-        if entry != "W" and entry[:2] not in ("F.", "B."):
-            raise UsageError(
-                f"{entry!r} in the overlap order is neither W nor a phase such as F.attention or B.experts"
-            )
-    return tuple(order)
 
 
 class Side(Generic[Result]):

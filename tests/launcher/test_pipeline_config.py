@@ -72,6 +72,10 @@ def load(*overrides: str, config: str = "tiny") -> Config:
         (["split=[1,a]"], "expects balanced or the number of layers on each stage, got [1, 'a']"),
         (["split=null"], "expects balanced or the number of layers on each stage, got null"),
         (["overlap_order=v4"], "expects v3, sequence or a list of phases, got 'v4'"),
+        (
+            ["overlap_order=[F.atention]"],
+            "parallel.overlap_order: 'F.atention' is no phase of a pair (did you mean F.attention",
+        ),
         (["overlap_order=[]"], "expects v3, sequence or a list of phases, got []"),
         (["schedule_options=2"], "expects options with their values, such as {stages_per_rank: 2}, got 2"),
         (["schedule_options.a=[1]"], "expects a number, text, true or false for a"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from counterflow.benchmarks.pipeline import RANKS, make_runners, run_rounds, simulated_units
-from counterflow.benchmarks.pipeline_chunks import COSTS, SHAPE, Clock, SleepingChunk
+from counterflow.benchmarks.pipeline_chunks import COSTS, SHAPE, Device, SleepingChunk
 from counterflow.comm.p2p import Wires
 from counterflow.parallel.executor import Executor, Program, microbatches_of
 from counterflow.parallel.overlap import find_order
@@ -20,8 +20,8 @@ from counterflow.tests.pool import Pool, Worker
 MICRO_BATCHES = 8
 
 
-class TurnedByHand(Clock):
-    """A clock that only sleeping moves."""
+class TurnedByHand(Device):
+    """A device whose time only sleeping moves."""
 
     def __init__(self) -> None:
         super().__init__(unit=1.0)
@@ -30,8 +30,8 @@ class TurnedByHand(Clock):
     def now(self) -> float:
         return self.time
 
-    def sleep(self, duration: float) -> None:
-        self.time += duration
+    def sleep(self, seconds: float) -> None:
+        self.time += seconds
 
 
 @pytest.mark.parametrize(
@@ -45,16 +45,16 @@ class TurnedByHand(Clock):
 )
 def test_every_action_takes_exactly_its_cost(name: str, options: dict[str, Any]) -> None:
     schedule = find_schedule(name)(1, MICRO_BATCHES, **options)
-    clock = TurnedByHand()
-    chunks = {stage: SleepingChunk(stage, schedule.num_stages, clock) for stage in schedule.placement[0]}
+    device = TurnedByHand()
+    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.placement[0]}
     unconnected: Wires = None  # type: ignore[assignment]
     executor = Executor(chunks, unconnected, find_order("v3"), SHAPE, torch.float32, torch.device("cpu"))
     starts: list[float] = []
-    executor.watch = lambda action: starts.append(clock.now())
+    executor.watch = lambda action: starts.append(device.now())
     executor.train(Program.of(schedule, 0), torch.zeros(MICRO_BATCHES, *SHAPE).unbind())
     simulated = simulate(schedule, Costs.uniform(schedule.num_stages, **COSTS))
     assert starts == pytest.approx([span.start for span in simulated.spans[0]])
-    assert clock.now() == pytest.approx(simulated.step_time)
+    assert device.now() == pytest.approx(simulated.step_time)
 
 
 def test_both_sides_compute_every_weight_gradient_once(pool: Pool) -> None:

@@ -172,9 +172,7 @@ PAIRS = [Case("dualpipe", 2, 2), Case("dualpipev", 2, 2), Case("dualpipe", 2, 2,
 
 @pytest.mark.parametrize("case", PAIRS, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_orders_of_overlap_and_recompute_give_the_same_bits(
-    pool: Pool, text: Path, case: Case, precision: str
-) -> None:
+def test_orders_of_overlap_and_recompute_give_the_same_bits(pool: Pool, text: Path, case: Case, precision: str) -> None:
     """Phases of two micro-batches in any order, activations kept, rebuilt or replayed: nothing of it changes a bit."""
     alternate = "[F.attention,B.finish,F.dispatch,B.combine,F.shared,B.experts,W,F.experts,B.attention,F.finish]"
     given = [

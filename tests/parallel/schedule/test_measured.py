@@ -1,0 +1,37 @@
+"""Costs read off a timeline are those it was simulated with."""
+
+from __future__ import annotations
+
+import pytest
+
+from counterflow.parallel.schedule.catalogue import find_schedule, schedule_names
+from counterflow.parallel.schedule.costs import Costs
+from counterflow.parallel.schedule.measured import measured_costs
+from counterflow.parallel.schedule.simulate import simulate
+
+
+@pytest.mark.parametrize("name", schedule_names())
+def test_simulating_with_the_measured_costs_gives_the_measured_step(name: str) -> None:
+    schedule = find_schedule(name)(4, 12)
+    costs = Costs.uniform(schedule.num_stages, 3.0, 4.0, 2.0, 6.5)
+    timeline = simulate(schedule, costs)
+    again = simulate(schedule, measured_costs(timeline))
+    assert again.step_time == pytest.approx(timeline.step_time, rel=1e-9)
+    for one, other in zip(again.spans, timeline.spans, strict=True):
+        assert [span.start for span in one] == pytest.approx([span.start for span in other], abs=1e-9)
+
+
+def test_stages_are_told_apart() -> None:
+    schedule = find_schedule("zb1p")(3, 8)
+    costs = Costs((1.0, 2.0, 3.0), (2.0, 1.0, 5.0), (0.5, 0.25, 4.0), (0.0,) * 3)
+    found = measured_costs(simulate(schedule, costs))
+    assert found.forward == pytest.approx(costs.forward)
+    assert found.backward_input == pytest.approx(costs.backward_input)
+    assert found.backward_weight == pytest.approx(costs.backward_weight)
+
+
+def test_a_pair_saves_no_more_than_its_shorter_half() -> None:
+    """Actions that something else slowed down while they ran alone would make pairs seem to take no time."""
+    schedule = find_schedule("dualpipe")(2, 8)
+    timeline = simulate(schedule, Costs.uniform(2, 10.0, 10.0, 10.0, 1.0))
+    assert measured_costs(timeline).hidden == (10.0, 10.0)
