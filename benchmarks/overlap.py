@@ -44,7 +44,8 @@ from counterflow.model.config import ModelConfig
 from counterflow.model.naming import initialise
 from counterflow.model.router import Router
 from counterflow.model.transformer import MicroBatch, Part, Transformer, Weights
-from counterflow.parallel.overlap import find_order, run_pair
+from counterflow.parallel.overlap import run_pair
+from counterflow.parallel.schedule.orders import find_order
 from counterflow.phases import Tape, WeightQueue, drain, run
 from counterflow.settings import UsageError
 

@@ -2,10 +2,11 @@
 
     python -P benchmarks/pipeline.py [--rounds 5] [--unit 0.1] [--microbatches 20]
 
-Four processes over gloo. A stage waits instead of computing, as the host of a GPU does: F, I and W take a unit of 0.1 s
-each, an overlapped pair 2.5 units; activations and gradients of 256 KiB really pass between the processes. All schedules of both sides run in
-turn in the same processes, in the opposite order every other round. A step is measured from the first rank's start to
-the last rank's end. Its ratio is that to the simulated step of the very order that ran, with free communication.
+Four processes over gloo. A stage computes on a device that is made up: its host waits for it, as for a GPU. F, I and W
+take a unit of 0.1 s each, an overlapped pair 2.5 units; activations and gradients of 256 KiB really pass between the
+processes. All schedules of both sides run in turn in the same processes, in the opposite order every other round. A
+step is measured from the first rank's start to the last rank's end. Its ratio is that to the simulated step of the
+very order that ran, with free communication.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from torch import nn
 from counterflow.benchmarks.pipeline_chunks import COSTS, SHAPE, Device, SleepingChunk, SleepingModule, sleep_exactly
 from counterflow.comm.p2p import Wires
 from counterflow.parallel.executor import Executor, Program
-from counterflow.parallel.overlap import find_order
 from counterflow.parallel.schedule.actions import Action, Overlap, Schedule
 from counterflow.parallel.schedule.catalogue import find_schedule, schedule_names
 from counterflow.parallel.schedule.costs import Costs
+from counterflow.parallel.schedule.orders import find_order
 from counterflow.parallel.schedule.simulate import simulate
 from counterflow.tests.pool import Pool, Worker
 

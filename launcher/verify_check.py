@@ -20,8 +20,11 @@ from ..parallel.layout import Layout
 from .build import make_groups
 from .config import Config
 from .explain import plain
+from .pipeline import microbatches
+from .plan_steps import Progress, steps_from
 from .trainer import Trainer
 from .verify_compare import (
+    LOSSES,
     TOLERANCES,
     Difference,
     Tolerances,
@@ -106,16 +109,13 @@ def verify_ranks(shrunk: Shrunk, groups: Groups) -> list[Outcome]:
     FP32, in FP32 too, which sees faults that coarser formats hide. The other ranks get nothing.
     """
     text = _share(groups, open_text(shrunk.config.data) if groups.rank == 0 else None)
-    single = make_groups(shrunk.alone(), Layout(1), "cpu", [groups_rank(groups)]) if groups.rank == 0 else None
+    single = None
+    if groups.rank == 0:
+        single = make_groups(shrunk.alone(), Layout(1), "cpu", [dist.get_global_rank(groups.world, 0)])
     outcomes = []
     for recipe in dict.fromkeys((shrunk.config.precision.recipe, "fp32")):
         outcomes.append(_verify(_with(shrunk, "precision.recipe", recipe), groups, single, text))
     return [outcome for outcome in outcomes if outcome is not None]
-
-
-def groups_rank(groups: Groups) -> int:
-    """This rank's global number."""
-    return dist.get_global_rank(groups.world, groups.rank)
 
 
 def _verify(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text) -> Outcome | None:
@@ -134,9 +134,7 @@ def _verify(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text) -
     return Outcome(config.precision.recipe, bounds, made, tuple(_microbatches(shrunk)), text.origin)
 
 
-def _attempt(
-    shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text, bounds: Tolerances
-) -> Attempt | None:
+def _attempt(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text, bounds: Tolerances) -> Attempt | None:
     """One seed. Rank 0 runs the single process first, then all run the grid, step by step."""
     config, steps = shrunk.config, shrunk.config.train.steps
     assert steps is not None
@@ -169,8 +167,10 @@ def _compare(attempt: Attempt, alone: Alone, number: int, ranks: Sequence[Seen],
 
 def _differences(alone: Alone, number: int, ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
     expected, step = alone.steps[number], number + 1
-    yield from compare_numbers(step, expected, ranks, bounds)
-    yield from compare_gradients(step, expected, ranks, bounds)
+    # In the order in which a step makes them: what departs first is then the cause of what departs later.
+    yield from compare_numbers(step, expected, ranks, LOSSES, bounds.loss)
+    yield from compare_gradients(step, alone, ranks, bounds)
+    yield from compare_numbers(step, expected, ranks, ("grad_norm",), bounds.gradient)
     yield from compare_biases(step, expected, ranks)
     gradients = merge([seen.gradients for seen in ranks])
     if gradients.keys() == expected.seen.gradients.keys():
@@ -187,9 +187,6 @@ def _with(shrunk: Shrunk, path: str, value: Any) -> Shrunk:
 
 
 def _microbatches(shrunk: Shrunk) -> Iterator[int]:
-    from .pipeline import microbatches
-    from .plan_steps import Progress, steps_from
-
     config = shrunk.config
     plan = steps_from(Progress(), config.batch)
     for _, (_, sequences) in zip(range(config.train.steps or 0), plan, strict=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from .verify_run import Alone, Rows, Seen, Step
 
 EXACT = 0.0
+LOSSES = ("loss", "loss_mtp", "loss_balance")
 
 CLASSES = ("embedding", "attention", "router", "experts", "shared experts", "dense", "norms", "head", "MTP")
 
@@ -80,31 +81,33 @@ def parameter_class(name: str) -> str:
     return "router" if ".gate" in name else "dense"
 
 
-def compare_numbers(step: int, expected: Step, ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
-    """Losses and gradient norm, on the rank where each is furthest off."""
+def compare_numbers(
+    step: int, expected: Step, ranks: Sequence[Seen], names: Sequence[str], bound: float
+) -> Iterator[Difference]:
+    """Those of the step's numbers, on the rank where each is furthest off."""
     everyone = tuple(seen.rank for seen in ranks)
-    for name, number in expected.seen.numbers.items():
-        off = {seen.rank: abs(seen.numbers.get(name, math.nan) - number) for seen in ranks}
-        largest = max(off.values(), key=lambda value: (math.isnan(value), value))
-        bound = bounds.gradient if name == "grad_norm" else bounds.loss
-        yield Difference(step, "number", name, name, _known(largest), abs(number), bound, everyone)
+    for name in names:
+        if name in expected.seen.numbers:
+            number = expected.seen.numbers[name]
+            largest = max(_known(abs(seen.numbers.get(name, math.nan) - number)) for seen in ranks)
+            yield Difference(step, "number", name, name, largest, abs(number), bound, everyone)
 
 
-def compare_gradients(step: int, expected: Step, ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
+def compare_gradients(step: int, alone: Alone, ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
     """Summed gradients, as backward reaches them: a fault at one place is then the first of those it causes."""
+    expected = alone.steps[step - 1].seen.gradients
     merged, held = merge([seen.gradients for seen in ranks]), holders(ranks)
-    for name, rows in backward_order(expected.seen.gradients):
-        yield difference(step, "gradient", name, merged.get(name), rows.values, bounds.gradient, held.get(name, ()))
+    for name in backward_order(alone.formula):
+        tensor = expected[name].values
+        yield difference(step, "gradient", name, merged.get(name), tensor, bounds.gradient, held.get(name, ()))
 
 
 def compare_formula(alone: Alone, bounds: Tolerances) -> Iterator[Difference]:
     """The single process's gradients of step 1 against plain autograd's."""
     found = alone.steps[0].seen.gradients
-    for name, expected in backward_order(alone.formula):
-        rows = found.get(name)
-        yield difference(
-            1, "plain gradient", name, None if rows is None else rows.values, expected, bounds.gradient, (0,)
-        )
+    for name in backward_order(alone.formula):
+        expected = alone.formula[name]
+        yield difference(1, "plain gradient", name, found[name].values, expected, bounds.gradient, (0,))
 
 
 def compare_biases(step: int, expected: Step, ranks: Sequence[Seen]) -> Iterator[Difference]:
@@ -116,7 +119,9 @@ def compare_biases(step: int, expected: Step, ranks: Sequence[Seen]) -> Iterator
         yield difference(step, "bias", name, found, bias, EXACT, tuple(copies))
 
 
-def compare_state(step: int, expected: Mapping[str, Tensor], ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
+def compare_state(
+    step: int, expected: Mapping[str, Tensor], ranks: Sequence[Seen], bounds: Tolerances
+) -> Iterator[Difference]:
     """Master weights and moments after the step, against `expected`, made of the same gradients."""
     merged, held = merge([seen.state for seen in ranks]), holders(ranks)
     for quantity, bound in (("weight", bounds.weight), ("exp_avg", bounds.moment), ("exp_avg_sq", bounds.moment)):
@@ -156,13 +161,18 @@ def moved_choices(expected: Step, ranks: Sequence[Seen]) -> tuple[int, int] | No
 
 
 def merge(parts: Sequence[Mapping[str, Rows]]) -> dict[str, Tensor]:
-    """Whole tensors from the rows that the ranks own; NaN where nobody owns a row."""
+    """Whole tensors from the rows that the ranks own; NaN where nobody owns a row, or several do."""
+    owners: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
     for part in parts:
         for name, rows in part.items():
             if name not in whole:
-                whole[name] = torch.full(rows.shape, math.nan)
-            whole[name][rows.start : rows.start + rows.values.shape[0]] = rows.values.float()
+                whole[name], owners[name] = torch.zeros(rows.shape), torch.zeros(rows.shape[0])
+            owned = slice(rows.start, rows.start + rows.values.shape[0])
+            whole[name][owned] = rows.values.float()
+            owners[name][owned] += 1
+    for name, number in owners.items():
+        whole[name][number != 1] = math.nan
     return whole
 
 
@@ -175,16 +185,19 @@ def holders(ranks: Sequence[Seen]) -> dict[str, tuple[int, ...]]:
     return held
 
 
-def backward_order(tensors: Mapping[str, Rows] | Mapping[str, Tensor]) -> list[tuple[str, Rows | Tensor]]:
-    """From what backward reaches first to the embedding."""
+def backward_order(names: Iterable[str]) -> list[str]:
+    """Global tensors, given in the order of the model's modules, from what backward reaches first to the embedding."""
 
     def place(name: str) -> tuple[int, int]:
         first, _, rest = name.partition(".")
         order = {"mtp": 0, "head": 1, "norm": 2, "layers": 3, "embedding": 4}
         number = rest.partition(".")[0]
-        return order.get(first, 5), -int(number) if number.isdecimal() else 0
+        return order[first], -int(number) if number.isdecimal() else 0
 
-    return sorted(reversed(list(tensors.items())), key=lambda item: place(item[0]))
+    ordered = [*names]
+    ordered.reverse()
+    ordered.sort(key=place)
+    return ordered
 
 
 def difference(

@@ -38,7 +38,7 @@ QUANTITIES = {
 def heading(config: Config, shrunk: Shrunk) -> str:
     """What stands for what: the keys that are others here, and what stays."""
     ranks = shrunk.layout.world_size
-    steps = shrunk.config.train.steps
+    steps = _count(shrunk.config.train.steps, "step")
     rows: list[tuple[str, ...]] = [("shrunk", "yours", "here", "")]
     yours = grid_of(config)
     all_ranks = "auto" if yours.edp is None else str(yours.ranks)
@@ -46,7 +46,7 @@ def heading(config: Config, shrunk: Shrunk) -> str:
     rows += [(key, _shown(mine), _shown(here), why) for key, mine, here, why in shrunk.changes if key != "train.steps"]
     against = "against a single process" if ranks > 1 else "against plain autograd"
     lines = [
-        f"{config.run.name}, made small: {_count(ranks, 'process', 'es')} on the CPU {against}, {_count(steps, 'step')}",
+        f"{config.run.name}, made small: {_count(ranks, 'process', 'es')} on the CPU {against}, {steps}",
         "",
         *(line[:WIDTH] for line in align(rows, frozenset({0, 3}))),
         "",
@@ -63,7 +63,7 @@ def body(outcomes: Sequence[Outcome], ranks: int) -> str:
     for outcome in outcomes:
         parts += [_ties(outcome), _table(outcome, ranks)]
     parts.append(textwrap.wrap(_legend(ranks), WIDTH))
-    parts += [_verdict(outcome, ranks) for outcome in outcomes]
+    parts.append([line for outcome in outcomes for line in _verdict(outcome, ranks)])
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -103,7 +103,8 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 def _difference_json(found: Difference) -> dict[str, Any]:
     return {
-        **{name: getattr(found, name) for name in ("step", "quantity", "name", "kind", "scale", "bound")},
+        **{name: getattr(found, name) for name in ("step", "quantity", "name", "kind", "bound")},
+        "scale": _finite(found.scale),
         "largest": _finite(found.largest),
         "error": _finite(found.error),
         "departs": found.departs,
@@ -175,8 +176,8 @@ def _worst(found: Sequence[Difference]) -> str:
     if not found:
         return ""
     worst = max(each.error for each in found)
-    text = "equal" if worst == 0 else f"{worst:.1e}" if math.isfinite(worst) else "missing"
-    return f"{text}!" if any(each.departs for each in found) else text
+    text = "equal" if worst == 0 else f"{worst:.1e}" if math.isfinite(worst) else "not finite"
+    return f"{text} !" if any(each.departs for each in found) else text
 
 
 def _legend(ranks: int) -> str:
@@ -230,7 +231,9 @@ def _departure(first: Difference) -> list[str]:
     """The first tensor that departs, in full."""
     named = NUMBERS.get(first.name) if first.quantity == "number" else None
     held = f"rank{'s' * (len(first.ranks) != 1)} {' '.join(map(str, first.ranks))}" if first.ranks else "no rank"
-    largest = f"{first.largest:.3g}" if math.isfinite(first.largest) else "not comparable: missing, NaN or infinite"
+    largest = (
+        f"{first.largest:.3g}" if math.isfinite(first.largest) else "not finite: missing, owned twice, NaN or infinite"
+    )
     relation = f", {first.error:.2g} of its largest value {first.scale:.3g}" if math.isfinite(first.error) else ""
     rows = [
         ("step", str(first.step)),

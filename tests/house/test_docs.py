@@ -15,7 +15,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from counterflow.launcher import cli, config_command, train_command
+from counterflow.launcher import cli, config_command, simulate_command, train_command, verify_command
 from counterflow.launcher.config import Config, TrainConfig
 from counterflow.launcher.failures import BAD_USAGE, FAILED
 from counterflow.launcher.load import load_config
@@ -51,7 +51,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
         parsed.append(args)
         return 0
 
-    for module in (train_command, config_command):
+    for module in (train_command, config_command, simulate_command, verify_command):
         monkeypatch.setattr(module, "run", note)
 
     def words_to_meaning(words: list[str]) -> argparse.Namespace:
@@ -73,6 +73,16 @@ def commands_of(page: str) -> Iterator[str]:
     for line in code_of(page):
         yield from (found.removeprefix("counterflow ") for found in COMMAND.findall(line))
         yield from (f"train smoke --nproc 4 {more}" for more in re.findall(r'make train ARGS="(.*?)"', line))
+
+
+def test_what_simulate_prints_is_shown_as_it_is(pages: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = [block for _, block in FENCED.findall(pages["docs/pipeline.md"]) if block.count("\n") > 3]
+    shown = [block for block in shown if block.startswith("$ counterflow simulate ")]
+    assert len(shown) == 2
+    for block in shown:
+        command, _, output = block.partition("\n")
+        assert cli.main(shlex.split(command)[2:]) == 0
+        assert capsys.readouterr().out.startswith(output)
 
 
 def is_synopsis(command: str) -> bool:

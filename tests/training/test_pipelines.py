@@ -188,3 +188,18 @@ def test_orders_of_overlap_and_recompute_give_the_same_bits(pool: Pool, text: Pa
     for more, ranks in zip(given, curves, strict=True):
         for found, expected in zip(ranks, curves[0], strict=True):
             assert equal_bits(found, expected), more
+
+
+def _launched(worker: Worker, config: Config, ep: int) -> tuple[int, int]:
+    trainer = make_trainer(config, worker.world_size, ep)
+    trainer.step()
+    trainer.close()
+    return trainer.optimizer.launched_early, trainer.optimizer.num_buckets
+
+
+@pytest.mark.parametrize("case", [Case("1f1b", 1, 2), Case("dualpipe", 2, 2), Case("zb1p", 2, 1)], ids=str)
+def test_every_gradient_is_on_its_way_when_the_last_backward_ends(pool: Pool, text: Path, case: Case) -> None:
+    """The number of gradients that each parameter gets in a step is known, so no bucket waits for the step's end."""
+    for launched, buckets in pool.run(_launched, case.world, case.config(text, "optim.bucket_mb=0.05"), case.ep):
+        assert buckets > 8
+        assert launched == buckets

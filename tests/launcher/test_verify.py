@@ -1,0 +1,284 @@
+"""`counterflow verify`: a sound run agrees, a planted fault is found and named, ties are told from faults."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from counterflow.launcher import trainer as trainer_module
+from counterflow.launcher import verify_check
+from counterflow.launcher.build import Model, make_groups
+from counterflow.launcher.config import Config
+from counterflow.launcher.load import load_config
+from counterflow.launcher.trainer import Trainer
+from counterflow.launcher.verify_check import Attempt, Moved, Outcome, verify_ranks
+from counterflow.launcher.verify_compare import TOLERANCES, Difference, moved_choices, parameter_class
+from counterflow.launcher.verify_report import body, heading, to_json
+from counterflow.launcher.verify_run import Choices, Seen, Step
+from counterflow.launcher.verify_shrink import Shrunk, shrink
+from counterflow.parallel.groups import Groups
+from counterflow.parallel.zero import ShardedOptimizer
+from counterflow.tests.pool import Pool, Worker
+
+PIPELINE = ("parallel.pp=2", "parallel.ep=2", "parallel.dp=2", "model.num_hidden_layers=2")
+
+
+def small(*overrides: str, nproc: int | None = None, steps: int = 2) -> tuple[Config, Shrunk]:
+    config = load_config("tiny", [*PIPELINE, *overrides])
+    return config, shrink(config, nproc, steps)
+
+
+def verified(worker: Worker, shrunk: Shrunk, plant: Callable[[Groups], None] | None = None) -> list[Outcome]:
+    """For `pool.run`: verify, with a fault on those ranks and in those trainers where `plant` puts one."""
+    groups = make_groups(shrunk.config, shrunk.layout, "cpu")
+    before = ShardedOptimizer._accumulate, Trainer.step, trainer_module.update_bias, Model._holders
+    try:
+        if plant is not None:
+            plant(groups)
+        return verify_ranks(shrunk, groups)
+    finally:
+        ShardedOptimizer._accumulate, Trainer.step, trainer_module.update_bias, Model._holders = before
+
+
+def run(pool: Pool, shrunk: Shrunk, plant: Callable[[Groups], None] | None = None) -> Outcome:
+    first, *others = pool.run(verified, shrunk.layout.world_size, shrunk, plant)
+    assert others == [[]] * len(others), "rank 0 alone compares"
+    return first[0]
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
+def test_a_sound_run_agrees(pool: Pool, schedule: str) -> None:
+    config, shrunk = small(f"parallel.schedule={schedule}", "train.recompute=v3")
+    assert shrunk.layout.world_size == 4
+    outcome = run(pool, shrunk)
+    assert outcome.agrees and outcome.last.first is None
+    found = {(each.quantity, each.step) for each in outcome.last.differences}
+    quantities = {"number", "gradient", "bias", "weight", "exp_avg", "exp_avg_sq", "copy"}
+    assert found == {(quantity, step) for quantity in quantities for step in (1, 2)} | {("plain gradient", 1)}
+    errors = [each.error for each in outcome.last.differences if each.quantity == "gradient"]
+    assert 0 < max(errors) < 1e-5, "sums in another order are not bit-equal"
+    kinds = {each.kind for each in outcome.last.differences if each.quantity == "gradient"}
+    expected = {"embedding", "attention", "router", "experts", "shared experts", "dense", "norms", "head", "MTP"}
+    assert kinds == expected
+    text = "\n".join([heading(config, shrunk), body([outcome], 4)])
+    assert max(map(len, text.splitlines())) <= 80 and "fp32: agrees" in text
+
+
+def _scaled_mirror(groups: Groups) -> None:
+    """The gradients that pipeline rank 1 has of a tensor of the second layer are too large, before they are summed."""
+    accumulate = ShardedOptimizer._accumulate
+
+    def planted(self: ShardedOptimizer, parameter: torch.Tensor, bucket: int, slot: int) -> None:
+        names = self._buckets[bucket].plan.slots[slot].placed.names
+        mirrored = self.groups.layout.pp == 2 and groups.coordinates.pp == 1
+        if mirrored and names == ("layers.1.attention.out",) and parameter.grad is not None:
+            parameter.grad.mul_(1.001)
+        accumulate(self, parameter, bucket, slot)
+
+    ShardedOptimizer._accumulate = planted  # type: ignore[method-assign]
+
+
+def _mtp_counted_twice(groups: Groups) -> None:
+    """Every pipeline rank adds its MTP loss's weight."""
+    forward_backward = Trainer.forward_backward
+    step = Trainer.step
+
+    def planted(self: Trainer) -> Any:
+        pp = self.groups.layout.pp
+
+        def scaled(batches: Any, weights: Any) -> Any:
+            return forward_backward(self, batches, replace(weights, mtp=weights.mtp * pp))
+
+        self.forward_backward = scaled  # type: ignore[method-assign]
+        return step(self)
+
+    Trainer.step = planted  # type: ignore[method-assign]
+
+
+def _local_counts(groups: Groups) -> None:
+    """A rank moves its biases by its own idea of the load."""
+    update = trainer_module.update_bias
+
+    def planted(bias: torch.Tensor, counts: torch.Tensor, speed: float) -> None:
+        update(bias, counts.flip(0) if groups.rank == 1 else counts, speed)
+
+    trainer_module.update_bias = planted
+
+
+def _experts_over_one_stage(groups: Groups) -> None:
+    """The mirrored copies of a stage sum the gradients of their experts each by itself: a group too small."""
+    holders = Model._holders
+
+    def planted(self: Model, name: str, stage: int) -> tuple[int, ...]:
+        held = holders(self, name, stage)
+        alone = ".experts." in name and groups.coordinates.pp in held
+        return (groups.coordinates.pp,) if alone and len(held) > 1 else held
+
+    Model._holders = planted  # type: ignore[method-assign]
+
+
+def _stale_copy(groups: Groups) -> None:
+    """Rank 3 keeps a router of before the step."""
+    step = Trainer.step
+
+    def planted(self: Trainer) -> Any:
+        parameter = next(p for n, p in self.model.parameters() if n.endswith(".gate.weight"))
+        before = parameter.detach().clone()
+        metrics = step(self)
+        if dist.get_world_size(self.groups.world) == 4 and groups.rank == 3:
+            parameter.data.copy_(before)
+        return metrics
+
+    Trainer.step = planted  # type: ignore[method-assign]
+
+
+FAULTS = [
+    (_scaled_mirror, "gradient", "layers.1.attention.out", (0, 1, 2, 3)),
+    (_mtp_counted_twice, "gradient", "mtp.0.norm", (0, 1, 2, 3)),
+    (_local_counts, "bias", "layers.1.mlp.gate.bias", (0, 1, 2, 3)),
+    (_experts_over_one_stage, "gradient", "mtp.0.block.mlp.experts.", (1, 3)),
+    (_stale_copy, "copy", ".mlp.gate", (3,)),
+]
+
+
+@pytest.mark.parametrize(("plant", "quantity", "name", "ranks"), FAULTS, ids=[f[0].__name__[1:] for f in FAULTS])
+def test_a_planted_fault_is_named(
+    pool: Pool, plant: Callable[[Groups], None], quantity: str, name: str, ranks: tuple[int, ...]
+) -> None:
+    config, shrunk = small(steps=1)
+    outcome = run(pool, shrunk, plant)
+    first = outcome.last.first
+    assert first is not None and not outcome.agrees
+    assert (first.step, first.quantity) == (1, quantity) and name in first.name
+    assert set(first.ranks) <= set(ranks) and first.ranks
+    text = body([outcome], 4)
+    assert "fp32: DEPARTS" in text and f"{first.name} (" in text and "step        1" in text
+    assert max(map(len, text.splitlines())) <= 80
+    as_json = to_json(config, shrunk, [outcome])
+    assert as_json["agrees"] is False and as_json["runs"][0]["first_departure"]["name"] == first.name
+    json.dumps(as_json, allow_nan=False)
+
+
+def test_the_size_of_a_departure_is_stated(pool: Pool) -> None:
+    _, shrunk = small(steps=1)
+    first = run(pool, shrunk, _scaled_mirror).last.first
+    assert first is not None and first.kind == "attention"
+    # One of two copies that serve half of the micro-batches each is 0.1 % too large.
+    assert 1e-4 < first.error < 1e-3 and first.error == first.largest / first.scale
+
+
+def _counted(rank: int, counts: list[list[int]]) -> Seen:
+    return Seen(rank, {}, {}, {}, {}, {}, torch.tensor(counts))
+
+
+def test_moved_choices_are_those_of_the_first_layer_that_differs() -> None:
+    gaps = {1: [torch.tensor([[1.0, 1e-7], [1e-6, 1.0], [1e-9, 1e-9]])]}
+    alone = Step({}, _counted(0, [[4, 4], [5, 3], [2, 6]]), Choices(gaps))
+    assert moved_choices(alone, [_counted(0, [[4, 1], [2, 3], [1, 6]]), _counted(1, [[0, 3], [3, 0], [1, 0]])]) is None
+    assert moved_choices(alone, [_counted(0, [[4, 4], [3, 5], [8, 0]])]) == (1, 2)
+    assert alone.choices.near(1, 2e-6) == 2, "the balance loss's own choice moves no token"
+    assert alone.choices.near(0, 2e-6) == 0
+    assert alone.choices.closest() == pytest.approx(1e-9)
+
+
+@pytest.mark.parametrize(("choices", "near", "tie"), [(2, 2, True), (1, 5, True), (3, 2, False), (1, 0, False)])
+def test_only_choices_within_rounding_are_a_tie(choices: int, near: int, tie: bool) -> None:
+    assert Attempt(1, moved=[Moved(1, 0, choices, near, 1e-8)]).tied is tie
+
+
+def _tied(worker: Worker, shrunk: Shrunk, ties: int, near: int) -> list[Outcome]:
+    """The first `ties` seeds have a choice that came out otherwise."""
+    made: list[Attempt] = []
+    attempt = verify_check._attempt
+
+    def planted(small: Shrunk, groups: Groups, *others: Any) -> Attempt | None:
+        result = attempt(small, groups, *others)
+        assert result is not None
+        if len(made) < ties:
+            result.moved.append(Moved(2, 1, 1, near, 1e-7))
+        made.append(result)
+        return result
+
+    verify_check._attempt = planted
+    try:
+        return verified(worker, shrunk)
+    finally:
+        verify_check._attempt = attempt
+
+
+@pytest.mark.parametrize(
+    ("ties", "near", "seeds", "says"),
+    [
+        (1, 2, 2, "trying another seed"),
+        (9, 2, 3, "as with all 3 seeds"),
+        (9, 0, 1, "so rounding does not explain it"),
+    ],
+)
+def test_a_tie_gets_other_seeds_and_a_fault_does_not(pool: Pool, ties: int, near: int, seeds: int, says: str) -> None:
+    config = load_config("tiny", ["parallel.dp=1"])
+    (outcomes,) = pool.run(_tied, 1, shrink(config, 1, 1), ties, near)
+    assert [attempt.seed for attempt in outcomes[0].attempts] == [config.run.seed + n for n in range(seeds)]
+    assert outcomes[0].agrees is (ties == 1)
+    assert says in " ".join(body(outcomes, 1).split())
+
+
+def test_one_process_is_compared_with_plain_autograd(pool: Pool) -> None:
+    config, shrunk = small(nproc=1)
+    outcome = run(pool, shrunk)
+    assert {each.quantity for each in outcome.last.differences} >= {"plain gradient"} and outcome.agrees
+    text = " ".join(body([outcome], 1).split())
+    assert "nothing else to compare" in text and "against plain autograd" in heading(config, shrunk)
+
+
+def test_bf16_is_verified_in_fp32_too(pool: Pool) -> None:
+    config = load_config("tiny", ["parallel.dp=2", "precision.recipe=bf16", "optim.moments=bf16"])
+    outcomes, _ = pool.run(verified, 2, shrink(config, None, 2))
+    assert [(outcome.recipe, outcome.agrees) for outcome in outcomes] == [("bf16", True), ("fp32", True)]
+    assert TOLERANCES["fp32"].gradient < TOLERANCES["bf16"].gradient / 100
+
+
+def test_what_is_missing_or_nan_departs() -> None:
+    for largest in (float("inf"), float("nan"), 2e-5):
+        assert Difference(1, "gradient", "head", "head", largest, 1.0, 1e-5, ()).departs
+    assert not Difference(1, "gradient", "head", "head", 0.0, 0.0, 0.0, ()).departs
+    assert Difference(1, "gradient", "head", "head", 1e-30, 0.0, 1e-5, ()).departs, "zero is to be zero"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("embedding", "embedding"),
+        ("head", "head"),
+        ("norm", "norms"),
+        ("layers.0.attention.q_up", "attention"),
+        ("layers.0.attention.q_norm", "norms"),
+        ("layers.0.mlp.w1", "dense"),
+        ("layers.3.mlp.gate", "router"),
+        ("layers.3.mlp.gate.bias", "router"),
+        ("layers.3.mlp.experts.12.w2", "experts"),
+        ("layers.3.mlp.shared.w3", "shared experts"),
+        ("mtp.0.block.mlp.experts.12.w2", "MTP"),
+    ],
+)
+def test_parameter_classes(name: str, kind: str) -> None:
+    assert parameter_class(name) == kind
+
+
+def test_the_command_line_from_end_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "counterflow", "verify", "smoke", "--nproc", "2", "--steps", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["agrees"] and result["grid"] == {"ranks": 2, "pp": 1, "ep": 2, "edp": 1}
+    assert result["lost"] == ["edp auto is 1 here"]
+    assert {"key": "model.hidden_size", "yours": 128, "here": 32, "why": ""} in result["changes"]
+    assert list(tmp_path.iterdir()) == [], "no run folder"
