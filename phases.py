@@ -130,7 +130,7 @@ class Tape:
 
     def seed(self, tensor: Tensor, gradient: float) -> Tensor:
         """A scalar loss made in this phase: the backward starts from it too, with this gradient. Returns its value."""
-        if tensor.requires_grad and gradient:
+        if tensor.requires_grad:
             cut = self._made(_Cut(get_gradient_edge(tensor)))
             cut.gradient = torch.full_like(tensor, gradient)
         return tensor.detach()

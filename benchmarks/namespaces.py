@@ -5,14 +5,13 @@
 
 Needs root and iproute2. Names are unique and addresses live inside the namespaces, so several links can exist at once
 and none touches the machine's own network. Whatever ends the block, an exception, Ctrl-C or SIGTERM, the namespaces are
-removed; only after SIGKILL they stay, as `counterflow-PID-0` and `counterflow-PID-1` (`ip netns delete` removes them).
+removed; only after SIGKILL they stay, as `ip netns list` shows (`ip netns delete NAME` removes them).
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from counterflow.settings import UsageError
@@ -37,8 +37,6 @@ QUEUE_BYTES = 16 * 2**20
 # send: with BBR, the default in places, transfers of 0.5 MiB in both directions at once went at anything from 34 to 98
 # of 100 Mbit/s. Reno is in every kernel; on a link that drops nothing it soon sends whatever the link takes.
 TCP = {"tcp_slow_start_after_idle": 0, "tcp_congestion_control": "reno"}
-
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,6 @@ class Link:
             command = f"tc -n {namespace} qdisc replace dev {self.interface} root tbf {' '.join(shape)}"
             _run(*command.split())
 
-    def bytes_sent(self, end: int) -> int:
-        """Bytes that the kernel has sent from this end since the link was made, headers of packets included."""
-        shown = json.loads(_run("ip", "-n", self.namespaces[end], "-s", "-j", "link", "show", "dev", self.interface))
-        return int(shown[0]["stats64"]["tx"]["bytes"])
-
 
 @contextmanager
 def joined(mbit: float) -> Iterator[Link]:
@@ -75,7 +68,7 @@ def joined(mbit: float) -> Iterator[Link]:
         UsageError: not root, no iproute2, or a kernel that refuses.
     """
     _refuse_without_means()
-    prefix = f"counterflow-{os.getpid()}" if (number := next(_numbers)) == 0 else f"counterflow-{os.getpid()}.{number}"
+    prefix = f"counterflow-{secrets.token_hex(4)}"
     link = Link((f"{prefix}-0", f"{prefix}-1"))
     with ExitStack() as cleanup, _terminated_as_exit():
         for namespace in link.namespaces:
@@ -92,6 +85,11 @@ def joined(mbit: float) -> Iterator[Link]:
                 _run(*f"ip netns exec {namespace} sh -c".split(), f"echo {value} > /proc/sys/net/ipv4/{setting}")
         link.limit(mbit)
         yield link
+
+
+def bytes_sent() -> int:
+    """Bytes that the kernel has sent over the link, packet headers included: asked by a process at one of its ends."""
+    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 
 def _refuse_without_means() -> None:

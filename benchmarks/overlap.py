@@ -12,8 +12,9 @@ multiply matrices instead, on the cores that also move the packets.
     exposed = (T_pair - T_compute) / T_communication,    T_communication = T_blocking - T_compute
 
 T_compute is the same chunk with all experts on each rank, so that the same rows go nowhere; T_blocking waits for every
-transfer where it is launched. All sides run in turn, every round, and a time is that of the slower rank. Compute is
-scaled so that the transfers by themselves take the wanted ratio of it. Needs root and iproute2.
+transfer where it is launched. All sides run in turn, every round; a time is that of the slower rank, and the median of
+the rounds; the spread is that of the share in single rounds. Compute is scaled so that the transfers by themselves take
+the wanted ratio of it. Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from counterflow.benchmarks.namespaces import INTERFACE, Link, joined
+from counterflow.benchmarks.namespaces import Link, bytes_sent, joined
 from counterflow.comm import flat
 from counterflow.comm.exchange import Exchange
 from counterflow.model.config import ModelConfig
@@ -65,10 +65,20 @@ WIDTHS = {
 # time in DeepSeek's published training trace by the annotation that launched it (a quarter of the sum over four
 # layers); mlp is divided between shared and routed experts by the time of their GEMMs.
 TRACE = {"attention": (4.1, 8.8, 2.4, 5), "shared": (0.5, 0.55, 0.7, 2), "experts": (4.1, 4.75, 5.7, 2)}
-ALTERNATION = (
-    "F.attention B.finish F.dispatch B.combine F.shared B.experts F.experts B.shared F.combine B.dispatch F.finish "
-    "B.attention"
-).split()
+ALTERNATION = [
+    "F.attention",
+    "B.finish",
+    "F.dispatch",
+    "B.combine",
+    "F.shared",
+    "B.experts",
+    "F.experts",
+    "B.shared",
+    "F.combine",
+    "B.dispatch",
+    "F.finish",
+    "B.attention",
+]
 
 
 class Work:
@@ -78,7 +88,7 @@ class Work:
         self.scale = 0.0
         """Seconds a millisecond of the trace stands for."""
         self._operand = torch.randn(192, 192) if matmul else None
-        self._each = statistics.median(self._time(50) for _ in range(9)) / 50 if matmul else 0.0
+        self._each = min(self._time(50) for _ in range(20)) / 50 if matmul else 0.0
 
     def __call__(self, share: float) -> None:
         seconds = share * self.scale
@@ -241,22 +251,17 @@ class Sides:
         step, blocking = self.steps[name]
         tally = Tally()
         dist.barrier(self.group)
-        kernel = kernel_bytes()
+        kernel = bytes_sent()
         with exchanges(tally, blocking):
             start = time.perf_counter()
             step()
             seconds = time.perf_counter() - start
         self.apart.chunk.zero_grad()
         self.here.chunk.zero_grad()
-        kernel = kernel_bytes() - kernel
+        kernel = bytes_sent() - kernel
         slower = torch.tensor(seconds, dtype=torch.float64)
         dist.all_reduce(slower, dist.ReduceOp.MAX, group=self.group)
         return float(slower), tally.sent, kernel
-
-
-def kernel_bytes() -> int:
-    """Bytes that the kernel has sent over the link from this namespace."""
-    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 
 @dataclass
@@ -280,12 +285,15 @@ class Measured:
 
 def measure(sides: Sides, ratio: float, rounds: int) -> Measured:
     """All sides in turn, every round, with transfers that take `ratio` of the compute."""
-    sides.work.scale = 0.0
-    transfers, overhead = (
-        statistics.median(sides.run(name)[0] for _ in range(5)) for name in ("transfers", "compute")
-    )
-    sides.work.scale = (transfers / ratio - overhead) / (LAYERS * sum(sum(part[:3]) for part in TRACE.values()))
-    assert sides.work.scale > 0, f"the chunk computes for {overhead:.3f} s already, its transfers take {transfers:.3f}"
+
+    def seconds(name: str) -> float:
+        return statistics.median(sides.run(name)[0] for _ in range(5))
+
+    sides.work.scale, transfers = 0.0, seconds("transfers")
+    for _ in range(2):  # the blocks' own, real computation takes longer between waits: its data have left the caches
+        missing = transfers / ratio - seconds("compute")
+        sides.work.scale += missing / (LAYERS * sum(sum(part[:3]) for part in TRACE.values()))
+        assert sides.work.scale > 0, f"the blocks by themselves compute for longer than {transfers / ratio:.3f} s"
     measured, names = Measured(), list(sides.steps)
     for turn in range(rounds + 1):
         for name in names[:: 1 if turn % 2 else -1]:
@@ -307,10 +315,11 @@ def report(ratio: float, measured: Measured, mbit: float) -> None:
     )
     print(f"{'pair':<14}{'ms':>7}{'exposed':>9}   {'rounds':<15}{'kernel bytes / tensor bytes, each rank':>40}")
     for name in list(seconds)[2:]:
+        exposed = (seconds[name] - seconds["compute"]) / communication
         shares = measured.exposed(name)
         kernel = statistics.median(measured.kernel[name])
         print(
-            f"{name:<14}{seconds[name] * 1e3:>7.0f}{statistics.median(shares):>9.1%}   "
+            f"{name:<14}{seconds[name] * 1e3:>7.0f}{exposed:>9.1%}   "
             f"{f'{min(shares):.1%} to {max(shares):.1%}':<15}{kernel:>16.0f} / {sent:.0f} = {kernel / sent:.3f}",
             flush=True,
         )

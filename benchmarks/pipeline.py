@@ -102,7 +102,8 @@ def read_torch_order(order: Mapping[int, Sequence[Any]]) -> tuple[tuple[Action |
 
 def make_runners(rank: int, num_microbatches: int, device: Device) -> dict[Side, Runner]:
     ranks = list(range(RANKS))
-    wires = Wires(dist.new_group(ranks), dist.new_group(ranks))
+    channels = {(a, b): dist.new_group([a, b]) for a in ranks for b in ranks if a != b}
+    wires = Wires(dist.get_rank(), {pair: group for pair, group in channels.items() if dist.get_rank() in pair})
     runners = {}
     for name in schedule_names():
         runners[name, OURS] = our_runner(name, num_microbatches, rank, wires, device)

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .failure import telling
+
 
 class Exchange:
     """Rows on their way between the ranks of a group: launched when made, complete after `wait`.
@@ -29,12 +31,19 @@ class Exchange:
             self._received = self._sent
             return
         self._received = torch.empty((sum(receive_splits), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-        self._work = dist.all_to_all_single(
-            self._received, self._sent, receive_splits, send_splits, group=group, async_op=True
-        )
+        self._group = group
+        with telling(self._what()):
+            self._work = dist.all_to_all_single(
+                self._received, self._sent, receive_splits, send_splits, group=group, async_op=True
+            )
 
     def wait(self) -> Tensor:
         """The received rows `[sum(receive_splits), ...]`, ordered by source rank."""
         if self._work is not None:
-            self._work.wait()
+            with telling(self._what()):
+                self._work.wait()
         return self._received
+
+    def _what(self) -> str:
+        ranks = ", ".join(map(str, dist.get_process_group_ranks(self._group)))
+        return f"the all-to-all of ranks {ranks}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,43 +12,46 @@ from torch import Tensor
 class Wires:
     """Sends and receives of one pipeline rank.
 
-    Messages to higher ranks and to lower ranks use groups of their own: on NCCL a group's transfers between two ranks
-    queue in one stream, where opposite directions would wait for each other. Within a direction a pair of ranks must
-    receive in the order in which it sends, for NCCL knows no tags.
+    Every ordered pair of ranks has a group of its own. On NCCL the transfers of a group queue one behind the other,
+    whoever they are with: in a group of all ranks a send would wait behind a receive that may depend on it. And since
+    NCCL knows no tags, a pair must receive in the order in which it sends.
 
     Args:
-        down: the pipeline ranks in order, for messages from lower to higher ranks.
-        up: the same ranks, for messages from higher to lower ranks.
+        rank: this pipeline rank.
+        channels: by source and target the group of these two ranks.
     """
 
-    def __init__(self, down: dist.ProcessGroup, up: dist.ProcessGroup) -> None:
-        self._down, self._up = down, up
-        self.rank = down.rank()
+    def __init__(self, rank: int, channels: Mapping[tuple[int, int], dist.ProcessGroup]) -> None:
+        self.rank = rank
+        self._channels = channels
 
-    def send(self, tensor: Tensor, target: int) -> dist.Work:
-        """Start sending `tensor`, which must not change until the work is done, to pipeline rank `target`."""
-        work = dist.isend(tensor.contiguous(), group=self._group(self.rank, target), group_dst=target)
+    def send(self, tensor: Tensor, target: int) -> Transit:
+        """Start sending `tensor`, which must not change until the transit is over, to pipeline rank `target`."""
+        whole = tensor.contiguous()
+        group = self._group(self.rank, target)
+        work = dist.isend(whole, group=group, group_dst=int(target > self.rank))
         assert work is not None
-        return work
+        return Transit(whole, work)
 
-    def receive(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, source: int) -> Received:
+    def receive(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, source: int) -> Transit:
         """Start receiving from pipeline rank `source`."""
         buffer = torch.empty(shape, dtype=dtype, device=device)
-        work = dist.irecv(buffer, group=self._group(source, self.rank), group_src=source)
+        work = dist.irecv(buffer, group=self._group(source, self.rank), group_src=int(source > self.rank))
         assert work is not None
-        return Received(buffer, work)
+        return Transit(buffer, work)
 
     def _group(self, source: int, target: int) -> dist.ProcessGroup:
-        return self._down if source < target else self._up
+        assert (source, target) in self._channels, f"no channel from pipeline rank {source} to {target} was made"
+        return self._channels[source, target]
 
 
-class Received:
-    """A tensor on its way here."""
+class Transit:
+    """A tensor on its way from here or to here, kept until it is over."""
 
-    def __init__(self, buffer: Tensor, work: dist.Work) -> None:
-        self._buffer = buffer
+    def __init__(self, tensor: Tensor, work: dist.Work) -> None:
+        self._tensor = tensor
         self._work = work
 
     def wait(self) -> Tensor:
         self._work.wait()
-        return self._buffer
+        return self._tensor

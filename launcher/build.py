@@ -21,11 +21,15 @@ from ..parallel.layout import Layout
 from ..parallel.schedule.actions import Schedule
 from ..parallel.schedule.choose import example
 from ..parallel.schedule.orders import find_order
+from ..parallel.schedule.transfers import links
 from ..parallel.stages import Split
 from ..parallel.zero import ShardedOptimizer
 from ..placement import Placed
 from .config import Config
-from .pipeline import make_split
+from .pipeline import make_schedule, make_split
+
+FEW_MICROBATCHES = (1, 2, 3)
+"""Besides a full pipeline's number, those for which a schedule could use other links."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,13 +46,14 @@ class Model:
     """Any of the run's schedules, for its placement."""
 
     def placed(self) -> list[Placed]:
-        """Every parameter of this rank once, in the order of the stages."""
+        """Every parameter of this rank once: the embedding, then stage by stage."""
         found: dict[int, Placed] = {}
         for stage, chunk in self.chunks.items():
             for item in placements(chunk):
                 held_by = replace(item, holders=self._holders(item.names[0], stage))
                 found.setdefault(id(item.parameter), held_by)
-        return list(found.values())
+        # Both ends of the model hold the embedding: it comes first on all of them, for replicas share one order.
+        return sorted(found.values(), key=lambda item: item.names[0] != "embedding")
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter of this rank once, by the name its module gives it, which is unique in the whole model."""
@@ -101,7 +106,9 @@ def make_groups(config: Config, layout: Layout, device_type: str, ranks: Sequenc
     schedule = _any_schedule(config)
     holders = {schedule.holders(stage) for stage in range(schedule.num_stages)}
     holders.add(embedding_holders(schedule, config.model.num_nextn_predict_layers > 0))
-    return Groups.create(layout, device_type, ranks, config.parallel.timeout, sorted(holders))
+    few = [make_schedule(config, count) for count in FEW_MICROBATCHES]
+    pairs = set().union(*(links(made) for made in (schedule, *few)))
+    return Groups.create(layout, device_type, ranks, config.parallel.timeout, sorted(holders), sorted(pairs))
 
 
 def _any_schedule(config: Config) -> Schedule:
@@ -155,7 +162,7 @@ def build_executor(config: Config, model: Model, groups: Groups, device: torch.d
     batch = config.batch
     return Executor(
         model.chunks,
-        Wires(groups.down, groups.up),
+        Wires(groups.coordinates.pp, groups.channels),
         find_order(config.parallel.overlap_order),
         torch.Size((batch.micro_sequences, batch.sequence_length, config.model.hidden_size)),
         DTYPES[config.precision.recipe],

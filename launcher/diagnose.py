@@ -88,7 +88,7 @@ def _replay(trainer: Trainer, micro_batches: list[Batch], weights: Weights) -> F
     handles = []
     for name, module in trainer.model.modules():
         handles += watch.follow(name, module)
-    trainer.executor.watch = watch.begin
+    trainer.executor.watch = watch
     try:
         # Starts from gradients of zero, or a fault that does not come again would be found in its traces.
         with torch.enable_grad():
@@ -118,10 +118,15 @@ class _Watch:
         self.first: Finding | None = None
         self._forward = self._backward = Action("F", 0, 0)
         self._position = 0
+        self._recomputing = False
 
     def begin(self, action: Action | Overlap) -> None:
         """What is seen from now on belongs to this action: to a pair's forward or backward, whichever it is."""
         self._forward, self._backward = action if isinstance(action, Overlap) else (action, action)
+
+    def backward(self, running: bool) -> None:
+        """What a backward recomputes of its forward has been looked at before."""
+        self._recomputing = running
 
     def follow(self, name: str, module: nn.Module) -> list[Any]:
         return [
@@ -130,6 +135,8 @@ class _Watch:
         ]
 
     def _look(self, what: str, value: Any) -> None:
+        if self._recomputing:
+            return
         for tensor in _tensors(value):
             self._position += 1
             self._note(False, what, tensor)

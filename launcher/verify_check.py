@@ -25,7 +25,6 @@ from .plan_steps import Progress, steps_from
 from .trainer import Trainer
 from .verify_compare import (
     LOSSES,
-    TOLERANCES,
     Difference,
     Tolerances,
     compare_biases,
@@ -36,6 +35,7 @@ from .verify_compare import (
     compare_state,
     merge,
     moved_choices,
+    tolerances,
 )
 from .verify_run import Alone, Seen, Watched
 from .verify_shrink import Shrunk
@@ -54,11 +54,13 @@ class Attempt:
     moved: list[Moved] = field(default_factory=list)
     closest: float = float("inf")
     """Least gap between a routing score that was chosen and one that was not."""
+    near_balance: int = 0
+    """Of the first step that departs though no token moved: choices within rounding that the balance loss counts."""
 
     @property
     def tied(self) -> bool:
-        """Whether rounding alone explains that this run went another way."""
-        return any(moved.tie for moved in self.moved)
+        """Whether rounding alone can explain that this run went another way. With other seeds it then does not."""
+        return any(moved.tie for moved in self.moved) or self.near_balance > 0
 
     @property
     def first(self) -> Difference | None:
@@ -75,7 +77,7 @@ class Moved:
     """Among all MoE layers."""
     choices: int
     near: int
-    """Choices of that layer that are within rounding."""
+    """As many as choices of that layer that are within rounding can move."""
     closest: float
 
     @property
@@ -120,7 +122,7 @@ def verify_ranks(shrunk: Shrunk, groups: Groups) -> list[Outcome]:
 
 def _verify(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text) -> Outcome | None:
     config = shrunk.config
-    bounds = TOLERANCES[config.precision.recipe]
+    bounds = tolerances(config)
     attempts = []
     for number in range(MOST_SEEDS):
         seeded = _with(shrunk, "run.seed", config.run.seed + number)
@@ -150,7 +152,7 @@ def _attempt(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text, 
         ranks = _collect(groups, grid.step())
         if alone is not None and attempt is not None:
             _compare(attempt, alone, number, ranks, bounds)
-        if _share(groups, attempt is not None and bool(attempt.moved)):
+        if _share(groups, attempt is not None and bool(attempt.moved or attempt.near_balance)):
             break
     grid.trainer.close()
     return attempt
@@ -158,11 +160,14 @@ def _attempt(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text, 
 
 def _compare(attempt: Attempt, alone: Alone, number: int, ranks: Sequence[Seen], bounds: Tolerances) -> None:
     expected, step = alone.steps[number], number + 1
-    if (found := moved_choices(expected, ranks)) is not None:
-        layer, choices = found
-        near = expected.choices.near(layer, bounds.tie)
+    found = list(_differences(alone, number, ranks, bounds))
+    attempt.differences += found
+    if (moved := moved_choices(expected, ranks)) is not None:
+        layer, choices = moved
+        near = expected.choices.near(layer, bounds.tie, alone.trainer.config.model.num_experts_per_tok)
         attempt.moved.append(Moved(step, layer, choices, near, expected.choices.closest()))
-    attempt.differences += _differences(alone, number, ranks, bounds)
+    elif any(each.departs for each in found):
+        attempt.near_balance = expected.choices.near_balance(bounds.tie)
 
 
 def _differences(alone: Alone, number: int, ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:

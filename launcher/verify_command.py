@@ -24,6 +24,8 @@ from .verify_shrink import Shrunk, shrink
 if TYPE_CHECKING:
     from .verify_check import Outcome
 
+PIECE = 4096  # bytes that POSIX writes to a pipe all at once (PIPE_BUF on Linux)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes at most (default: as few as show the topology, up to 8)"
     )
-    parser.add_argument("--steps", type=int, default=3, metavar="K", help="steps of training (default 3)")
+    parser.add_argument("--steps", type=int, default=2, metavar="K", help="steps of training (default 2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # where rank 0 leaves what it found
 
@@ -74,10 +76,17 @@ def _launch(args: argparse.Namespace, config: Config, shrunk: Shrunk) -> int:
             return code
         outcomes: list[Outcome] = pickle.loads(result.read_bytes())
     if args.json:
-        print(json.dumps(to_json(config, shrunk, outcomes)))
+        _print_long(json.dumps(to_json(config, shrunk, outcomes)))
     else:
         print(f"\n{body(outcomes, ranks)}")
     return 0 if all(outcome.agrees for outcome in outcomes) else 1
+
+
+def _print_long(text: str) -> None:
+    """Print ASCII in pieces that a pipe takes whole: with PYTHONUNBUFFERED set, Python drops what a write leaves."""
+    for start in range(0, len(text), PIECE):
+        sys.stdout.write(text[start : start + PIECE])
+    print()
 
 
 def _work(args: argparse.Namespace, place: Place) -> int:

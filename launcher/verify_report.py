@@ -38,15 +38,15 @@ QUANTITIES = {
 def heading(config: Config, shrunk: Shrunk) -> str:
     """What stands for what: the keys that are others here, and what stays."""
     ranks = shrunk.layout.world_size
-    steps = _count(shrunk.config.train.steps, "step")
+    steps, count = _count(shrunk.config.train.steps, "step"), _count(ranks, "process", "es")
     rows: list[tuple[str, ...]] = [("shrunk", "yours", "here", "")]
     yours = grid_of(config)
     all_ranks = "auto" if yours.edp is None else str(yours.ranks)
     rows.append(("ranks", all_ranks, str(ranks), ""))
     rows += [(key, _shown(mine), _shown(here), why) for key, mine, here, why in shrunk.changes if key != "train.steps"]
-    against = "against a single process" if ranks > 1 else "against plain autograd"
+    against = "against one" if ranks > 1 else "against plain autograd"
     lines = [
-        f"{config.run.name}, made small: {_count(ranks, 'process', 'es')} on the CPU {against}, {steps}",
+        *textwrap.wrap(f"{config.run.name}, made small: {count} on the CPU {against}, {steps}", WIDTH),
         "",
         *(line[:WIDTH] for line in align(rows, frozenset({0, 3}))),
         "",
@@ -92,6 +92,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
             {
                 "seed": attempt.seed,
                 "closest_choice": _finite(attempt.closest),
+                "near_balance_choices": attempt.near_balance,
                 "moved": [vars(moved) | {"tie": moved.tie} for moved in attempt.moved],
             }
             for attempt in outcome.attempts
@@ -122,7 +123,7 @@ def _kept(config: Config, shrunk: Shrunk) -> list[str]:
     changed = {change.key for change in shrunk.changes}
     options = "".join(f" {name}={value}" for name, value in parallel.schedule_options.items())
     words = []
-    if parallel.pp > 1:
+    if shrunk.layout.pp > 1:
         words += [f"schedule {parallel.schedule}{options}"] * ("parallel.schedule" not in changed)
         words += ["split balanced"] * (parallel.split == "balanced")
         order = parallel.overlap_order
@@ -157,7 +158,7 @@ def _table(outcome: Outcome, ranks: int) -> list[str]:
 
     if ranks > 1:
         counts = [str(outcome.microbatches[step - 1]) for step in shown]
-        counts = counts or [f"{min(outcome.microbatches)} to {max(outcome.microbatches)}"]
+        counts = counts or [" to ".join(map(str, sorted({min(outcome.microbatches), max(outcome.microbatches)})))]
         rows.append(("micro-batches", *counts, ""))
         for kind, name in NUMBERS.items():
             row(name, ["number"], [kind], bounds.gradient if kind == "grad_norm" else bounds.loss)
@@ -196,15 +197,31 @@ def _ties(outcome: Outcome) -> list[str]:
     """What became of seeds that were given up."""
     lines = []
     for attempt in outcome.attempts[:-1]:
-        moved = attempt.moved[0]
-        lines += textwrap.wrap(f"{outcome.recipe}, seed {attempt.seed}: {_describe(moved)}; trying another seed", WIDTH)
+        what = _why_unsure(attempt)
+        lines += textwrap.wrap(f"{outcome.recipe}, seed {attempt.seed}: {what}; trying another seed", WIDTH)
     return lines
 
 
+def _why_unsure(attempt: Attempt) -> str:
+    if attempt.moved:
+        return _describe(attempt.moved[0])
+    assert attempt.first is not None
+    near = _count(attempt.near_balance, "choice")
+    return (
+        f"{_quantity(attempt.first)} of step {attempt.first.step} departs, and {near} that the balance loss counts "
+        f"there may come out either way (the closest by {attempt.closest:.1e})"
+    )
+
+
 def _describe(moved: Moved) -> str:
-    choices = f"{_count(moved.choices, 'choice')} of a router in step {moved.step}, MoE layer {moved.layer},"
-    near = f"{moved.near} there {'is' if moved.near == 1 else 'are'} within rounding"
-    return f"{choices} came out otherwise, and {near} (the closest by {moved.closest:.1e})"
+    return (
+        f"in step {moved.step}, MoE layer {moved.layer}, {_count(moved.choices, 'choice')} of experts came out "
+        f"otherwise; rounding can move {moved.near} there (the closest scores are {moved.closest:.1e} apart)"
+    )
+
+
+def _quantity(found: Difference) -> str:
+    return NUMBERS[found.name] if found.quantity == "number" else f"{QUANTITIES[found.quantity]} {found.name}"
 
 
 def _verdict(outcome: Outcome, ranks: int) -> list[str]:

@@ -72,10 +72,15 @@ class Choices:
     def closest(self) -> float:
         return min((float(gap.min()) for gaps in self.gaps.values() for gap in gaps), default=float("inf"))
 
-    def near(self, layer: int, bound: float) -> int:
-        """Choices of groups and experts in a layer whose last chosen and first not chosen scores are `bound` apart
-        or less."""
-        return sum(int((gap[:2] <= bound).sum()) for gap in self.gaps.get(layer, []))
+    def near(self, layer: int, bound: float, top_k: int) -> int:
+        """How many experts of a layer's tokens the choices move whose last chosen and first not chosen scores are
+        `bound` apart or less: one each, and all K of a token where it is a choice of groups."""
+        near = sum(((gap[:2] <= bound).sum(1) for gap in self.gaps.get(layer, [])), torch.zeros(2, dtype=torch.int64))
+        return int(near[0]) * top_k + int(near[1])
+
+    def near_balance(self, bound: float) -> int:
+        """As near choices of the experts that the balance loss counts, of all layers; they move no token."""
+        return sum(int((gap[2] <= bound).sum()) for gaps in self.gaps.values() for gap in gaps)
 
 
 @dataclass

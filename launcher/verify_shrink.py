@@ -66,7 +66,7 @@ class Shrunk:
         return Config.model_validate(tree)
 
 
-def shrink(config: Config, nproc: int | None = None, steps: int = 3) -> Shrunk:
+def shrink(config: Config, nproc: int | None = None, steps: int = 2) -> Shrunk:
     """The small run for at most `nproc` processes, by default as few as show the topology.
 
     Raises UsageError where no process is allowed, no step is asked for, or the vocabulary cannot hold bytes.

@@ -51,6 +51,8 @@ class Rebuild:
         shared = _Recipe(recipe)
         for index, tensor in enumerate(tensors):
             assert tensor.storage_offset() == 0, "register whole tensors, not views into others"
+            if tensor.numel() == 0:  # all of them have one address, none
+                continue
             # The tensor itself is held until `close`, so its address cannot be reused meanwhile.
             self._recipes[tensor.untyped_storage().data_ptr()] = (tensor, shared, index)
 

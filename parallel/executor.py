@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.p2p import Received, Wires
+from ..comm.failure import CommunicationError, telling
+from ..comm.p2p import Transit, Wires
 from ..phases import Chunk, Phases, Tape, Uncut, drain, run
 from .overlap import run_pair
 from .schedule.actions import Action, Overlap, Schedule, parts
@@ -31,6 +32,16 @@ SENDS_IN_FLIGHT = 4
 
 class PipelineError(RuntimeError):
     """A transfer failed; the message names the ranks and what was waited for."""
+
+
+class Watch(Protocol):
+    """Looks on while a step runs."""
+
+    def begin(self, action: Action | Overlap) -> None:
+        """Called with each action before it runs."""
+
+    def backward(self, running: bool) -> None:
+        """Called when a phase of a backward begins, and when it ends: forwards in between are recomputation."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class _Pass:
     deferred: deque[Callable[[], None]] = field(default_factory=deque)
 
 
+_Ended = tuple[Tensor | None, None]  # what a backward returns
 _Key = tuple[str, int, int]  # activation or gradient, the stage that made it, micro-batch
 
 
@@ -84,19 +96,18 @@ class Executor:
         self.wires = wires
         self.order = order
         self.buffer = shape, dtype, device
-        self.watch: Callable[[Action | Overlap], None] | None = None
-        """Called with each action before it runs."""
+        self.watch: Watch | None = None
         self.timed = False
         """Whether a GPU is waited for around every action, so that `spans` are its times and not the host's."""
         self.spans: list[Span] = []
-        """When the actions of the last run ran, in seconds of `time.perf_counter`."""
-        self.peak_microbatches = 0
-        """The largest number of (stage, micro-batch) of the last run whose activations were held at once."""
+        """When the actions of the last `train` ran, in seconds of `time.perf_counter`."""
 
     def train(self, program: Program, micro_batches: Sequence[Any]) -> list[Any]:
         """Forward and backward of all micro-batches; returns the chunks' results in the order of their forwards."""
-        results = _Run(self, program, micro_batches).run()
-        assert self.peak_microbatches == program.peak_microbatches, (self.peak_microbatches, program.peak_microbatches)
+        run = _Run(self, program, micro_batches)
+        results = run.run()
+        assert run.peak == program.peak_microbatches, (run.peak, program.peak_microbatches)
+        self.spans = run.spans
         return results
 
     @torch.no_grad()
@@ -111,28 +122,29 @@ class _Run:
     def __init__(self, executor: Executor, program: Program, micro_batches: Sequence[Any]) -> None:
         self.executor, self.program, self.micro_batches = executor, program, micro_batches
         self.results: list[Any] = []
+        self.spans: list[Span] = []
+        self.peak = 0
+        """The largest number of (stage, micro-batch) whose activations were held at once."""
         self._live: dict[tuple[int, int], _Pass] = {}
-        self._peak = 0
         self._made: dict[_Key, Tensor] = {}
-        self._arriving: dict[_Key, tuple[Transfer, Received]] = {}
-        self._sending: deque[tuple[Transfer, dist.Work, Tensor]] = deque()
+        self._arriving: dict[_Key, Transit] = {}
+        self._sending: deque[tuple[Transfer, Transit]] = deque()
 
     def run(self) -> list[Any]:
-        spans = self.executor.spans = []
         actions = self.program.actions
         for action, boundary in zip(actions, self.program.boundaries, strict=False):
             self._post(boundary)
             self._await(boundary, action)
             if self.executor.watch is not None:
-                self.executor.watch(action)
+                self.executor.watch.begin(action)
             start = self._clock()
-            self._perform(action)
-            spans.append(Span(action, start, self._clock()))
+            with self._blaming(f"in {action}"):
+                self._perform(action)
+            self.spans.append(Span(action, start, self._clock()))
         self._post(self.program.boundaries[len(actions)])
         while self._sending:
             self._finish_send()
         assert not (self._live or self._made or self._arriving), "the schedule left something over"
-        self.executor.peak_microbatches = self._peak
         return self.results
 
     def _clock(self) -> float:
@@ -146,34 +158,32 @@ class _Run:
     def _post(self, boundary: Boundary) -> None:
         wires = self.executor.wires
         for transfer in boundary.receives:
-            self._arriving[_key(transfer)] = transfer, wires.receive(*self.executor.buffer, transfer.source)
+            with self._blaming(_waiting_for(transfer)), telling("beginning to receive"):
+                self._arriving[_key(transfer)] = wires.receive(*self.executor.buffer, transfer.source)
         for transfer in boundary.sends:
             tensor = self._made.pop(_key(transfer))
-            self._sending.append((transfer, wires.send(tensor, transfer.target), tensor))
+            with self._blaming(_giving(transfer)), telling("beginning to send"):
+                self._sending.append((transfer, wires.send(tensor, transfer.target)))
         while len(self._sending) > SENDS_IN_FLIGHT:
             self._finish_send()
 
     def _await(self, boundary: Boundary, action: Action | Overlap) -> None:
         for transfer in boundary.needs:
             key = _key(transfer)
-            _, received = self._arriving.pop(key)
-            try:
-                self._made[key] = received.wait()
-            except RuntimeError as error:
-                raise PipelineError(
-                    f"pipeline rank {self.program.rank} waited for the {_describe(transfer)} "
-                    f"from pipeline rank {transfer.source}, to run {action}: {_first_line(error)}"
-                ) from error
+            with self._blaming(f"{_waiting_for(transfer)}, to run {action}"), telling("receiving"):
+                self._made[key] = self._arriving.pop(key).wait()
 
     def _finish_send(self) -> None:
-        transfer, work, _ = self._sending.popleft()
+        transfer, sent = self._sending.popleft()
+        with self._blaming(_giving(transfer)), telling("sending"):
+            sent.wait()
+
+    @contextmanager
+    def _blaming(self, doing: str) -> Iterator[None]:
         try:
-            work.wait()
-        except RuntimeError as error:
-            raise PipelineError(
-                f"pipeline rank {self.program.rank} waited for pipeline rank {transfer.target} "
-                f"to take the {_describe(transfer)}: {_first_line(error)}"
-            ) from error
+            yield
+        except CommunicationError as error:
+            raise PipelineError(f"pipeline rank {self.program.rank} {doing}: {error}") from error
 
     # What a rank does
 
@@ -210,19 +220,18 @@ class _Run:
             return chunk.phases(micro_batch, x, Uncut())
         tape = Tape()
         self._live[action.stage, action.microbatch] = _Pass(tape)
-        self._peak = max(self._peak, len(self._live))
+        self.peak = max(self.peak, len(self._live))
         return chunk.phases(micro_batch, None if x is None else tape.enter(x), tape)
 
-    def _backward(
-        self, action: Action, deferred: deque[Callable[[], None]] | None
-    ) -> Generator[str, None, tuple[Tensor | None, None]]:
+    def _backward(self, action: Action, deferred: deque[Callable[[], None]] | None) -> Generator[str, None, _Ended]:
         gradient = self._made.pop(("gradient", action.stage + 1, action.microbatch), None)
         last = action.stage == self.program.num_stages - 1
         assert (gradient is None) == last, f"{action} has no gradient"
         live = self._live[action.stage, action.microbatch]
         assert live.tape is not None, f"{action} has run before"
         tape, live.tape = live.tape, None
-        return tape.backward(gradient, self.executor.chunks[action.stage].weight_queue, deferred)
+        phases = tape.backward(gradient, self.executor.chunks[action.stage].weight_queue, deferred)
+        return phases if self.executor.watch is None else _telling(phases, self.executor.watch)
 
     def _end_forward(self, action: Action, made: tuple[Tensor | None, Any]) -> None:
         output, result = made
@@ -257,5 +266,22 @@ def _describe(transfer: Transfer) -> str:
     return f"{transfer.kind} of micro-batch {transfer.microbatch} that stage {transfer.stage} made"
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].partition(" This is typically")[0]  # gloo's advice is for its developers
+def _waiting_for(transfer: Transfer) -> str:
+    return f"waited for the {_describe(transfer)} from pipeline rank {transfer.source}"
+
+
+def _giving(transfer: Transfer) -> str:
+    return f"waited for pipeline rank {transfer.target} to take the {_describe(transfer)}"
+
+
+def _telling(phases: Generator[str, None, _Ended], watch: Watch) -> Generator[str, None, _Ended]:
+    """The phases of a backward, with `watch` told when they run."""
+    while True:
+        watch.backward(True)
+        try:
+            name = next(phases)
+        except StopIteration as end:
+            return cast(_Ended, end.value)
+        finally:
+            watch.backward(False)
+        yield name

@@ -30,11 +30,8 @@ class Groups:
     """The grid itself, with dimensions `pp`, `edp` and `ep`."""
     dp_mesh: DeviceMesh
     """The ranks of this stage in one dimension, `dp`: edp and ep together."""
-    down: dist.ProcessGroup
-    """The ranks of `pp`, for what is sent towards higher pipeline ranks. NCCL runs the transfers of one communicator
-    one after another, so the two directions need one each, or they would wait for each other."""
-    up: dist.ProcessGroup
-    """The ranks of `pp`, for what is sent towards lower pipeline ranks."""
+    channels: Mapping[tuple[int, int], dist.ProcessGroup] = field(hash=False, compare=False)
+    """By source and target pipeline rank, this one among them: a group of just these two, for transfers that way."""
     shared: Mapping[tuple[str, tuple[int, ...]], DeviceMesh] = field(hash=False, compare=False)
     """By kind and holders: the ranks of several pipeline ranks that hold the same parameters, this one among them."""
 
@@ -46,12 +43,14 @@ class Groups:
         ranks: Sequence[int] | None = None,
         timeout: float = 600.0,
         holders: Iterable[tuple[int, ...]] = (),
+        links: Iterable[tuple[int, int]] = (),
     ) -> Groups:
         """Make the groups; every rank of the grid calls this at the same point of its sequence of new groups.
 
         `ranks` are the global ranks of the grid, ascending, all of the world by default. `holders` are the sets of
-        pipeline ranks that hold a parameter in common, the same sets on every rank. Each rank makes only the groups
-        it is in, so the cost does not grow with the number of groups.
+        pipeline ranks that hold a parameter in common, `links` the pairs of pipeline ranks, lower first, that send to
+        each other; both are the same on every rank. Each rank makes only the groups it is in, so the cost does not
+        grow with the number of groups.
         """
         make = _Maker.of(layout, device_type, ranks, timeout)
         sets = list(holders)
@@ -65,7 +64,15 @@ class Groups:
         mesh = DeviceMesh.from_group(along, device_type, mesh=grid, mesh_dim_names=("pp", "edp", "ep"))
         here = layout.coordinates(make.rank).pp
         dp_mesh = make.mesh("dp", (here,))
-        down, up = (make.containing(layout.pp_groups(), name) for name in ("down", "up"))
+        channels: dict[tuple[int, int], dist.ProcessGroup] = {}
+        for apart in holder_rounds(links):
+            pair = next((pair for pair in apart if here in pair), None)
+            for way in (1, -1):
+                if pair is not None:
+                    source, target = pair[::way]
+                    channels[source, target] = make.channel(source, target)
+                else:
+                    make.group([make.rank], "placeholder")  # see _Maker
         shared: dict[tuple[str, tuple[int, ...]], DeviceMesh] = {}
         for apart in holder_rounds(sets):
             held = next((held for held in apart if here in held), None)
@@ -74,7 +81,7 @@ class Groups:
                     shared[kind, held] = make.mesh(kind, held)
                 else:
                     make.group([make.rank], "placeholder")  # see _Maker
-        return cls(layout, make.rank, world, mesh, dp_mesh, down, up, shared)
+        return cls(layout, make.rank, world, mesh, dp_mesh, channels, shared)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -153,6 +160,12 @@ class _Maker:
     def containing(self, groups: Iterable[list[int]], name: str) -> dist.ProcessGroup:
         """The one of `groups` that this rank is in."""
         return self.group(next(candidate for candidate in groups if self.rank in candidate), name)
+
+    def channel(self, source: int, target: int) -> dist.ProcessGroup:
+        """The ranks of two pipeline ranks at this one's place in edp and ep."""
+        _, edp, ep = self.layout.coordinates(self.rank)
+        ranks = sorted(self.layout.rank(pp, edp, ep) for pp in (source, target))
+        return self.group(ranks, f"from pipeline rank {source} to {target}")
 
     def mesh(self, kind: str, holders: tuple[int, ...]) -> DeviceMesh:
         """The ranks that hold the same as this one, in one dimension called `kind`."""

@@ -54,7 +54,7 @@ class _Bucket:
 
     def begin(self, expected: Mapping[nn.Parameter, int]) -> None:
         """Forget the gradients; see `ShardedOptimizer.begin_step`."""
-        assert self._reducing is None, "the last step's reduction was not waited for"
+        self.finish_reduce()  # of a step that an error ended
         self.gradient.zero_()
         self._left = [expected.get(slot.placed.parameter) for slot in self.plan.slots]
         self._reduced = False

@@ -162,3 +162,10 @@ def _one_ahead(actions: Sequence[Action | Overlap]) -> list[int]:
         if action[0] != "W":
             before = position
     return boundaries
+
+
+def links(schedule: Schedule) -> set[tuple[int, int]]:
+    """The pairs of ranks, lower first, that send to each other."""
+    boundaries = (boundary for rank in plan_transfers(schedule) for boundary in rank)
+    transfers = (transfer for boundary in boundaries for transfer in boundary.sends)
+    return {(min(t.source, t.target), max(t.source, t.target)) for t in transfers}

@@ -19,6 +19,7 @@ from counterflow.launcher import verify_check
 from counterflow.launcher.build import Model, make_groups
 from counterflow.launcher.config import Config
 from counterflow.launcher.load import load_config
+from counterflow.launcher.load_source import shipped
 from counterflow.launcher.trainer import Trainer
 from counterflow.launcher.verify_check import Attempt, Moved, Outcome, verify_ranks
 from counterflow.launcher.verify_compare import TOLERANCES, Difference, moved_choices, parameter_class
@@ -185,8 +186,9 @@ def test_moved_choices_are_those_of_the_first_layer_that_differs() -> None:
     alone = Step({}, _counted(0, [[4, 4], [5, 3], [2, 6]]), Choices(gaps))
     assert moved_choices(alone, [_counted(0, [[4, 1], [2, 3], [1, 6]]), _counted(1, [[0, 3], [3, 0], [1, 0]])]) is None
     assert moved_choices(alone, [_counted(0, [[4, 4], [3, 5], [8, 0]])]) == (1, 2)
-    assert alone.choices.near(1, 2e-6) == 2, "the balance loss's own choice moves no token"
-    assert alone.choices.near(0, 2e-6) == 0
+    assert alone.choices.near(1, 2e-6, top_k=4) == 4 + 1, "a group moves all of a token's experts, an expert itself"
+    assert alone.choices.near(0, 2e-6, top_k=4) == 0
+    assert alone.choices.near_balance(2e-6) == 2
     assert alone.choices.closest() == pytest.approx(1e-9)
 
 
@@ -195,8 +197,8 @@ def test_only_choices_within_rounding_are_a_tie(choices: int, near: int, tie: bo
     assert Attempt(1, moved=[Moved(1, 0, choices, near, 1e-8)]).tied is tie
 
 
-def _tied(worker: Worker, shrunk: Shrunk, ties: int, near: int) -> list[Outcome]:
-    """The first `ties` seeds have a choice that came out otherwise."""
+def _tied(worker: Worker, shrunk: Shrunk, ties: int, near: int | None) -> list[Outcome]:
+    """The first `ties` seeds have a choice that came out otherwise; without `near` it is one for the balance loss."""
     made: list[Attempt] = []
     attempt = verify_check._attempt
 
@@ -204,7 +206,11 @@ def _tied(worker: Worker, shrunk: Shrunk, ties: int, near: int) -> list[Outcome]
         result = attempt(small, groups, *others)
         assert result is not None
         if len(made) < ties:
-            result.moved.append(Moved(2, 1, 1, near, 1e-7))
+            if near is None:
+                result.differences.append(Difference(2, "number", "loss_balance", "loss_balance", 1.0, 1.0, 1e-5, (0,)))
+                result.near_balance = 1
+            else:
+                result.moved.append(Moved(2, 1, 1, near, 1e-7))
         made.append(result)
         return result
 
@@ -221,9 +227,12 @@ def _tied(worker: Worker, shrunk: Shrunk, ties: int, near: int) -> list[Outcome]
         (1, 2, 2, "trying another seed"),
         (9, 2, 3, "as with all 3 seeds"),
         (9, 0, 1, "so rounding does not explain it"),
+        (1, None, 2, "1 choice that the balance loss counts there may come out either way"),
     ],
 )
-def test_a_tie_gets_other_seeds_and_a_fault_does_not(pool: Pool, ties: int, near: int, seeds: int, says: str) -> None:
+def test_a_tie_gets_other_seeds_and_a_fault_does_not(
+    pool: Pool, ties: int, near: int | None, seeds: int, says: str
+) -> None:
     config = load_config("tiny", ["parallel.dp=1"])
     (outcomes,) = pool.run(_tied, 1, shrink(config, 1, 1), ties, near)
     assert [attempt.seed for attempt in outcomes[0].attempts] == [config.run.seed + n for n in range(seeds)]
@@ -244,6 +253,14 @@ def test_bf16_is_verified_in_fp32_too(pool: Pool) -> None:
     outcomes, _ = pool.run(verified, 2, shrink(config, None, 2))
     assert [(outcome.recipe, outcome.agrees) for outcome in outcomes] == [("bf16", True), ("fp32", True)]
     assert TOLERANCES["fp32"].gradient < TOLERANCES["bf16"].gradient / 100
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_what_is_shrunk_is_shown_in_80_columns(name: str) -> None:
+    config = load_config(name)
+    shown = heading(config, shrink(config))
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "model.hidden_size" in shown and "2 steps" in shown
 
 
 def test_what_is_missing_or_nan_departs() -> None:

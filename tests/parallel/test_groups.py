@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from datetime import timedelta
 from typing import Any
@@ -15,7 +16,7 @@ from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
 from counterflow.tests.pool import Pool, Worker
 
-GROUPS = ("world", "pp", "down", "up", "ep", "edp", "dp")
+GROUPS = ("world", "pp", "ep", "edp", "dp")
 Sets = list[tuple[int, ...]]
 GRIDS = [(1, 1, 1), (4, 1, 4), (4, 1, 1), (8, 2, 2), (8, 1, 4), (8, 8, 1)]  # world size, pp, ep
 
@@ -49,7 +50,7 @@ def _members(worker: Worker, layout: Layout, ranks: list[int] | None, holders: S
 
 def expected(layout: Layout, rank: int, holders: Sets | None = None) -> dict[str, list[int]]:
     lists = {"ep": layout.ep_groups(), "edp": layout.edp_groups(), "dp": layout.dp_groups()}
-    lists |= {name: layout.pp_groups() for name in ("pp", "down", "up")}
+    lists["pp"] = layout.pp_groups()
     mine = {name: next(group for group in groups if rank in group) for name, groups in lists.items()}
     for held in {tuple(sorted(held)) for held in holders or () if len(held) > 1}:
         if layout.coordinates(rank).pp in held:
@@ -175,21 +176,32 @@ def test_torch_needs_ranks_that_have_made_equally_many_groups(pool: Pool) -> Non
     assert not any(pool.run(_unevenly, 2))
 
 
-def _opposite_directions(worker: Worker) -> tuple[int, int]:
-    """Neighbours send to each other at once, each first its own message: one group a direction."""
-    groups = Groups.create(Layout(2, 2), "cpu")
-    sent, received = torch.tensor([10 + worker.rank]), torch.zeros(1, dtype=torch.int64)
-    here, there = (groups.down, groups.up) if worker.rank == 0 else (groups.up, groups.down)
-    works = [dist.isend(sent, 1 - worker.rank, group=here), dist.irecv(received, 1 - worker.rank, group=there)]
+def _everyone_to_everyone(worker: Worker, layout: Layout) -> dict[tuple[int, int], list[int]]:
+    """Every pipeline rank sends to every other at once; what arrives, and between which global ranks, by channel."""
+    pairs = list(itertools.combinations(range(layout.pp), 2))
+    groups = Groups.create(layout, "cpu", links=pairs)
+    here = groups.coordinates.pp
+    assert len(set(groups.channels.values())) == 2 * (layout.pp - 1), "one for each direction of each link"
+    works, received = [], {}
+    for (source, target), group in groups.channels.items():
+        tensor = torch.tensor([10 * worker.rank + target])
+        if source == here:
+            works.append(dist.isend(tensor, group=group, group_dst=int(target > source)))
+        else:
+            received[source, target] = tensor
+            works.append(dist.irecv(tensor, group=group, group_src=int(source > target)))
     for work in works:
         assert work is not None
         work.wait()
-    assert len({groups.pp, groups.down, groups.up}) == 3
-    return int(received), int(sent)
+    return {channel: [int(tensor)] for channel, tensor in received.items()}
 
 
-def test_down_and_up_are_groups_of_their_own(pool: Pool) -> None:
-    assert pool.run(_opposite_directions, 2) == [(11, 10), (10, 11)]
+@pytest.mark.parametrize("layout", [Layout(2, 2), Layout(3, 3), Layout(8, 4, 2)], ids=str)
+def test_every_link_has_a_channel_in_each_direction(pool: Pool, layout: Layout) -> None:
+    for rank, received in enumerate(pool.run(_everyone_to_everyone, layout.world_size, layout)):
+        here = layout.coordinates(rank)
+        others = [pp for pp in range(layout.pp) if pp != here.pp]
+        assert received == {(pp, here.pp): [10 * layout.rank(pp, here.edp, here.ep) + here.pp] for pp in others}
 
 
 def _foreign_set(worker: Worker) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_every_action_takes_exactly_its_cost(name: str, options: dict[str, Any])
     unconnected: Wires = None  # type: ignore[assignment]
     executor = Executor(chunks, unconnected, find_order("v3"), SHAPE, torch.float32, torch.device("cpu"))
     starts: list[float] = []
-    executor.watch = lambda action: starts.append(device.now())
+    executor.watch = SimpleNamespace(begin=lambda action: starts.append(device.now()), backward=lambda running: None)
     executor.train(Program.of(schedule, 0), torch.zeros(MICRO_BATCHES, *SHAPE).unbind())
     simulated = simulate(schedule, Costs.uniform(schedule.num_stages, **COSTS))
     assert starts == pytest.approx([span.start for span in simulated.spans[0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +93,32 @@ def test_uneven_stages_change_nothing(pool: Pool, text: Path, split: str) -> Non
     for rank in pool.run(train, stages, pipeline(text, "dualpipe", stages, f"parallel.split={split}"), 1, 3):
         for a, b in zip(expected.numbers, rank.numbers, strict=True):
             assert all(relative(a[name], b[name]) <= 1e-5 for name in a)
+
+
+CORNERS = {
+    "no shared experts": ("model.n_shared_experts=0",),
+    "direct queries": ("model.q_lora_rank=null",),
+    "no mtp": ("model.num_nextn_predict_layers=0",),
+    "mtp without weight": ("train.mtp_weight=0.0",),
+    "dense stages": ("model.first_k_dense_replace=3",),
+    "dense everywhere": ("model.first_k_dense_replace=4", "model.num_nextn_predict_layers=0"),
+    "never clipped": ("optim.clip_norm=null",),
+}
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+def test_models_of_every_shape_train_alike_in_a_pipeline(pool: Pool, text: Path, corner: str) -> None:
+    (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1, *CORNERS[corner]), 1, 3)
+    for recompute in ("none", "full"):
+        config = pipeline(text, "dualpipe", 2, *CORNERS[corner], f"train.recompute={recompute}")
+        ranks = pool.run(train, 4, config, 2, 3)
+        for rank in ranks:
+            for a, b in zip(expected.numbers, rank.numbers, strict=True):
+                assert all(a[name] == b[name] or relative(a[name], b[name]) <= 1e-5 for name in a)
+        found = {name: gradient for rank in ranks for name, gradient in rank.gradients.items()}
+        assert found.keys() == expected.gradients.keys()
+        for name, gradient in expected.gradients.items():
+            assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
 @pytest.mark.parametrize("sequences", [3, 6])
@@ -201,6 +228,38 @@ def _named(worker: Worker, config: Config, plants: list[tuple[str, int, bool, in
     return said
 
 
+def _named_by_data(worker: Worker, config: Config, micro_batch: int) -> str:
+    """One token of one micro-batch becomes NaN where the first layer reads it."""
+    trainer = make_trainer(config, worker.world_size, 1)
+    batches, _ = trainer._next_batch()
+    rare = 319  # no byte: it is in no text
+    batches[micro_batch].tokens[0, 3] = rare
+    trainer._next_batch = lambda: (batches, len(batches))  # type: ignore[method-assign]
+    first = trainer.model.chunks[0]
+    first.embedding.data[rare] = 0.0
+    first.layers["0"].attention_norm.register_forward_pre_hook(_spoil_zeros)
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.step()
+    trainer.close()
+    return str(caught.value)
+
+
+def _spoil_zeros(_: Any, given: Any) -> Any:
+    return (torch.where((given[0] == 0).all(-1, keepdim=True), float("nan"), given[0]), *given[1:])
+
+
+@pytest.mark.parametrize("recompute", ["none", "v3", "full"])
+@pytest.mark.parametrize("micro_batch", [2, 5])
+def test_a_nan_that_comes_with_the_data_is_named_whatever_is_run_again(
+    pool: Pool, text: Path, recompute: str, micro_batch: int
+) -> None:
+    config = pipeline(text, "dualpipe", 2, f"train.recompute={recompute}")
+    said, also = pool.run(_named_by_data, 2, config, micro_batch)
+    assert said == also
+    rank = int(micro_batch >= 4)  # the second half of the micro-batches enters at the other end
+    assert f"rank {rank}, micro-batch {micro_batch}, forward, input of layers.0.attention_norm: 64 of 1024" in said
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe"])
 def test_a_planted_nan_is_named_with_rank_micro_batch_and_tensor(pool: Pool, text: Path, schedule: str) -> None:
     """Rank 0 and 1 as pp 2; DualPipe runs micro-batches 0 to 3 from rank 0 and 4 to 7 from rank 1."""
@@ -219,12 +278,27 @@ def test_a_planted_nan_is_named_with_rank_micro_batch_and_tensor(pool: Pool, tex
         ), message
 
 
+class Failing:
+    """Does something bad before the n-th action that it is told of."""
+
+    def __init__(self, end: Callable[[object], None], after: int = 0) -> None:
+        self.end, self.after = end, after
+
+    def begin(self, action: object) -> None:
+        if self.after == 0:
+            self.end(action)
+        self.after -= 1
+
+    def backward(self, running: bool) -> None:
+        """Not of interest."""
+
+
 def _failing(worker: Worker, config: Config, end: Callable[[object], None]) -> tuple[str, float]:
     """Rank 1 fails in its second step; what each of the others says, and after how many seconds."""
     trainer = make_trainer(config, worker.world_size, 1)
     trainer.step()
     if worker.rank == 1:
-        trainer.executor.watch = end
+        trainer.executor.watch = Failing(end)
     started = time.monotonic()
     with pytest.raises(PipelineError) as caught:
         trainer.step()
@@ -255,11 +329,13 @@ def test_a_peer_that_hangs_ends_the_others_by_the_timeout_naming_whom_and_what_t
     assert 2.5 < min(after, also_after) and max(after, also_after) < 7
 
 
-def _step_twice(worker: Worker, config: Config) -> None:
-    trainer = make_trainer(config, worker.world_size, 1)
+def _step_twice(worker: Worker, config: Config, ep: int, after: int) -> None:
+    trainer = make_trainer(config, worker.world_size, ep)
     trainer.step()
     if worker.rank == 1:
-        trainer.executor.watch = _die
+        trainer.executor.watch = Failing(_die, after)
+    elif after == 0:
+        time.sleep(1.0)  # so that the others meet a peer that is gone already
     trainer.step()
 
 
@@ -267,8 +343,23 @@ def test_a_peer_that_dies_ends_the_others_at_once_naming_whom_and_what_they_wait
     config = pipeline(text, "1f1b", 3, "parallel.timeout=60")
     started = time.monotonic()
     with pytest.raises(RankFailure) as caught:
-        pool.run(_step_twice, 3, config)
+        pool.run(_step_twice, 3, config, 1, 0)
     assert time.monotonic() - started < 30
     said = str(caught.value)
     assert "the process of rank 1 died" in said
-    assert f"PipelineError: {FIRST}" in said and f"PipelineError: {LAST}" in said
+    for rank in (0, 2):
+        (line,) = [line for line in said.splitlines() if line.startswith(f"rank {rank} failed after it: ")]
+        assert f"PipelineError: pipeline rank {rank} waited for" in line and "pipeline rank 1" in line, line
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_peer_that_dies_among_expert_parallel_ranks_is_named_too(pool: Pool, text: Path, after: int) -> None:
+    config = pipeline(text, "dualpipe", 2, "parallel.ep=2", "parallel.timeout=60")
+    with pytest.raises(RankFailure) as caught:
+        pool.run(_step_twice, 4, config, 2, after)
+    said = str(caught.value)
+    (peer,) = [line for line in said.splitlines() if line.startswith("rank 0 failed after it: ")]
+    assert re.search(r"PipelineError: pipeline rank 0 in .*: the all-to-all of ranks 0, 1 failed: ", peer), peer
+    for rank in (2, 3):
+        (line,) = [line for line in said.splitlines() if line.startswith(f"rank {rank} failed after it: ")]
+        assert "PipelineError: pipeline rank 1 " in line, line
