@@ -369,7 +369,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1.0], help="communication over compute")
-    parser.add_argument("--mbit", type=float, default=100.0, help="rate of the link in each direction, Mbit/s")
+    parser.add_argument("--mbit", type=float, default=50.0, help="rate of the link in each direction, Mbit/s")
     parser.add_argument(
         "--order",
         action="append",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,24 +28,45 @@ class Exchange:
         self, rows: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup | None
     ) -> None:
         self._sent = rows.contiguous()
-        self._work: dist.Work | None = None
+        self._works: list[dist.Work] = []
         if group is None or group.size() == 1:
             self._received = self._sent
             return
         self._received = torch.empty((sum(receive_splits), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         self._group = group
         with telling(self._what()):
-            self._work = dist.all_to_all_single(
-                self._received, self._sent, receive_splits, send_splits, group=group, async_op=True
-            )
+            self._works = begin_all_to_all(self._received, self._sent, receive_splits, send_splits, group)
 
     def wait(self) -> Tensor:
         """The received rows `[sum(receive_splits), ...]`, ordered by source rank."""
-        if self._work is not None:
-            with telling(self._what()):
-                self._work.wait()
+        works, self._works = self._works, []
+        with telling(self._what()) if works else nullcontext():
+            for work in works:
+                work.wait()
         return self._received
 
     def _what(self) -> str:
         ranks = ", ".join(map(str, dist.get_process_group_ranks(self._group)))
         return f"the all-to-all of ranks {ranks}"
+
+
+def begin_all_to_all(
+    received: Tensor, sent: Tensor, receive_splits: list[int], send_splits: list[int], group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """Launch the exchange of `sent` for `received`; both must stay as they are until the works are waited for.
+
+    On CPUs every receive is announced before anything is sent. Gloo's own all-to-all announces a receive behind the
+    data that it sends to the same rank, so that where ranks begin at slightly different times one direction of a link
+    waits for the other: over a limited link it was seen to take twice the time.
+    """
+    if sent.device.type != "cpu":
+        work = dist.all_to_all_single(received, sent, receive_splits, send_splits, group=group, async_op=True)
+        assert work is not None
+        return [work]
+    here, size = group.rank(), group.size()
+    into, out = received.split(receive_splits), sent.split(send_splits)
+    others = [(here + step) % size for step in range(1, size)]
+    works = [dist.irecv(into[rank], group=group, group_src=rank) for rank in others if receive_splits[rank]]
+    works += [dist.isend(out[rank], group=group, group_dst=rank) for rank in others if send_splits[rank]]
+    into[here].copy_(out[here])
+    return [work for work in works if work is not None]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from counterflow.comm import exchange
 from counterflow.comm.dispatcher import Dispatched, Dispatcher
 
 HIDDEN, INNER = 16, 12
@@ -123,22 +124,23 @@ def assert_close_to_dense(found: dict[str, Tensor], expected: dict[str, Tensor],
 @contextmanager
 def recorded_all_to_alls() -> Iterator[list[tuple[str, Any]]]:
     """A list that gets ("launch", (sent, received)) and ("wait", None) for each all-to-all."""
-    original = dist.all_to_all_single
+    original = exchange.begin_all_to_all
     events: list[tuple[str, Any]] = []
 
-    class Work:
-        def __init__(self, work: Any) -> None:
-            self.work = work
+    class Works:
+        def __init__(self, works: list[dist.Work]) -> None:
+            self.works = works
 
         def wait(self) -> None:
             events.append(("wait", None))
-            self.work.wait()
+            for work in self.works:
+                work.wait()
 
-    def recorded(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        events.append(("launch", (input, output)))
-        return Work(original(output, input, *args, **kwargs))
+    def recorded(received: Tensor, sent: Tensor, *args: Any) -> list[Any]:
+        events.append(("launch", (sent, received)))
+        return [Works(original(received, sent, *args))]
 
-    with mock.patch.object(dist, "all_to_all_single", recorded):
+    with mock.patch.object(exchange, "begin_all_to_all", recorded):
         yield events
 
 

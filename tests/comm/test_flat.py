@@ -132,8 +132,8 @@ def test_group_of_one_communicates_nothing_and_a_layer_costs_seven_all_to_alls(p
         return count_launches(events), group._get_sequence_number_for_group() - before
 
     assert pool.run(count, 2, 1) == [(0, 0)] * 2
-    # Forward: counts, rows, gate weights, outputs. Backward: the same without counts.
-    assert pool.run(count, 2, 2) == [(7, 7)] * 2
+    # Forward: counts, rows, gate weights, outputs. Backward: the same without counts. Each a send and a receive.
+    assert pool.run(count, 2, 2) == [(7, 14)] * 2
 
 
 def test_counts_sent_ahead_give_the_same_bits_and_are_sent_once(pool: Pool) -> None:

@@ -142,7 +142,7 @@ def _ones(worker: Worker, config: Config, ep: int) -> tuple[float, int, int]:
     return trainer.optimizer.reduce_gradients(), kept, sum(p.numel() for _, p in trainer.model.parameters())
 
 
-@EVERY
+@pytest.mark.parametrize("case", [case for case in CASES if (case.pp, case.ep) in ((2, 2), (4, 1))], ids=str)
 def test_every_parameter_counts_once_in_the_norm_and_in_the_optimizers_state(
     pool: Pool, text: Path, case: Case
 ) -> None:
@@ -166,11 +166,16 @@ def equal_bits(one: Curve, other: Curve) -> bool:
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
-PAIRS = [Case("dualpipe", 2, 2), Case("dualpipev", 2, 2), Case("dualpipe", 2, 2, DEFER)]
-
-
-@pytest.mark.parametrize("case", PAIRS, ids=str)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("case", "precision"),
+    [
+        (Case("dualpipe", 2, 2), "bf16"),
+        (Case("dualpipe", 2, 2), "fp32"),
+        (Case("dualpipev", 2, 2), "fp32"),
+        (Case("dualpipe", 2, 2, DEFER), "fp32"),
+    ],
+    ids=str,
+)
 def test_orders_of_overlap_and_recompute_give_the_same_bits(pool: Pool, text: Path, case: Case, precision: str) -> None:
     """Phases of two micro-batches in any order, activations kept, rebuilt or replayed: nothing of it changes a bit."""
     alternate = "[F.attention,B.finish,F.dispatch,B.combine,F.shared,B.experts,W,F.experts,B.attention,F.finish]"
