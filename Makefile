@@ -12,19 +12,22 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python -P
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench clean
+.PHONY: help train test layouts lint bench clean
 
 # An environment that was made when the clone lay elsewhere points to the old place.
 $(shell [ "$$(cat $(INSTALLED) 2>/dev/null)" = "$(CURDIR)" ] || rm -f $(INSTALLED))
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
 
 train: $(INSTALLED) ## train the smoke model on four local processes
 	$(RUN) -m counterflow train smoke --nproc 4 $(ARGS)
 
 test: $(INSTALLED) ## run the tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest $(ARGS)
+
+layouts: $(INSTALLED) ## compare every schedule and layout with one process over twenty steps
+	COUNTERFLOW_TEST_STEPS=20 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/training/test_pipelines.py -rP $(ARGS)
 
 lint: $(INSTALLED) ## check style, format and types
 	$(RUN) -m ruff check .

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..parallel.layout import Layout
-from ..parallel.schedule.actions import Schedule
-from ..parallel.schedule.catalogue import schedule_names
+from ..parallel.schedule.catalogue import find_schedule, schedule_names
 from ..parallel.schedule.check import check
 from ..parallel.schedule.choose import AUTO, generate, schedule_name
 from ..parallel.schedule.costs import Costs
@@ -19,7 +19,15 @@ from ..parallel.schedule.timeline import Timeline
 from ..settings import UsageError
 from .config import Config
 from .load_yaml import Fault, Place, parse_yaml
-from .pipeline import PAIR_RATIO, describe_split, make_schedule, microbatches, stage_costs
+from .pipeline import (
+    PAIR_RATIO,
+    describe_split,
+    make_schedule,
+    make_split,
+    microbatches,
+    stage_costs,
+    stage_work,
+)
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,16 @@ class Case(ABC):
     num_ranks: int
     num_microbatches: int
 
-    unit = ""
-    """Of the times in what `simulate` returns."""
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """Of the times in what `simulate` returns; empty where they are in the user's own."""
 
     @abstractmethod
     def simulate(self, name: str | None = None) -> Timeline:
-        """The step with its own schedule; or with the schedule `name`, without options, on the same model.
+        """The step with its own schedule; or with the schedule `name` of `names()` on the same model, to compare.
+
+        Options are for its own alone.
 
         Raises UsageError where the schedule cannot serve the numbers.
         """
@@ -68,8 +80,12 @@ class NumbersCase(Case):
     overlapped: float | None
     p2p: float
 
+    @property
+    def unit(self) -> str:
+        return ""
+
     def simulate(self, name: str | None = None) -> Timeline:
-        chosen, options = (self.schedule, self.options) if name is None else (name, {})
+        chosen, options = (self.schedule, self.options) if name in (None, self.schedule) else (name, {})
         schedule = generate(chosen, self.num_ranks, self.num_microbatches, options)
         check(schedule)
         # To compare, the model is fixed: where a rank holds more than its one share of it, the stages are smaller.
@@ -85,18 +101,24 @@ class NumbersCase(Case):
         return simulate(schedule, costs)
 
     def names(self) -> tuple[str, ...]:
-        return schedule_names()
+        shipped = schedule_names()
+        return shipped if self.schedule in (*shipped, AUTO) else (*shipped, self.schedule)
 
     def assumptions(self) -> list[str]:
         costs = f"F {self.forward:g}, I {self.backward_input:g}, W {self.backward_weight:g}, pair {self._pair:.4g}"
-        assumed = "" if self.overlapped is not None else " (assumed: 2.5/3 of its parts)"
+        by = "2.5/3 of its parts" if self._pair > self._longer_half else "as long as its longer half"
+        assumed = "" if self.overlapped is not None else f" (assumed: {by})"
         p2p = f", transfer {self.p2p:g}" if self.p2p else ""
         return [f"{costs}{assumed}{p2p}"]
 
     @property
     def _pair(self) -> float:
         parts = self.forward + self.backward_input + self.backward_weight
-        return PAIR_RATIO * parts if self.overlapped is None else self.overlapped
+        return max(PAIR_RATIO * parts, self._longer_half) if self.overlapped is None else self.overlapped
+
+    @property
+    def _longer_half(self) -> float:
+        return max(self.forward, self.backward_input + self.backward_weight)
 
 
 @dataclass(frozen=True)
@@ -110,7 +132,7 @@ class ConfigCase(Case):
     """What stands for `parallel.dp` where that is auto and counts."""
 
     @property
-    def unit(self) -> str:  # type: ignore[override]
+    def unit(self) -> str:
         """Times are scaled to whichever unit makes a stage's cost a number of a usual size."""
         return self._scale()[0]
 
@@ -119,7 +141,7 @@ class ConfigCase(Case):
         if name is not None and name != self._name:
             parallel = config.parallel.model_copy(update={"schedule": name, "schedule_options": {}})
             config = config.model_copy(update={"parallel": parallel})
-        schedule: Schedule = make_schedule(config, self.num_microbatches)
+        schedule = make_schedule(config, self.num_microbatches)
         return simulate(schedule, _times(self._costs(config), self._scale()[1]))
 
     def names(self) -> tuple[str, ...]:
@@ -170,8 +192,11 @@ def case_from_numbers(args: argparse.Namespace) -> NumbersCase:
     forward, backward_input, backward_weight = (1.0 if cost is None else cost for cost in given)
     if not forward + backward_input + backward_weight:
         raise UsageError("--forward, --backward-input and --backward-weight are all 0: nothing would take any time")
+    if args.overlapped is not None:
+        _refuse_impossible_pair(args.overlapped, forward, backward_input + backward_weight)
     options = _options(args.option or ())
     schedule = AUTO if args.schedule is None else args.schedule
+    find_schedule(schedule_name(schedule, args.ranks))  # a comparison shows refusals, not names that do not exist
     return NumbersCase(
         num_ranks=args.ranks,
         num_microbatches=args.microbatches,
@@ -187,6 +212,8 @@ def case_from_numbers(args: argparse.Namespace) -> NumbersCase:
 
 def case_from_config(config: Config, args: argparse.Namespace) -> ConfigCase:
     """The case of a configuration at its full batch."""
+    if args.pair_ratio is not None:
+        _refuse_impossible_ratio(args.pair_ratio, config)
     parallel, assumed = config.parallel, None
     count = args.microbatches
     if count is None:
@@ -197,6 +224,30 @@ def case_from_config(config: Config, args: argparse.Namespace) -> ConfigCase:
         layout = Layout.resolve(parallel.pp * dp, parallel.pp, parallel.ep, dp, per_node)
         count = microbatches(config, layout, config.batch.global_sequences)
     return ConfigCase(parallel.pp, count, config, args.pair_ratio, args.p2p, assumed)
+
+
+def _refuse_impossible_pair(overlapped: float, forward: float, backward: float) -> None:
+    longer = max(forward, backward)
+    if overlapped < longer * (1 - 1e-9):
+        half = "F" if forward >= backward else "I + W"
+        raise UsageError(
+            f"--overlapped {overlapped:g} is less than the longer of its halves, {half} = {longer:g}: "
+            f"at least {longer:g}"
+        )
+
+
+def _refuse_impossible_ratio(ratio: float, config: Config) -> None:
+    """Refuse what no step of this model can reach. A single pair of unlike stages may still be held up by one half."""
+    work = stage_work(config, make_split(config))
+    forward, whole = sum(stage.forward for stage in work), sum(stage.total for stage in work)
+    share = max(forward, whole - forward) / whole
+    if ratio < share * (1 - 1e-9):
+        least = math.ceil(share * 1000 - 1e-6) / 1000
+        half = "forward" if 2 * forward >= whole else "backward"
+        raise UsageError(
+            f"--pair-ratio {ratio:g} is less than the longer half of a pair, as the {half} is {share:.3g} of this "
+            f"model's work: at least {least:g}"
+        )
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:

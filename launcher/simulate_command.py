@@ -26,6 +26,12 @@ INSTEAD = {
 }
 """Arguments that take the place of a CONFIG, and what says the same with one."""
 
+P2P = "how long a transfer between ranks takes, in the unit of the costs; TFLOP with a CONFIG (default 0)"
+COMPARE = (
+    "all schedules in one table, for one model: costs are those of 1/P of its layers; a --schedule FILE.py:FUNCTION is "
+    "added to it"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -56,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overlapped", type=_cost, metavar="FB", help="of an overlapped pair (default 2.5/3 of F + I + W)")
     add = parser.add_argument_group("in both cases").add_argument
     add("--microbatches", type=_count, metavar="M", help="micro-batches of a step (default: those of the CONFIG)")
-    add("--p2p", type=_cost, default=0.0, metavar="T", help="how long a transfer between ranks takes (default 0)")
-    add("--compare", action="store_true", help="all schedules in one table; half the layers cost half")
+    add("--p2p", type=_cost, default=0.0, metavar="T", help=P2P)
+    add("--compare", action="store_true", help=COMPARE)
     add("--html", type=Path, metavar="FILE", help="write a page with the timelines drawn to scale")
     add("--json", action="store_true", help="print one JSON object; with --compare, one for each schedule")
 
@@ -79,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
         return _compare(case, args)
     timeline = case.simulate()
     if args.html is not None:
-        _write(args.html, draw_html([(timeline.schedule.name, timeline)], case.unit))
+        _write(args.html, draw_html([(timeline.schedule.name, timeline)], case.unit, _notes(case)))
     print(json.dumps(case.to_json(timeline)) if args.json else report(case, timeline))
     return 0
 
 
 def _compare(case: Case, args: argparse.Namespace) -> int:
-    """Every shipped schedule, and the CONFIG's own where that is none of them. Those that refuse say why."""
+    """Every shipped schedule, and the user's own where that is none of them. Those that refuse say why."""
     outcomes: dict[str, Timeline | str] = {}
     for name in case.names():
         try:
@@ -94,7 +100,7 @@ def _compare(case: Case, args: argparse.Namespace) -> int:
             outcomes[name] = str(error)
     drawn = [(name, timeline) for name, timeline in outcomes.items() if isinstance(timeline, Timeline)]
     if args.html is not None:
-        _write(args.html, draw_html(drawn, case.unit))
+        _write(args.html, draw_html(drawn, case.unit, _notes(case)))
     if args.json:
         results = {
             name: case.to_json(outcome) if isinstance(outcome, Timeline) else {"refused": outcome}
@@ -118,9 +124,10 @@ def _refuse_mixtures(args: argparse.Namespace) -> None:
         missing = [_flag(name) for name in ("ranks", "microbatches") if getattr(args, name) is None]
         if missing:
             faults.append(f"give a CONFIG, or numbers, of which {' and '.join(missing)} cannot be left out")
-        if args.compare:
+        if args.compare and not _is_own(args.schedule):
             given = [name for name in ("schedule", "option") if getattr(args, name) is not None]
-            faults += [f"{_flag(name)} does not go with --compare, which takes every schedule" for name in given]
+            why = "which takes every schedule: only a --schedule FILE.py:FUNCTION, and its options, can be added"
+            faults += [f"{_flag(name)} does not go with --compare, {why}" for name in given]
     if args.measure:
         others = {
             "--microbatches": args.microbatches is not None,
@@ -133,6 +140,17 @@ def _refuse_mixtures(args: argparse.Namespace) -> None:
         faults += [f"{flag} does not go with --measure, which simulates nothing" for flag, on in others.items() if on]
     if faults:
         raise UsageError("\n  ".join(faults))
+
+
+def _is_own(schedule: str | None) -> bool:
+    """Whether it is a function in the user's own file."""
+    return schedule is not None and schedule.rpartition(":")[0].endswith(".py")
+
+
+def _notes(case: Case) -> list[str]:
+    """Where the numbers of a page come from."""
+    first, *more = case.assumptions()
+    return [f"Costs: {first}", *more]
 
 
 def _flag(name: str) -> str:

@@ -57,17 +57,18 @@ def compare_table(case: Case, outcomes: Mapping[str, Timeline | str]) -> str:
 
 _LEGEND = (
     "Bubble: share of all ranks' time without work; worst rank: how long the one that waits most does. Activations: "
-    "the most that a rank holds at once, in micro-batches of one rank's share of the layers. Parameters: copies of "
-    "each stage."
+    "the most that a rank holds at once, in micro-batches of 1/P of the layers, taking stages as equal. Parameters: "
+    "copies of each stage."
 )
 
 
 def _summary(case: Case, timeline: Timeline) -> str:
     schedule, unit = timeline.schedule, f" {case.unit}" if case.unit else ""
-    bubble, peak = timeline.bubble, timeline.peak_microbatches
-    worst, fullest = bubble.index(max(bubble)), peak.index(max(peak))
-    held = f"rank {fullest} holds most, {count(peak[fullest], 'micro-batch', 'es')} at a time"
-    if schedule.num_stages > schedule.num_ranks:
+    peak = timeline.peak_microbatches
+    fullest = peak.index(max(peak))
+    who = "every rank holds" if schedule.num_ranks > 1 and min(peak) == max(peak) else f"rank {fullest} holds"
+    held = f"{who}{' most,' * (min(peak) < max(peak))} {count(peak[fullest], 'micro-batch', 'es')} at a time"
+    if any(len(stages) > 1 for stages in schedule.placement):
         held += ", each of one stage"
     of = f"{count(schedule.num_stages, 'stage')} on {count(schedule.num_ranks, 'rank')}"
     first, *more = case.assumptions()
@@ -76,13 +77,24 @@ def _summary(case: Case, timeline: Timeline) -> str:
         ("costs", first),
         *(("", line) for line in more),
         ("step time", f"{number(timeline.step_time)}{unit}"),
-        ("bubble", f"{share(timeline.bubble_fraction)} of all ranks' time; rank {worst} waits longest, "
-         f"{number(bubble[worst])}{unit}"),
+        ("bubble", f"{share(timeline.bubble_fraction)} of all ranks' time{_longest_wait(timeline, unit)}"),
         ("activations", held),
         ("parameters", f"{timeline.parameter_copies:.3g} {'copy' if timeline.parameter_copies == 1 else 'copies'} of "
          "each stage"),
     ]  # fmt: skip
     return "\n".join(line for name, text in rows for line in _wrapped(name, text))
+
+
+def _longest_wait(timeline: Timeline, unit: str) -> str:
+    """`; rank 0 waits longest, 1.5`; nothing where no rank waits. Sums of times that are equal may differ a little."""
+    bubble, least = timeline.bubble, 1e-9 * timeline.step_time
+    longest = max(bubble)
+    if longest <= least:
+        return ""
+    wait = f"{number(longest)}{unit}"
+    if longest - min(bubble) <= least:
+        return f"; every rank waits {wait}"
+    return f"; rank {bubble.index(longest)} waits longest, {wait}"
 
 
 def _ranks(timeline: Timeline) -> str:

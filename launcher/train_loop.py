@@ -83,7 +83,7 @@ class _Watch(ExitStack):
         counts = count_parameters(config.model)
         self._display.note(draw_layout(groups.layout))
         if config.parallel.pp > 1:
-            self._display.note(describe_split(config))
+            self._display.note(f"\n{describe_split(config)}")
         for note in flight.notes:
             self._display.note(note)
         rows = describe_run(

@@ -68,24 +68,27 @@ class Structure:
     """What a schedule asks of those who run it, whatever its size."""
 
     forms: frozenset[str]
-    """Forms of its actions, alone and in pairs, and how many stages a rank holds."""
+    """Kinds of its actions, alone and in pairs: `F`, `F+B`."""
+    stages_per_rank: frozenset[int]
     middle: bool
     """Whether a stage lies between the first and the last."""
 
     @classmethod
     def of(cls, schedule: Schedule) -> Structure:
-        forms = {str(len(stages)) for stages in schedule.placement}
-        for actions in schedule.actions:
-            forms |= {f"F+{a.backward.kind}" if isinstance(a, Overlap) else a.kind for a in actions}
-        return cls(frozenset(forms), schedule.num_stages > 2)
+        forms = {
+            f"F+{action.backward.kind}" if isinstance(action, Overlap) else action.kind
+            for actions in schedule.actions
+            for action in actions
+        }
+        return cls(frozenset(forms), frozenset(map(len, schedule.placement)), schedule.num_stages > 2)
 
 
 def choose_grid(config: Config, nproc: int | None) -> Grid:
     """The grid for at most `nproc` processes, or for as few as show the topology if it is None (8 at most).
 
     In this order it keeps: every axis above 1 that is; pp rather than ep rather than edp; every form of action of the
-    schedule; a stage in the middle. With `nproc` given it is then the largest. Where dp is auto, experts get two
-    replicas if there is room.
+    schedule and its stages a rank; a stage in the middle. With `nproc` given it is then the largest. Where dp is auto,
+    experts get two replicas if there is room.
     """
     most = MOST_RANKS if nproc is None else nproc
     yours = grid_of(config)
@@ -98,7 +101,8 @@ def choose_grid(config: Config, nproc: int | None) -> Grid:
         schedule = pipeline_of(config, grid.pp).schedule(STEADY * grid.pp)
         assert schedule is not None
         found = Structure.of(schedule)
-        return sum(axes), axes, found.forms == aim.forms, found.middle == aim.middle
+        same = found.forms == aim.forms and found.stages_per_rank == aim.stages_per_rank
+        return sum(axes), axes, same, found.middle == aim.middle
 
     grids = list(_grids(config, yours, most))
     best = max(map(kept, grids))

@@ -33,13 +33,14 @@ class ParallelConfig(Section):
     timeout: float = key(600.0, "how long a collective may wait for its peers", unit="seconds", gt=0)
     schedule: str = key(
         "auto",
-        "pipeline schedule: a name that `counterflow simulate --compare` lists, FILE.py:FUNCTION, or auto: dualpipe "
-        "for even pp, dualpipev for odd",
+        "pipeline schedule: a name that `counterflow simulate --compare` lists, FILE.py:FUNCTION, or auto: 1f1b for "
+        "pp 1, dualpipe for even pp, dualpipev for odd",
     )
     schedule_options: dict[str, Any] = key({}, "options of the schedule, such as stages_per_rank of interleaved")
     split: Literal["balanced"] | tuple[int, ...] = key(
         "balanced",
-        "layers on each stage, in stage order; balanced makes the costliest stage as cheap as can be. The first stage "
+        "layers on each stage, in stage order; balanced makes the costliest stage as cheap as can be; with several "
+        "stages a rank, layers then move off the busiest rank while that makes the ranks more even. The first stage "
         "has the embedding besides, the last one the MTP modules and the head",
     )
     stage_costs: StageCosts | None = key(None, "costs the split is balanced by; null predicts them from FLOPs")
@@ -63,14 +64,12 @@ class ParallelConfig(Section):
 
     @field_validator("split", mode="before")
     @classmethod
-    def _split_has_layers_everywhere(cls, given: Any) -> Any:
+    def _split_is_a_list_of_numbers(cls, given: Any) -> Any:
         if given == "balanced":
             return given
         whole = isinstance(given, list | tuple) and all(type(size) is int for size in given)
         if not whole or not given:
             raise ValueError(f"expects balanced or the number of layers on each stage, got {_shown(given)}")
-        if min(given) < 1:
-            raise ValueError(f"{list(given)} has a stage without a layer: each needs at least 1")
         return tuple(given)
 
     @field_validator("overlap_order", mode="before")

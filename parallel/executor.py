@@ -138,7 +138,7 @@ class _Run:
             if self.executor.watch is not None:
                 self.executor.watch.begin(action)
             start = self._clock()
-            with self._blaming(f"in {action}"):
+            with self._blaming("in {}".format, action):
                 self._perform(action)
             self.spans.append(Span(action, start, self._clock()))
         self._post(self.program.boundaries[len(actions)])
@@ -157,33 +157,33 @@ class _Run:
 
     def _post(self, boundary: Boundary) -> None:
         wires = self.executor.wires
-        for transfer in boundary.receives:
-            with self._blaming(_waiting_for(transfer)), telling("beginning to receive"):
-                self._arriving[_key(transfer)] = wires.receive(*self.executor.buffer, transfer.source)
-        for transfer in boundary.sends:
+        for transfer in boundary.sends:  # before the receives: another rank waits for these
             tensor = self._made.pop(_key(transfer))
-            with self._blaming(_giving(transfer)), telling("beginning to send"):
+            with self._blaming(_giving, transfer), telling("beginning to send"):
                 self._sending.append((transfer, wires.send(tensor, transfer.target)))
+        for transfer in boundary.receives:
+            with self._blaming(_waiting_for, transfer), telling("beginning to receive"):
+                self._arriving[_key(transfer)] = wires.receive(*self.executor.buffer, transfer.source)
         while len(self._sending) > SENDS_IN_FLIGHT:
             self._finish_send()
 
     def _await(self, boundary: Boundary, action: Action | Overlap) -> None:
         for transfer in boundary.needs:
             key = _key(transfer)
-            with self._blaming(f"{_waiting_for(transfer)}, to run {action}"), telling("receiving"):
+            with self._blaming(lambda t: f"{_waiting_for(t)}, to run {action}", transfer), telling("receiving"):
                 self._made[key] = self._arriving.pop(key).wait()
 
     def _finish_send(self) -> None:
         transfer, sent = self._sending.popleft()
-        with self._blaming(_giving(transfer)), telling("sending"):
+        with self._blaming(_giving, transfer), telling("sending"):
             sent.wait()
 
     @contextmanager
-    def _blaming(self, doing: str) -> Iterator[None]:
+    def _blaming(self, describe: Callable[[Any], str], doing: Any) -> Iterator[None]:
         try:
             yield
         except CommunicationError as error:
-            raise PipelineError(f"pipeline rank {self.program.rank} {doing}: {error}") from error
+            raise PipelineError(f"pipeline rank {self.program.rank} {describe(doing)}: {error}") from error
 
     # What a rank does
 

@@ -1,5 +1,7 @@
 """Which layers make up which pipeline stage: an explicit list, or the split whose heaviest stage is lightest.
 
+Where a rank holds several stages, layers then move off the busiest rank, one at a time, while the ranks get more even.
+
 The embedding is on the first stage; the head and the MTP modules are on the last. They are no layers and come on top.
 Pure arithmetic on costs, which are numbers in any one unit.
 """
@@ -72,7 +74,8 @@ def balance(
     num_stages: int,
     placement: Sequence[Sequence[int]] = (),
 ) -> Split:
-    """The contiguous split into `num_stages` stages whose largest cost is smallest.
+    """The contiguous split into `num_stages` stages whose largest cost is smallest, or where a rank holds several
+    stages, what that becomes when layers move off the busiest rank.
 
     Stage i costs the sum of `layer_costs` over its layers; the first costs `first_extra` (the embedding) and the last
     `last_extra` (head and MTP) more. Of the splits with the same largest cost the one with the smallest sum of
@@ -81,7 +84,8 @@ def balance(
 
     `placement`, the stages of each rank, matters where a rank holds several: the step takes as long as the busiest
     rank, not the costliest stage. From the split above layers then move, one at a time, off the busiest rank for as
-    long as that makes the ranks more even. A stage on several ranks serves an equal share of micro-batches on each.
+    long as that makes the ranks more even. This is greedy, so another split may be more even still. A stage on several
+    ranks serves an equal share of micro-batches on each.
 
     Raises UsageError where there are fewer layers than stages.
     """

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from typing import Any
 
 from ...settings import UsageError
 from .actions import Schedule
+from .check import check_form
 from .dualpipe import dualpipe
 from .dualpipev import dualpipev
 from .gpipe import gpipe
@@ -43,8 +45,9 @@ def schedule_names() -> tuple[str, ...]:
 def find_schedule(name: str) -> Callable[..., Schedule]:
     """The function that makes the schedule `name`: one of `schedule_names()` or `path/to/file.py:function`.
 
-    What is returned refuses options that the schedule does not have, and counts below 1.
-    A fault of a user's function is reported as a UsageError that names it.
+    What is returned refuses counts below 1, and a schedule whose parts do not fit each other (`check_form`). Options
+    are passed on as they are, `choose.generate` checks them first. A fault of a user's function is reported as a
+    UsageError that names it and the line.
 
     Raises UsageError where there is no such schedule.
     """
@@ -52,7 +55,7 @@ def find_schedule(name: str) -> Callable[..., Schedule]:
         return _guarded(name, SHIPPED[name])
     file, colon, function_name = name.rpartition(":")
     if colon and file.endswith(".py"):
-        return _guarded(name, _load(Path(file), function_name))
+        return _guarded(name, _load(Path(file), function_name), Path(file))
     near = difflib.get_close_matches(name.lower(), SHIPPED, cutoff=0.4)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
     raise UsageError(
@@ -67,25 +70,24 @@ def options_of(schedule: Callable[..., Schedule]) -> dict[str, Any]:
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
-def _guarded(name: str, function: Callable[..., Schedule]) -> Callable[..., Schedule]:
+def _guarded(name: str, function: Callable[..., Schedule], file: Path | None = None) -> Callable[..., Schedule]:
+    """`function`, with faults as UsageErrors; `file` is the one that it is from, if it is a user's."""
+
     @functools.wraps(function)
     def build(num_ranks: int, num_microbatches: int, **options: Any) -> Schedule:
         for what, count in (("pipeline ranks", num_ranks), ("micro-batches", num_microbatches)):
             if count < 1:
                 raise UsageError(f"schedule {name} for {count} {what}: there must be at least 1")
-        known = options_of(function)
-        for option in options.keys() - known.keys():
-            has = f"its options are {', '.join(known)}" if known else "it has none"
-            raise UsageError(f"schedule {name} has no option {option!r}: {has}")
         what = f"schedule {name} for {num_ranks} ranks and {num_microbatches} micro-batches"
         try:
             schedule = function(num_ranks, num_microbatches, **options)
         except UsageError:
             raise
         except Exception as fault:
-            raise UsageError(f"{what} failed with {type(fault).__name__}: {fault}") from fault
+            raise UsageError(f"{what} failed with {type(fault).__name__}: {fault}{_where(fault, file)}") from fault
         if not isinstance(schedule, Schedule):
             raise UsageError(f"{what}: the function must return a Schedule, not a {type(schedule).__name__}")
+        check_form(schedule)
         if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, num_microbatches):
             returned = f"{schedule.num_ranks} ranks and {schedule.num_microbatches} micro-batches"
             raise UsageError(f"{what}: the function returned one for {returned}")
@@ -119,5 +121,15 @@ def _execute(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as fault:
-        raise UsageError(f"{path} cannot be imported: {type(fault).__name__}: {fault}") from fault
+        raise UsageError(f"{path} cannot be imported: {type(fault).__name__}: {fault}{_where(fault, path)}") from fault
     return module
+
+
+def _where(fault: Exception, file: Path | None) -> str:
+    """` (my.py, line 41)`: where in `file` it happened, as far in as that file goes; empty where it was elsewhere.
+
+    A SyntaxError says so itself.
+    """
+    frames = traceback.extract_tb(fault.__traceback__)
+    lines = [frame.lineno for frame in frames if file is not None and Path(frame.filename).resolve() == file.resolve()]
+    return f" ({file.name}, line {lines[-1]})" if file is not None and lines else ""

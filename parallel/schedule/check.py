@@ -11,7 +11,10 @@ from .rendezvous import find_deadlock
 
 
 class ScheduleError(UsageError):
-    """A schedule that cannot run. `rank`, `position` in its order and `action` there say where, None if nowhere."""
+    """A schedule that cannot run. `rank`, `position` in its order and `action` there say where, None if nowhere.
+
+    `action` is None too where something else stands in an action's place.
+    """
 
     def __init__(self, schedule: Schedule, message: str, rank: int | None = None, position: int | None = None) -> None:
         self.rank, self.position = rank, position
@@ -22,8 +25,9 @@ class ScheduleError(UsageError):
             if position is not None:
                 place += f", position {position}"
                 if position < len(schedule.actions[rank]):
-                    self.action = schedule.actions[rank][position]
-                    place += f" ({self.action})"
+                    there: object = schedule.actions[rank][position]
+                    self.action = there if isinstance(there, Action | Overlap) else None
+                    place += f" ({there!r})" if self.action is None else f" ({self.action})"
         super().__init__(f"schedule {schedule.name}{place}: {message}")
 
 
@@ -45,7 +49,7 @@ def check(schedule: Schedule, training: bool = True) -> Checked:
 
     Raises ScheduleError.
     """
-    _check_form(schedule)
+    check_form(schedule)
     done = _check_work(schedule)
     _check_complete(schedule, done, training)
     deadlock = find_deadlock(schedule)
@@ -70,16 +74,29 @@ def peak_live(actions: Sequence[Action | Overlap]) -> int:
     return peak
 
 
-def _check_form(schedule: Schedule) -> None:
-    """The parts of the schedule fit each other."""
+def check_form(schedule: Schedule) -> None:
+    """The parts of the schedule fit each other; single actions are not looked at. Raises ScheduleError.
+
+    A user's function may return anything as a part, so types are checked too.
+    """
     for name in ("num_ranks", "num_stages", "num_microbatches"):
+        if not _is_int(getattr(schedule, name)):
+            raise ScheduleError(schedule, f"{name} is {getattr(schedule, name)!r}, which is no int")
         if getattr(schedule, name) < 1:
             raise ScheduleError(schedule, f"{name} is {getattr(schedule, name)}, but at least 1 is needed")
     for name, given in (("placement", schedule.placement), ("actions", schedule.actions)):
+        if not isinstance(given, tuple | list):
+            raise ScheduleError(schedule, f"{name} must be a tuple with one entry a rank, not {_shown(given)}")
         if len(given) != schedule.num_ranks:
             raise ScheduleError(schedule, f"{name} is given for {len(given)} ranks, but there are {schedule.num_ranks}")
+    for rank, actions in enumerate(schedule.actions):
+        if not isinstance(actions, tuple | list):
+            raise ScheduleError(schedule, f"its actions must be a tuple of Actions, not {_shown(actions)}", rank)
     held: set[int] = set()
     for rank, stages in enumerate(schedule.placement):
+        if not isinstance(stages, tuple | list) or not all(map(_is_int, stages)):
+            fault = f"its placement must be a tuple of stages, such as ({rank},), not {_shown(stages)}"
+            raise ScheduleError(schedule, fault, rank)
         if len(set(stages)) != len(stages):
             raise ScheduleError(schedule, f"holds a stage twice: {list(stages)}", rank)
         held |= set(stages)
@@ -88,6 +105,16 @@ def _check_form(schedule: Schedule) -> None:
         raise ScheduleError(
             schedule, f"the ranks must hold stages 0 to {schedule.num_stages - 1}, wrong or missing are {wrong}"
         )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """What stands in place of something else, cut to a length that a message bears."""
+    shown = repr(value)
+    return f"the {type(value).__name__} {shown if len(shown) <= 60 else f'{shown[:57]}...'}"
 
 
 Place = tuple[int, int]
@@ -102,6 +129,9 @@ def _check_work(schedule: Schedule) -> dict[Action, Place]:
         for position, action in enumerate(actions):
             if isinstance(action, Overlap):
                 _check_pair(schedule, rank, position, action)
+            elif not isinstance(action, Action):
+                fault = f"expects an Action or an Overlap, not {_shown(action)}"
+                raise ScheduleError(schedule, fault, rank, position)
             for part in parts(action):
                 fault = _fault(schedule, held, done, part, rank)
                 if fault:
@@ -112,6 +142,9 @@ def _check_work(schedule: Schedule) -> dict[Action, Place]:
 
 def _check_pair(schedule: Schedule, rank: int, position: int, pair: Overlap) -> None:
     """A pair runs as one, so neither half may need the other."""
+    for half in pair:
+        if not isinstance(half, Action):
+            raise ScheduleError(schedule, f"a pair is of two Actions, not of {_shown(half)}", rank, position)
     if pair.forward.kind != "F" or pair.backward.kind not in ("B", "I"):
         kinds = f"{pair.forward.kind} and {pair.backward.kind}"
         raise ScheduleError(schedule, f"a pair is an F and a B or I, not {kinds}", rank, position)
@@ -128,8 +161,11 @@ _BEFORE = {"F": "", "B": "F", "I": "F", "W": "I"}
 def _fault(schedule: Schedule, held: set[int], done: dict[Action, Place], part: Action, rank: int) -> str | None:
     """What is wrong with doing `part` next on `rank`."""
     kind, stage, microbatch = part
-    if kind not in _CLASHES:
+    if not isinstance(kind, str) or kind not in _CLASHES:
         return f"kind {kind!r} is none of F, B, I and W"
+    for name, value in (("stage", stage), ("microbatch", microbatch)):
+        if not _is_int(value):
+            return f"{name} {value!r} is no int"
     if not 0 <= microbatch < schedule.num_microbatches:
         return f"there is no micro-batch {microbatch}, only 0 to {schedule.num_microbatches - 1}"
     if stage not in held:

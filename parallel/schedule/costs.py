@@ -15,7 +15,10 @@ class Costs:
     backward_input: tuple[float, ...]
     backward_weight: tuple[float, ...]
     hidden: tuple[float, ...]
-    """What a pair of an F and a B of this stage saves against one after the other: F + I + W - pair."""
+    """What a pair of an F and a B of this stage saves against one after the other: F + I + W - pair.
+
+    A pair of an F and an I is taken to save as much, which flatters it: without its W it has less to hide behind.
+    """
     p2p_latency: float = 0.0
     p2p_bytes: float = 0.0
     p2p_bandwidth: float = float("inf")
@@ -43,13 +46,11 @@ class Costs:
         )
 
     def duration(self, action: Action | Overlap) -> float:
-        """How long a rank is busy with it."""
+        """How long a rank is busy with it. A pair is never shorter than the longer of its halves."""
         if isinstance(action, Overlap):
             forward, backward = self.duration(action.forward), self.duration(action.backward)
             hidden = (self.hidden[action.forward.stage] + self.hidden[action.backward.stage]) / 2
-            together = forward + backward - hidden
-            # Without its W a pair has less to hide behind: it cannot be shorter than the longer of the two.
-            return together if action.backward.kind == "B" else max(forward, backward, together)
+            return max(forward, backward, forward + backward - hidden)
         stage = action.stage
         if action.kind == "F":
             return self.forward[stage]

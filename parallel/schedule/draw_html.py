@@ -126,7 +126,7 @@ def _section(index: int, name: str, timeline: Timeline, unit: str) -> str:
 <div class="figure" id="figure-{index}"><canvas aria-hidden="true"></canvas>
 <canvas tabindex="0" role="application" aria-label="{escape(what)}"></canvas></div>
 <details><summary>Numbers of each rank</summary><div class="table"><table><thead><tr><th>rank</th><th>stages</th>
-<th>bubble{escape(time)}</th><th>bubble</th><th>peak live micro-batches</th></tr></thead><tbody>
+<th>bubble{escape(time)}</th><th>share</th><th>peak live micro-batches</th></tr></thead><tbody>
 {"".join(_table_rows(timeline))}</tbody></table></div></details>
 </section>
 """

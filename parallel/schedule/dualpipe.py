@@ -17,7 +17,8 @@ def dualpipe(num_ranks: int, num_microbatches: int, *, defer_weights: bool = Fal
     their number is odd; with fewer than that the way through the pipeline is most of the step.
 
     `defer_weights` takes the W out of the pairs too: an F beside an I, and the W where a rank would wait. It holds no
-    more micro-batches. Whether it is faster depends on what a pair without its W still hides.
+    more micro-batches. Whether it is faster depends on what a pair without its W still hides; the
+    simulation takes that to be as much, which flatters it.
 
     Raises UsageError for an odd number of ranks.
     """

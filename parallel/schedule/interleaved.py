@@ -9,10 +9,11 @@ from .actions import Action, Schedule
 
 
 def interleaved(num_ranks: int, num_microbatches: int, *, stages_per_rank: int = 2) -> Schedule:
-    """Rank r holds stages r, r + P, r + 2P, ... Bubble (P-1)(F+B) with F and B those of one stage: 1/v of 1F1B's.
+    """Rank r holds stages r, r + P, r + 2P, ... With one stage a rank it is 1F1B.
 
-    Micro-batches pass a rank's stages in groups of P. Where P does not divide their number the first group lacks some,
-    and the order is that of full groups without them: sooner done than with the gap in the last group, and than 1F1B.
+    Micro-batches pass a rank's stages in groups of P. Where P divides their number the bubble is (P-1)(F+B) with F and
+    B those of one stage: 1/v of 1F1B's for v stages a rank. Where it does not, the first group lacks some, and the
+    order is that of full groups without them: sooner done than with the gap in the last group, and than 1F1B.
     (Groups of more than P, as others form them then, deadlock where a send blocks until it is received.)
 
     Raises UsageError for fewer than one stage a rank.
@@ -36,8 +37,10 @@ def _rank(rank: int, num_ranks: int, num_microbatches: int, stages_per_rank: int
     forwards = [Action("F", stage, m) for group in groups for stage in up for m in group]
     backwards = [Action("B", stage, m) for group in groups for stage in reversed(up) for m in group]
 
-    # The first micro-batch must have been through all but the last stage here, and 2 more for each rank below.
-    warmup = min((stages_per_rank - 1) * num_ranks + 2 * (num_ranks - rank - 1), len(forwards))
+    # The first micro-batch must have been through all but the last stage here, and 2 more for each rank below; with one
+    # stage a rank 1 more is enough.
+    below = (num_ranks - rank - 1) * (2 if stages_per_rank > 1 else 1)
+    warmup = min((stages_per_rank - 1) * num_ranks + below, len(forwards))
     order = forwards[:warmup]
     for forward, backward in zip(forwards[warmup:], backwards, strict=False):
         order += forward, backward

@@ -53,51 +53,53 @@ class Streams:
         return Action(kind, self.stages[stream], self.microbatches[stream][index])
 
 
-def eight_phases(half: int, depth: int, rank: Streams) -> Iterator[Action | Overlap]:
-    """The order of the rank that lies `depth` ranks from its end, on a way of `half` ranks from there to the turn."""
-    to_turn = half - depth - 1
-    length = len(rank.microbatches[0])
+def eight_phases(way: int, depth: int, do: Streams) -> Iterator[Action | Overlap]:
+    """The order of the rank `depth` ranks from its end; a stream's way, from its end to the turn, has `way` ranks."""
+    to_turn = way - depth - 1
+    length = len(do.microbatches[0])
 
     for _ in range(2 * to_turn):  # 1: nF0
-        yield rank.forward(0)
+        yield do.forward(0)
 
     for _ in range(depth + 1):  # 2: nF0F1
-        yield rank.forward(0)
-        yield rank.forward(1)
+        yield do.forward(0)
+        yield do.forward(1)
 
     for _ in range(to_turn):  # 3: nI1W1F1
-        yield rank.backward_input(1)
-        yield rank.weights()
-        yield rank.forward(1)
+        yield do.backward_input(1)
+        yield do.weights()
+        yield do.forward(1)
 
-    for i in range(length - 2 * half + depth + 1):  # 4: nF0B1F1B0, the main phase
+    # The forwards of stream 0 that the phases 1 and 2 left: length - 2 * to_turn - (depth + 1).
+    for i in range(length - 2 * way + depth + 1):  # 4: nF0B1F1B0, the main phase
         if i == 0 and to_turn == 0:
             # At the turn both halves would wait for each other's sender: one after the other they are sooner done.
-            yield rank.forward(0)
-            yield rank.backward(1)
+            yield do.forward(0)
+            yield do.backward(1)
         else:
-            yield rank.pair(0, 1)
-        yield rank.pair(1, 0)
+            yield do.pair(0, 1)
+        yield do.pair(1, 0)
 
     for _ in range(to_turn):  # 5: nB1F1B0
-        yield rank.backward(1)
-        yield rank.pair(1, 0)
+        yield do.backward(1)
+        yield do.pair(1, 0)
 
-    for i in range(2 * (depth + 1)):  # 6: nB1B0, the second half without its weights
+    # The first depth + 1 whole, the others leave their W for the phases 7 and 8.
+    for i in range(2 * (depth + 1)):  # 6: nB1B0
         stream: Stream = 0 if i % 2 else 1
-        yield rank.backward(stream) if i <= depth else rank.backward_input(stream)
+        yield do.backward(stream) if i <= depth else do.backward_input(stream)
 
     for _ in range(to_turn):  # 7: nWI0
-        yield rank.weights()
-        yield rank.backward_input(0)
+        yield do.weights()
+        yield do.backward_input(0)
 
     for _ in range(depth + 1):  # 8: nW
-        yield rank.weights()
+        yield do.weights()
 
 
-def stream_length(half: int, num_microbatches: int) -> int:
-    """The micro-batches that a stream must seem to have, if it has `num_microbatches`: the phases need two a rank."""
-    return max(2 * half, num_microbatches)
+def stream_length(way: int, num_microbatches: int) -> int:
+    """The micro-batches that a stream must seem to have, if it has `num_microbatches`: two a rank of its way."""
+    return max(2 * way, num_microbatches)
 
 
 def padded(microbatches: range, length: int) -> Sequence[int]:
@@ -105,21 +107,24 @@ def padded(microbatches: range, length: int) -> Sequence[int]:
     return [*microbatches, *[MISSING] * (length - len(microbatches))]
 
 
-def adapt(schedule: Schedule, half: int, defer_weights: bool) -> Schedule:
+def adapt(schedule: Schedule, way: int, defer_weights: bool) -> Schedule:
     """The schedule of all eight phases without its missing micro-batches, or with the W outside the pairs.
 
     What is left of an order that runs, runs too, but its gaps lie where the full one had work. So every backward that
-    is not in a pair becomes an I, and the W are placed anew, where ranks wait. Nothing changes where nothing is asked.
+    is not in a pair becomes an I, and the W are placed anew, where ranks wait. A full schedule without `defer_weights`
+    is returned as it is.
+
+    The W are placed, as schedules are simulated, as if a pair of an F and an I hid as much as one with its W, which
+    flatters it.
     """
     missing = any(part.microbatch == MISSING for _, _, part in schedule.work())
     if not missing and not defer_weights:
         return schedule
     order = tuple(tuple(_without_weights(actions, defer_weights)) for actions in schedule.actions)
-    # Where a pair keeps its W, few are left, and one begun late throws the ranks out of step. Otherwise there is always
-    # one to do, and a rank need not wait.
-    return place_weights(
-        replace(schedule, actions=order), live_limit=2 * half + 1, patience=0 if defer_weights else 0.5
-    )
+    # Where a pair keeps its W, few are left, and one begun late throws the ranks out of step: in a gap below half a W,
+    # 0.5 at the nominal costs, it would delay its rank by more than it fills. Otherwise there is always one to do, and
+    # a rank need not wait.
+    return place_weights(replace(schedule, actions=order), live_limit=2 * way + 1, patience=0 if defer_weights else 0.5)
 
 
 def _without_weights(actions: Sequence[Action | Overlap], defer_weights: bool) -> Iterator[Action | Overlap]:

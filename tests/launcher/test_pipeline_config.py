@@ -67,7 +67,7 @@ def load(*overrides: str, config: str = "tiny") -> Config:
         (["pp=100000"], "parallel.pp: 100000 is above the 3 of model.num_hidden_layers (nearest: 2)"),
         (["pp=2", "split=[1,1]"], "parallel.split: [1, 1] has 2 layers, but the model has 3 (for example [2, 1])"),
         (["pp=2", "split=[1,1,1]"], "[1, 1, 1] has 3 stages, but the schedule has 2 (for example [2, 1])"),
-        (["pp=2", "split=[0,3]"], "parallel.split: [0, 3] has a stage without a layer: each needs at least 1"),
+        (["pp=2", "split=[3,0]"], "parallel.split: [3, 0] has a stage without a layer (for example [2, 1])"),
         (["split=balancd"], "expects balanced or the number of layers on each stage, got 'balancd'"),
         (["split=[1,a]"], "expects balanced or the number of layers on each stage, got [1, 'a']"),
         (["split=null"], "expects balanced or the number of layers on each stage, got null"),

@@ -101,6 +101,37 @@ def test_comparison_has_every_schedule_and_says_why_one_refuses(capsys: pytest.C
     assert times == sorted(times)
 
 
+def test_own_schedule_is_compared_with_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.py").write_text(
+        "from counterflow.parallel.schedule.interleaved import interleaved\n"
+        "def mine(num_ranks, num_microbatches, *, stages=2):\n"
+        "    return interleaved(num_ranks, num_microbatches, stages_per_rank=stages)\n"
+    )
+    numbers = "--ranks 4 --microbatches 8 --compare --schedule own.py:mine"
+    figures = json.loads(simulate(capsys, f"{numbers} --json"))
+    assert list(figures) == [*schedule_names(), "own.py:mine"]
+    assert figures["own.py:mine"] == figures["interleaved"]
+    one = json.loads(simulate(capsys, f"{numbers} --option stages=1 --json"))
+    assert one["own.py:mine"] == figures["1f1b"]
+    assert "own.py:mine " in simulate(capsys, numbers)
+
+
+def test_equal_ranks_are_not_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    even = simulate(capsys, "--schedule dualpipe --ranks 4 --microbatches 10")
+    assert "5.2% of all ranks' time; every rank waits 1.5\n" in even
+    assert "every rank holds 5 micro-batches at a time, each of one stage\n" in even
+    uneven = simulate(capsys, "--schedule 1f1b --ranks 2 --microbatches 2 --backward-weight 0 --p2p 1")
+    assert "rank 0 holds most, 2 micro-batches at a time\n" in uneven
+    alone = simulate(capsys, "--ranks 1 --microbatches 2")
+    assert "0% of all ranks' time\n" in alone
+    assert "rank 0 holds 1 micro-batch at a time\n" in alone
+
+
+def test_pair_without_a_stated_cost_is_as_long_as_its_longer_half(capsys: pytest.CaptureFixture[str]) -> None:
+    said = simulate(capsys, "--ranks 2 --microbatches 4 --forward 0")
+    assert "pair 2 (assumed: as long as its longer half)" in said
+
+
 def test_comparison_is_of_one_model_however_many_stages_it_has(capsys: pytest.CaptureFixture[str]) -> None:
     figures = json.loads(simulate(capsys, "--ranks 4 --microbatches 8 --overlapped 3 --compare --json"))
     for one in figures.values():
@@ -159,6 +190,7 @@ def test_page_with_the_drawings_is_written(capsys: pytest.CaptureFixture[str]) -
     simulate(capsys, "--ranks 4 --microbatches 8 --html one.html")
     simulate(capsys, "--ranks 4 --microbatches 8 --compare --html all.html")
     assert Path("one.html").read_text().lower().startswith("<!doctype html>")
+    assert "<p>Costs: F 1, I 1, W 1, pair 2.5 (assumed: 2.5/3 of its parts)</p>" in Path("one.html").read_text()
     assert all(name in Path("all.html").read_text() for name in schedule_names())
     assert "No such file or directory" in refused(capsys, "--ranks 2 --microbatches 2 --html nowhere/x.html")
 
@@ -173,6 +205,17 @@ def test_page_with_the_drawings_is_written(capsys: pytest.CaptureFixture[str]) -
         ("--ranks 2", "give a CONFIG, or numbers, of which --microbatches cannot be left out"),
         ("", "of which --ranks and --microbatches cannot be left out"),
         ("--ranks 2 --microbatches 2 --schedule 1f1b --compare", "--schedule does not go with --compare"),
+        ("--ranks 2 --microbatches 2 --option a=1 --compare", "--option does not go with --compare"),
+        ("--ranks 2 --microbatches 2 --schedule no.py:f --compare", "there is no file"),
+        (
+            "--ranks 2 --microbatches 2 --overlapped 0.1",
+            "--overlapped 0.1 is less than the longer of its halves, I + W = 2: at least 2",
+        ),
+        ("--ranks 2 --microbatches 2 --forward 3 --overlapped 2", "of its halves, F = 3: at least 3"),
+        (
+            "tiny --set parallel.pp=2 --pair-ratio 0.1",
+            "--pair-ratio 0.1 is less than the longer half of a pair, as the ",
+        ),
         ("--ranks 0 --microbatches 2", "argument --ranks: expects a whole number of at least 1, got '0'"),
         ("--ranks 2 --microbatches 2 --forward -1", "argument --forward: expects a number of at least 0, got '-1'"),
         ("--ranks 2 --microbatches 2 --forward nan", "argument --forward: expects a number of at least 0, got 'nan'"),

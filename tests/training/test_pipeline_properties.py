@@ -108,17 +108,16 @@ CORNERS = {
 
 @pytest.mark.parametrize("corner", CORNERS)
 def test_models_of_every_shape_train_alike_in_a_pipeline(pool: Pool, text: Path, corner: str) -> None:
-    (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1, *CORNERS[corner]), 1, 3)
-    for recompute in ("none", "full"):
-        config = pipeline(text, "dualpipe", 2, *CORNERS[corner], f"train.recompute={recompute}")
-        ranks = pool.run(train, 4, config, 2, 3)
-        for rank in ranks:
-            for a, b in zip(expected.numbers, rank.numbers, strict=True):
-                assert all(a[name] == b[name] or relative(a[name], b[name]) <= 1e-5 for name in a)
-        found = {name: gradient for rank in ranks for name, gradient in rank.gradients.items()}
-        assert found.keys() == expected.gradients.keys()
-        for name, gradient in expected.gradients.items():
-            assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+    (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1, *CORNERS[corner]), 1, 2)
+    config = pipeline(text, "dualpipe", 2, *CORNERS[corner], "train.recompute=full")
+    ranks = pool.run(train, 4, config, 2, 2)
+    for rank in ranks:
+        for a, b in zip(expected.numbers, rank.numbers, strict=True):
+            assert all(a[name] == b[name] or relative(a[name], b[name]) <= 1e-5 for name in a)
+    found = {name: gradient for rank in ranks for name, gradient in rank.gradients.items()}
+    assert found.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
 @pytest.mark.parametrize("sequences", [3, 6])

@@ -1,8 +1,12 @@
-"""The schedule never changes the maths: 8 layers, FP32, MTP, 20 steps, every schedule against a single process."""
+"""The schedule never changes the maths: 8 layers, FP32, MTP, every schedule and layout against a single process.
+
+Four steps of each in `make test`, twenty in `make layouts`.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +30,7 @@ from counterflow.tests.training.harness import (
 
 DEEP = ("model.num_hidden_layers=8", "run.seed=19")
 """The seed is the one of the first 40 whose single process stays farthest from a near tie, see `settings`."""
-STEPS = 20
+STEPS = int(os.environ.get("COUNTERFLOW_TEST_STEPS", "4"))
 
 
 class Case(NamedTuple):
@@ -49,13 +53,13 @@ class Case(NamedTuple):
 
 
 DEFER = ("parallel.schedule_options.defer_weights=true",)
-KINDS: list[tuple[str, tuple[str, ...]]] = [*((name, ()) for name in sorted(schedule_names())), ("dualpipe", DEFER)]
-CASES = [Case(name, pp, ep, options) for name, options in KINDS for pp, ep in ((2, 1), (2, 2), (4, 1), (4, 2))]
+CASES = [Case(name, pp, ep) for name in sorted(schedule_names()) for pp, ep in ((2, 1), (2, 2), (4, 1), (4, 2))]
+CASES += [Case("dualpipe", 2, 2, DEFER), Case("dualpipe", 4, 1, DEFER)]
 EVERY = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 class PipelineRuns:
-    """Runs of 20 steps, each made when first asked for."""
+    """Runs of STEPS steps, each made when first asked for."""
 
     def __init__(self, pool: Pool, text: Path) -> None:
         self._pool, self._text = pool, text
@@ -78,18 +82,21 @@ def runs(pool: Pool, text: Path) -> PipelineRuns:
 
 def test_the_single_process_has_no_near_tie(runs: PipelineRuns) -> None:
     assert runs.alone.closest_choice > 1.5e-6, "choose another run.seed: a near tie may fall either way"
-    assert runs.alone.numbers[-1]["loss"] < 0.9 * runs.alone.numbers[0]["loss"], "the run is worth comparing"
+    assert runs.alone.numbers[-1]["loss"] < 0.98 * runs.alone.numbers[0]["loss"], "the run is worth comparing"
     assert min(step["grad_norm"] for step in runs.alone.numbers) > 1.0, "gradients are clipped in every step"
 
 
 @EVERY
 def test_losses_and_gradient_norm_follow_the_single_process(runs: PipelineRuns, case: Case) -> None:
+    worst_of_all = 0.0
     for rank in runs.curves(case):
         assert len(rank.numbers) == STEPS
         for number in NUMBERS:
             worst = max(relative(a[number], b[number]) for a, b in zip(runs.alone.numbers, rank.numbers, strict=True))
             assert worst <= 1e-5, (number, worst)
+            worst_of_all = max(worst_of_all, worst)
         assert relative(rank.validation_loss, runs.alone.validation_loss) <= 1e-5
+    print(f"{case}: {STEPS} steps, losses and gradient norm within {worst_of_all:.1e}")
 
 
 @EVERY
@@ -114,7 +121,7 @@ def test_counts_and_biases_are_the_single_processs(runs: PipelineRuns, case: Cas
 
 
 @EVERY
-def test_copies_of_a_parameter_are_bit_equal_after_20_steps(runs: PipelineRuns, case: Case) -> None:
+def test_copies_of_a_parameter_are_bit_equal_at_the_end(runs: PipelineRuns, case: Case) -> None:
     held = replicas(runs.curves(case))
     assert held.keys() == runs.alone.weights.keys()
     stages = 2 if case.schedule == "dualpipe" else 1  # pipeline ranks that hold a stage
@@ -187,7 +194,7 @@ def test_orders_of_overlap_and_recompute_give_the_same_bits(pool: Pool, text: Pa
         ("train.recompute=full",),
         ("train.recompute=full", "parallel.overlap_order=sequence"),
     ]
-    fixed = (f"precision.recipe={precision}", "model.num_nextn_predict_layers=2")
+    fixed = (f"precision.recipe={precision}", "model.num_nextn_predict_layers=2", "model.num_hidden_layers=4")
     curves = [pool.run(train, case.world, case.config(text, *fixed, *more), case.ep, 2) for more in given]
     for more, ranks in zip(given, curves, strict=True):
         for found, expected in zip(ranks, curves[0], strict=True):

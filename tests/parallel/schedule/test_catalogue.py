@@ -8,6 +8,7 @@ import pytest
 
 from counterflow.parallel.schedule.catalogue import find_schedule, options_of, schedule_names
 from counterflow.parallel.schedule.check import ScheduleError, check
+from counterflow.parallel.schedule.choose import generate
 from counterflow.parallel.schedule.costs import Costs
 from counterflow.parallel.schedule.simulate import simulate
 from counterflow.settings import UsageError
@@ -58,6 +59,10 @@ def nothing(num_ranks, num_microbatches):
 
 def other_size(num_ranks, num_microbatches):
     return depth_first(num_ranks, 1)
+
+
+def flat(num_ranks, num_microbatches):
+    return Schedule("flat", num_ranks, num_ranks, num_microbatches, tuple(range(num_ranks)), ((),) * num_ranks)
 '''
 
 
@@ -93,7 +98,8 @@ def test_a_users_schedule_is_checked_and_simulated_like_any(mine: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("breaks", "breaks for 4 ranks and 8 micro-batches failed with IndexError: list index out of range"),
+        ("breaks", r"breaks for 4 ranks and 8 micro-batches failed with IndexError: .* \(mine.py, line 34\)$"),
+        ("flat", r"schedule flat, rank 0: its placement must be a tuple of stages, such as \(0,\), not the int 0"),
         ("picky", "^picky wants 7 ranks$"),
         ("nothing", "the function must return a Schedule, not a NoneType"),
         ("other_size", "the function returned one for 4 ranks and 1 micro-batches"),
@@ -121,16 +127,20 @@ def test_unknown_names_are_refused_with_what_there_is(name: str, message: str) -
 def test_a_file_without_the_function_or_that_breaks_is_refused(mine: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no function 'depht', its functions are depth_first, backwards_only"):
         find_schedule(f"{mine}:depht")
-    (tmp_path / "broken.py").write_text("import no_such_module_anywhere")
-    with pytest.raises(UsageError, match=r"broken.py cannot be imported: ModuleNotFoundError"):
-        find_schedule(f"{tmp_path / 'broken.py'}:f")
+    for text, fault in (
+        ("import os\nimport no_such_module_anywhere", r"ModuleNotFoundError: .* \(broken.py, line 2\)$"),
+        ("def f(:", r"SyntaxError: .* \(broken.py, line 1\)$"),
+    ):
+        (tmp_path / "broken.py").write_text(text)
+        with pytest.raises(UsageError, match=rf"broken.py cannot be imported: {fault}"):
+            find_schedule(f"{tmp_path / 'broken.py'}:f")
 
 
 def test_unknown_options_and_empty_pipelines_are_refused() -> None:
-    with pytest.raises(UsageError, match="schedule zb1p has no option 'depth': it has none"):
-        find_schedule("zb1p")(4, 8, depth=1)
-    with pytest.raises(UsageError, match="schedule dualpipe has no option 'depth': its options are defer_weights"):
-        find_schedule("dualpipe")(4, 8, depth=1)
+    with pytest.raises(UsageError, match="schedule zb1p: option depth is unknown: it takes none"):
+        generate("zb1p", 4, 8, {"depth": 1})
+    with pytest.raises(UsageError, match="schedule dualpipe: option depth is unknown: it takes defer_weights"):
+        generate("dualpipe", 4, 8, {"depth": 1})
     with pytest.raises(UsageError, match="schedule 1f1b for 0 pipeline ranks: there must be at least 1"):
         find_schedule("1f1b")(0, 8)
     with pytest.raises(UsageError, match="schedule 1f1b for -1 micro-batches"):

@@ -113,9 +113,42 @@ def test_forms_that_do_not_fit_are_refused() -> None:
         ({"placement": ((0,), (0,))}, r"wrong or missing are \[1\]"),
         ({"placement": ((0, 0), (1,))}, "holds a stage twice"),
         ({"actions": ()}, "actions is given for 0 ranks"),
+        ({"num_stages": "2"}, "num_stages is '2', which is no int"),
+        ({"placement": (0, 1)}, r"rank 0: its placement must be a tuple of stages, such as \(0,\), not the int 0"),
+        ({"placement": ((0,), ("1",))}, r"rank 1: its placement must be a tuple of stages"),
+        ({"placement": 2}, "placement must be a tuple with one entry a rank, not the int 2"),
+        (
+            {"actions": (GOOD.actions[0], iter(()))},
+            "rank 1: its actions must be a tuple of Actions, not the tuple_",
+        ),
     ):
         with pytest.raises(ScheduleError, match=message):
             check(replace(GOOD, **change))
+
+
+F, B = Action("F", 0, 1), Action("B", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("F0", "position 1 ('F0'): expects an Action or an Overlap, not the str 'F0'"),
+        (("F", 0, 1), "position 1 (('F', 0, 1)): expects an Action or an Overlap, not the tuple ('F', 0, 1)"),
+        ((F, B), "expects an Action or an Overlap, not the tuple (Action("),
+        (None, "position 1 (None): expects an Action or an Overlap, not the NoneType None"),
+        (Action("F", 0, "0"), "microbatch '0' is no int"),  # type: ignore[arg-type]
+        (Action("F", [0], 0), "stage [0] is no int"),  # type: ignore[arg-type]
+        (Action(["F"], 0, 0), "kind ['F'] is none of F, B, I and W"),  # type: ignore[arg-type]
+        (Overlap(F, ("B", 0, 0)), "a pair is of two Actions, not of the tuple ('B', 0, 0)"),  # type: ignore[arg-type]
+        (Overlap(F, Action("B", 0, None)), "microbatch None is no int"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_action_is_shown_where_it_stands(wrong: object, message: str) -> None:
+    order = (Action("F", 0, 0), wrong)
+    with pytest.raises(ScheduleError) as caught:
+        check(replace(GOOD, actions=(order, GOOD.actions[1])))  # type: ignore[arg-type]
+    assert message in str(caught.value)
+    assert (caught.value.rank, caught.value.position) == (0, 1)
 
 
 def test_two_ranks_that_wait_for_each_others_data_are_found() -> None:

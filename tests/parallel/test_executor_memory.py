@@ -1,0 +1,87 @@
+"""What the executor holds, in bytes of tensors that live: one pass a live micro-batch, nothing after its end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from counterflow.comm.p2p import Wires
+from counterflow.model.recompute import RecomputePolicy
+from counterflow.model.transformer import MicroBatch
+from counterflow.parallel.executor import Executor, Program
+from counterflow.parallel.schedule.actions import Action, Overlap, Schedule
+from counterflow.parallel.schedule.catalogue import find_schedule
+from counterflow.phases import Tape, run
+from counterflow.tests.model.small import build, random_tokens, small_config
+from counterflow.tests.model.test_recompute import Allocations
+
+SEQUENCES, LENGTH, MICRO_BATCHES = 2, 64, 4
+
+
+class Ledger:
+    """Bytes of tensors alive before each action."""
+
+    def __init__(self, allocations: Allocations) -> None:
+        self._allocations = allocations
+        self.alive: dict[str, int] = {}
+
+    def begin(self, action: Action | Overlap) -> None:
+        self.alive[f"{action.kind}{action.microbatch}" if isinstance(action, Action) else "pair"] = self.bytes()
+
+    def backward(self, running: bool) -> None:
+        """Not of interest."""
+
+    def bytes(self) -> int:
+        return self._allocations.bytes_alive()
+
+
+def ledger_of(schedule: Schedule, recompute: RecomputePolicy) -> tuple[Ledger, int]:
+    """The ledger of a step on one rank, and the bytes that a pass holds between its forward and its backward."""
+    config = small_config()
+    model = build(config, recompute=recompute)
+    for parameter in model.parameters():  # as the optimizer does
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    batches = [
+        MicroBatch(random_tokens(config, SEQUENCES, LENGTH, seed), torch.ones(SEQUENCES, dtype=torch.bool))
+        for seed in range(MICRO_BATCHES)
+    ]
+    shape = torch.Size((SEQUENCES, LENGTH, config.hidden_size))
+    executor = Executor({0: model}, Wires(0, {}), (), shape, torch.float32, torch.device("cpu"))
+    program = Program.of(schedule, 0)
+    executor.train(program, batches)  # rotary tables are made once and stay
+    with Allocations() as allocations:
+        tape = Tape()
+        made = run(model.phases(batches[0], None, tape))
+        one = allocations.bytes_alive()
+        del made, tape
+    with Allocations() as allocations:
+        executor.watch = ledger = Ledger(allocations)
+        results = executor.train(program, batches)
+        results.clear()
+        ledger.alive["end"] = ledger.bytes()
+    return ledger, one
+
+
+@pytest.mark.parametrize("recompute", ["none", "v3", "full"])
+def test_each_live_micro_batch_holds_one_pass_and_its_backward_frees_it(recompute: RecomputePolicy) -> None:
+    ledger, one = ledger_of(find_schedule("gpipe")(1, MICRO_BATCHES), recompute)
+    alive, small = ledger.alive, 0.02 * one  # losses and counts of the results
+    for number in range(MICRO_BATCHES):
+        assert abs(alive[f"F{number}"] - number * one) < small + number * small, number
+    backwards = [name for name in alive if name[0] == "B"]
+    for left, name in zip(range(MICRO_BATCHES, 0, -1), backwards, strict=True):
+        assert abs(alive[name] - left * one) < (left + 1) * small, name
+    assert alive["end"] == 0
+
+
+def test_deferred_weight_gradients_hold_their_inputs_and_end_with_w() -> None:
+    ledger, one = ledger_of(find_schedule("zb1p")(1, MICRO_BATCHES), "none")
+    alive = ledger.alive
+    assert any(0.2 * one < alive[name] for name in alive if name[0] == "W"), "x and gradients of every linear layer"
+    assert max(alive.values()) < 2.2 * one
+    assert alive["end"] == 0
+
+
+def test_full_recompute_holds_a_small_part() -> None:
+    passes = [ledger_of(find_schedule("gpipe")(1, MICRO_BATCHES), recompute)[1] for recompute in ("none", "full")]
+    assert passes[1] < 0.3 * passes[0]
