@@ -135,8 +135,7 @@ def _at_random(worker: Worker, case: Case, seed: int) -> dict[bool, dict[str, An
     return runs
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("seed", "case"), list(enumerate(CASES)), ids=str)
 def test_gradients_in_any_order_give_the_same_bits_and_one_order_a_group(pool: Pool, case: Case, seed: int) -> None:
     ranks = pool.run(_at_random, case.world, case, seed)
     for rank in ranks:

@@ -50,7 +50,6 @@ SPLITS = [
     (4, 1, "1f1b", 4, 2),
     (4, 2, "dualpipe", 2, 1),
     (2, 1, "dualpipe", 2, 4),
-    (4, 1, "dualpipe", 4, 1),
     (2, 1, "dualpipev", 2, 2),
     (4, 2, "zb1p", 2, 4),
 ]
@@ -86,7 +85,7 @@ def test_gradient_of_each_loss_alone_does_not_know_the_pipeline(
             assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), (loss, name)
 
 
-@pytest.mark.parametrize("split", ["[1,1,1,1]", "[2,2]", "[1,3]", "[3,1]"])
+@pytest.mark.parametrize("split", ["[1,1,1,1]", "[1,3]", "[3,1]"])
 def test_uneven_stages_change_nothing(pool: Pool, text: Path, split: str) -> None:
     stages = split.count(",") + 1
     (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1), 1, 3)
@@ -110,7 +109,7 @@ CORNERS = {
 def test_models_of_every_shape_train_alike_in_a_pipeline(pool: Pool, text: Path, corner: str) -> None:
     (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1, *CORNERS[corner]), 1, 2)
     config = pipeline(text, "dualpipe", 2, *CORNERS[corner], "train.recompute=full")
-    ranks = pool.run(train, 4, config, 2, 2)
+    ranks = pool.run(train, 2, config, 1, 2)
     for rank in ranks:
         for a, b in zip(expected.numbers, rank.numbers, strict=True):
             assert all(a[name] == b[name] or relative(a[name], b[name]) <= 1e-5 for name in a)
@@ -120,7 +119,7 @@ def test_models_of_every_shape_train_alike_in_a_pipeline(pool: Pool, text: Path,
         assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
-@pytest.mark.parametrize("sequences", [3, 6])
+@pytest.mark.parametrize("sequences", [3])
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p", "interleaved"])
 def test_fewer_micro_batches_than_the_pipeline_wants_change_nothing(
     pool: Pool, text: Path, schedule: str, sequences: int
@@ -155,7 +154,7 @@ def test_two_pipelines_in_one_world_do_not_touch_each_other(pool: Pool, text: Pa
 
 def test_a_checkpoint_of_any_pipeline_goes_on_in_any_other(pool: Pool, text: Path, tmp_path: Path) -> None:
     """Every key once, with a checksum; the next steps follow the unbroken run, bit by bit in the same layout."""
-    layouts = [("1f1b", 1, 1), ("dualpipe", 2, 2), ("interleaved", 2, 1)]
+    layouts = [("1f1b", 1, 1), ("dualpipe", 2, 2)]
     unbroken, written = {}, {}
     for schedule, pp, ep in layouts:
         folder = tmp_path / f"{schedule}{pp}{ep}"
@@ -305,7 +304,7 @@ def _failing(worker: Worker, config: Config, end: Callable[[object], None]) -> t
 
 
 def _hang(action: object) -> None:
-    time.sleep(8)
+    time.sleep(5)
     raise PipelineError(f"hung before {action}")
 
 
@@ -321,11 +320,11 @@ LAST = f"pipeline rank 2 waited for the activation {WAITED} F0 of stage 2: "
 def test_a_peer_that_hangs_ends_the_others_by_the_timeout_naming_whom_and_what_they_waited_for(
     pool: Pool, text: Path
 ) -> None:
-    config = pipeline(text, "1f1b", 3, "parallel.timeout=3")
+    config = pipeline(text, "1f1b", 3, "parallel.timeout=2")
     (first, after), (hung, _), (last, also_after) = pool.run(_failing, 3, config, _hang)
     assert hung == "hung before F0 of stage 1"
     assert first.startswith(FIRST) and last.startswith(LAST)
-    assert min(after, also_after) > 2.5 and max(after, also_after) < 7
+    assert min(after, also_after) > 1.5 and max(after, also_after) < 4.5
 
 
 def _step_twice(worker: Worker, config: Config, ep: int, after: int) -> None:

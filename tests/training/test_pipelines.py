@@ -1,6 +1,6 @@
 """The schedule never changes the maths: 8 layers, FP32, MTP, every schedule and layout against a single process.
 
-Four steps of each in `make test`, twenty in `make layouts`.
+Three steps at pp 2 x ep 2 and at pp 4 in `make test`; twenty, and also pp 2 and pp 4 x ep 2, in `make layouts`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from counterflow.tests.training.harness import (
 
 DEEP = ("model.num_hidden_layers=8", "run.seed=19")
 """The seed is the one of the first 40 whose single process stays farthest from a near tie, see `settings`."""
-STEPS = int(os.environ.get("COUNTERFLOW_TEST_STEPS", "4"))
+STEPS = int(os.environ.get("COUNTERFLOW_TEST_STEPS", "3"))
 
 
 class Case(NamedTuple):
@@ -53,8 +53,9 @@ class Case(NamedTuple):
 
 
 DEFER = ("parallel.schedule_options.defer_weights=true",)
-CASES = [Case(name, pp, ep) for name in sorted(schedule_names()) for pp, ep in ((2, 1), (2, 2), (4, 1), (4, 2))]
-CASES += [Case("dualpipe", 2, 2, DEFER), Case("dualpipe", 4, 1, DEFER)]
+LAYOUTS = ((2, 1), (2, 2), (4, 1), (4, 2)) if STEPS >= 20 else ((2, 2), (4, 1))
+CASES = [Case(name, pp, ep) for name in sorted(schedule_names()) for pp, ep in LAYOUTS]
+CASES += [Case("dualpipe", 2, 2, DEFER), Case("dualpipev", 4, 1, DEFER)]
 EVERY = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -82,7 +83,7 @@ def runs(pool: Pool, text: Path) -> PipelineRuns:
 
 def test_the_single_process_has_no_near_tie(runs: PipelineRuns) -> None:
     assert runs.alone.closest_choice > 1.5e-6, "choose another run.seed: a near tie may fall either way"
-    assert runs.alone.numbers[-1]["loss"] < 0.98 * runs.alone.numbers[0]["loss"], "the run is worth comparing"
+    assert runs.alone.numbers[-1]["loss"] < 0.99 * runs.alone.numbers[0]["loss"], "the run is worth comparing"
     assert min(step["grad_norm"] for step in runs.alone.numbers) > 1.0, "gradients are clipped in every step"
 
 
@@ -149,7 +150,7 @@ def _ones(worker: Worker, config: Config, ep: int) -> tuple[float, int, int]:
     return trainer.optimizer.reduce_gradients(), kept, sum(p.numel() for _, p in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if (case.pp, case.ep) in ((2, 2), (4, 1))], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.pp == 4 and case.ep == 1], ids=str)
 def test_every_parameter_counts_once_in_the_norm_and_in_the_optimizers_state(
     pool: Pool, text: Path, case: Case
 ) -> None:
@@ -177,9 +178,7 @@ def equal_bits(one: Curve, other: Curve) -> bool:
     ("case", "precision"),
     [
         (Case("dualpipe", 2, 2), "bf16"),
-        (Case("dualpipe", 2, 2), "fp32"),
-        (Case("dualpipev", 2, 2), "fp32"),
-        (Case("dualpipe", 2, 2, DEFER), "fp32"),
+        (Case("dualpipev", 2, 2, DEFER), "fp32"),
     ],
     ids=str,
 )
@@ -192,7 +191,6 @@ def test_orders_of_overlap_and_recompute_give_the_same_bits(pool: Pool, text: Pa
         (f"parallel.overlap_order={alternate}",),
         ("train.recompute=v3",),
         ("train.recompute=full",),
-        ("train.recompute=full", "parallel.overlap_order=sequence"),
     ]
     fixed = (f"precision.recipe={precision}", "model.num_nextn_predict_layers=2", "model.num_hidden_layers=4")
     curves = [pool.run(train, case.world, case.config(text, *fixed, *more), case.ep, 2) for more in given]
