@@ -304,7 +304,7 @@ def _failing(worker: Worker, config: Config, end: Callable[[object], None]) -> t
 
 
 def _hang(action: object) -> None:
-    time.sleep(5)
+    time.sleep(10)
     raise PipelineError(f"hung before {action}")
 
 
@@ -320,11 +320,11 @@ LAST = f"pipeline rank 2 waited for the activation {WAITED} F0 of stage 2: "
 def test_a_peer_that_hangs_ends_the_others_by_the_timeout_naming_whom_and_what_they_waited_for(
     pool: Pool, text: Path
 ) -> None:
-    config = pipeline(text, "1f1b", 3, "parallel.timeout=2")
+    config = pipeline(text, "1f1b", 3, "parallel.timeout=5")
     (first, after), (hung, _), (last, also_after) = pool.run(_failing, 3, config, _hang)
     assert hung == "hung before F0 of stage 1"
     assert first.startswith(FIRST) and last.startswith(LAST)
-    assert min(after, also_after) > 1.5 and max(after, also_after) < 4.5
+    assert min(after, also_after) > 4.5 and max(after, also_after) < 9.5
 
 
 def _step_twice(worker: Worker, config: Config, ep: int, after: int) -> None:
