@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .verify_check import Outcome
 
 
+PIECE = 4096  # bytes that POSIX writes to a pipe all at once (PIPE_BUF on Linux)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
@@ -74,10 +77,17 @@ def _launch(args: argparse.Namespace, config: Config, shrunk: Shrunk) -> int:
             return code
         outcomes: list[Outcome] = pickle.loads(result.read_bytes())
     if args.json:
-        print(json.dumps(to_json(config, shrunk, outcomes)))
+        _print_long(json.dumps(to_json(config, shrunk, outcomes)))
     else:
         print(f"\n{body(outcomes, ranks)}")
     return 0 if all(outcome.agrees for outcome in outcomes) else 1
+
+
+def _print_long(text: str) -> None:
+    """Print ASCII in pieces that a pipe takes whole: with PYTHONUNBUFFERED set, Python drops what a write leaves."""
+    for start in range(0, len(text), PIECE):
+        sys.stdout.write(text[start : start + PIECE])
+    print()
 
 
 def _work(args: argparse.Namespace, place: Place) -> int:
