@@ -22,6 +22,7 @@ from counterflow.checkpoint.manifest import complete_steps, read_manifest
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
 from counterflow.settings import UsageError
+from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
 
 EXPERTS = 4
@@ -77,7 +78,7 @@ def _load(worker: Worker, ep: int, path: Path) -> tuple[dict[str, Any], dict[str
     groups = Groups.create(Layout(worker.world_size, 1, ep), "cpu")
     tensors = state(groups, lambda name: torch.full_like(whole(name), 9.0))
     progress = store.load(path, tensors, MODEL, groups.world)
-    return progress, {name: tensor.full_tensor() for name, tensor in tensors.items()}
+    return progress, {name: gathered(tensor) for name, tensor in tensors.items()}
 
 
 def _refusal(worker: Worker, ep: int, path: Path, change: Callable[[dict[str, DTensor], Groups], None]) -> str:

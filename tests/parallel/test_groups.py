@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
+from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
 
 GROUPS = ("world", "pp", "ep", "edp", "dp")
@@ -87,7 +88,7 @@ def _rows(worker: Worker) -> tuple[list[int], list[int]]:
     for kind in ("dp", "edp"):
         mesh = groups.replicas(kind)
         local = torch.full((1,), worker.rank)
-        whole.append(DTensor.from_local(local, mesh, [Shard(0)], run_check=False).full_tensor().tolist())
+        whole.append(gathered(DTensor.from_local(local, mesh, [Shard(0)], run_check=False)).tolist())
     return whole[0], whole[1]
 
 

@@ -21,6 +21,7 @@ from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
 from counterflow.parallel.zero import ShardedOptimizer
 from counterflow.placement import Placed
+from counterflow.tests.gather import gathered
 from counterflow.tests.parallel.staged import (
     CASES,
     MICRO_BATCHES,
@@ -57,8 +58,8 @@ def trained(worker: Worker, case: Case, gradients: Gradients, steps: int, dtype:
     state = optimizer.state()
     return {
         "published": part.published(),
-        "state": {name: tensor.full_tensor() for name, tensor in state.items()},
-        "gradients": {name: tensor.full_tensor() for name, tensor in optimizer.reduced_gradients().items()},
+        "state": {name: gathered(tensor) for name, tensor in state.items()},
+        "gradients": {name: gathered(tensor) for name, tensor in optimizer.reduced_gradients().items()},
         "norms": norms,
         "owned": {name: tensor.to_local().numel() for name, tensor in state.items()},
     }
@@ -152,7 +153,7 @@ def _used_by_two_chunks(worker: Worker) -> tuple[Tensor, int]:
         (embedding * (1 + chunk + 10 * worker.rank)).sum().backward()
     early = optimizer.launched_early
     optimizer.reduce_gradients()
-    return optimizer.reduced_gradients()["embedding"].full_tensor(), early
+    return gathered(optimizer.reduced_gradients()["embedding"]), early
 
 
 def test_a_parameter_of_two_chunks_is_placed_once_and_sums_both(pool: Pool) -> None:

@@ -18,6 +18,7 @@ from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
 from counterflow.parallel.zero import ShardedOptimizer
 from counterflow.placement import Placed
+from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
 
 EXPERTS = 4
@@ -86,8 +87,8 @@ def trained(
         norms.append(optimizer.reduce_gradients())
         optimizer.step(config.lr.at(0), norms[-1])
     published = {n: t.clone() for item in model.placed for n, t in zip(item.names, item.tensors(), strict=True)}
-    state = {name: tensor.full_tensor() for name, tensor in optimizer.state().items()}
-    gradients = {name: tensor.full_tensor() for name, tensor in optimizer.reduced_gradients().items()}
+    state = {name: gathered(tensor) for name, tensor in optimizer.state().items()}
+    gradients = {name: gathered(tensor) for name, tensor in optimizer.reduced_gradients().items()}
     return {"published": published, "state": state, "gradients": gradients, "norms": norms}
 
 
@@ -197,7 +198,7 @@ def _sum_of_ones(worker: Worker, count: int) -> tuple[Tensor, bool, float]:
         weight.sum().backward()
     kept = weight.grad is not None
     norm = optimizer.reduce_gradients()
-    return optimizer.reduced_gradients()["w"].full_tensor(), kept, norm
+    return gathered(optimizer.reduced_gradients()["w"]), kept, norm
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -22,6 +22,7 @@ from counterflow.launcher.load import load_config
 from counterflow.launcher.trainer import Trainer
 from counterflow.model.router import Router
 from counterflow.parallel.layout import Layout
+from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
 
 NUMBERS = ("loss", "loss_mtp", "loss_balance", "grad_norm")
@@ -149,7 +150,7 @@ def run_steps(trainer: Trainer, steps: int, save_at: dict[int, Path]) -> Curve:
 
 def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """The summed gradients of the last step; every rank calls it."""
-    return {name: gradient.full_tensor().clone() for name, gradient in trainer.optimizer.reduced_gradients().items()}
+    return {name: gathered(gradient) for name, gradient in trainer.optimizer.reduced_gradients().items()}
 
 
 def no_counts(trainer: Trainer) -> Tensor:
