@@ -1,0 +1,49 @@
+"""Fused kernels for what costs an FP8 step on a GPU as much as its grouped products: quantising, turning, permuting.
+
+Plain functions of CUDA tensors, in Triton, for compute capability 9.0 and above; whoever wants them calls them, and
+importing this package imports no Triton. They mean what `fp8/quantize.py`, `model/kernels.py` and `comm/permute.py`
+compute, to the last bit but for SwiGLU's exp (see `swiglu_kernels`) and the sign of a NaN, which is lost.
+Shapes: T tokens, K choices a token, H hidden, R rows, I inner width of a feed-forward; C(n) = ceil(n / 128).
+
+| function | reads | writes |
+| --- | --- | --- |
+| `swiglu_quantize` | gate and up, BF16 or E4M3 | silu(gate) up weight in tiles of (1, 128) |
+| `swiglu_quantize_columns` | the same | the same values in tiles of (128, 1), transposed: recomputed for W |
+| `swiglu_backward_quantize` | gradient, gate and up | gradients in both tilings, and the weights' |
+| `quantize_both` | BF16 | both tilings |
+| `requantize_columns` | E4M3 in tiles of (1, 128) | tiles of (128, 1), transposed (V3 §3.5.2) |
+| `quantize_for_dispatch` | tokens | each token's codes and scales in its rows of one buffer |
+| `combine`, `combine_backward` | rows | sums of a token's rows, weighted or not |
+
+"Transposed": the codes of a matrix `[M, N]` lie in memory as `[N, M]`, as the products that contract its rows want
+them. They come as a BlockQuantized of shape `[M, N]` whose `data` is a view; `data.mT` is contiguous. Tiles of 128 rows
+begin anew with each of `groups` (`group_rows`).
+"""
+
+from .launch import RowGroups, group_rows
+from .message import message_bytes, unpack_message
+from .ops import (
+    combine,
+    combine_backward,
+    quantize_both,
+    quantize_for_dispatch,
+    requantize_columns,
+    swiglu_backward_quantize,
+    swiglu_quantize,
+    swiglu_quantize_columns,
+)
+
+__all__ = [
+    "RowGroups",
+    "combine",
+    "combine_backward",
+    "group_rows",
+    "message_bytes",
+    "quantize_both",
+    "quantize_for_dispatch",
+    "requantize_columns",
+    "swiglu_backward_quantize",
+    "swiglu_quantize",
+    "swiglu_quantize_columns",
+    "unpack_message",
+]

@@ -1,0 +1,329 @@
+"""The functions callers use: they check, allocate and launch, importing kernels, and with them Triton, only then."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...settings import UsageError
+from ..classes import SIDE
+from ..quantize import BlockQuantized
+from .launch import Launch, RowGroups, alignment, check, check_rows_quantized, same_device, tiles_down
+from .message import message_bytes, scale_start
+
+_ROWS, _COLUMNS = (1, SIDE), (SIDE, 1)
+
+
+def swiglu_quantize(
+    gate_up: Tensor | BlockQuantized, weights: Tensor | None = None, pow2_scales: bool = True
+) -> BlockQuantized:
+    """`silu(gate) * up * weight`, rounded to BF16 and quantised in tiles of (1, 128): `[R, I]`.
+
+    Args:
+        gate_up: `[R, 2I]`, gate first: BF16, or E4M3 in tiles of (1, 128) as it was cached, whose FP32 products of
+            code and scale are the values.
+        weights: FP32 `[R]`, the gate weight of each row, or None for 1.
+
+    Raises:
+        UsageError: a shape, type or layout that is not the above, an odd width, or no Triton.
+    """
+    given = _check_gate_up(gate_up, weights)
+    codes, scales = _empty_rows(given.rows, given.inner, given.device)
+    block = 16
+    from .swiglu_kernels import swiglu_rows
+
+    Launch(
+        swiglu_rows,
+        -(-given.rows // block) * scales.shape[1],
+        (*given.pointers, codes, scales, given.rows, given.inner, given.cache_tiles, scales.shape[1]),
+        {**given.constants, "pow2": pow2_scales, "block": block},
+        num_warps=4,
+    ).run()
+    return BlockQuantized(codes, scales, _ROWS, "e4m3", given.inner, pow2_scales)
+
+
+def swiglu_quantize_columns(
+    gate_up: Tensor | BlockQuantized,
+    weights: Tensor | None = None,
+    groups: RowGroups | None = None,
+    pow2_scales: bool = True,
+) -> BlockQuantized:
+    """The values of `swiglu_quantize` in tiles of (128, 1), transposed: the input of W of the linear that follows.
+
+    Recomputed from gate and up, so that they need not be kept (V3 §3.2.3). Arguments and errors as there.
+    """
+    given = _check_gate_up(gate_up, weights)
+    block = 64
+    down, across = tiles_down(given.rows, groups), -(-given.inner // block)
+    codes, scales = _empty_columns(given.rows, given.inner, down, given.device)
+    from .swiglu_kernels import swiglu_columns
+
+    Launch(
+        swiglu_columns,
+        down * across,
+        (*given.pointers, _table(groups, codes), codes, scales, given.rows, given.inner, given.cache_tiles, across),
+        {**given.constants, "groups": alignment(groups), "pow2": pow2_scales, "block": block},
+        num_warps=16,
+    ).run()
+    return _columns(codes, scales, given.inner, pow2_scales, groups)
+
+
+def swiglu_backward_quantize(
+    grad: Tensor,
+    gate_up: Tensor | BlockQuantized,
+    weights: Tensor | None = None,
+    groups: RowGroups | None = None,
+    pow2_scales: bool = True,
+) -> tuple[BlockQuantized, BlockQuantized, Tensor | None]:
+    """The backward of `swiglu_quantize`, quantised for dgrad and for wgrad.
+
+    Args:
+        grad: BF16 `[R, I]`; the rest as in `swiglu_quantize`.
+
+    Returns:
+        The gradient of gate and up `[R, 2I]`, rounded to BF16 and quantised in tiles of (1, 128); the same in tiles
+        of (128, 1), transposed; and that of the weights FP32 `[R]`, or None.
+    """
+    given = _check_gate_up(gate_up, weights)
+    rows, inner = given.rows, given.inner
+    grad = check("grad", grad, torch.bfloat16, rows, inner)
+    same_device(gate_up=given.pointers[0], grad=grad)
+    down, tiles = tiles_down(rows, groups), -(-2 * inner // SIDE)
+    across = inner // SIDE if inner % SIDE == 0 else tiles
+    codes, scales = _empty_rows(rows, 2 * inner, given.device)
+    codes_t, scales_t = _empty_columns(rows, 2 * inner, down, given.device)
+    # Summed in a fixed order afterwards: a fraction of a percent of the bytes, and no order of atomics.
+    parts = torch.empty(rows, across if weights is not None else 0, dtype=torch.float32, device=given.device)
+    results = (_table(groups, codes), codes, scales, codes_t, scales_t, parts)
+    from .swiglu_kernels import swiglu_backward
+
+    Launch(
+        swiglu_backward,
+        down * across,
+        (grad, *given.pointers, *results, rows, inner, given.cache_tiles, tiles, across),
+        {**given.constants, "groups": alignment(groups), "pow2": pow2_scales, "block": 16},
+        num_warps=8 if given.constants["even"] else 16,
+        most_registers=128,  # left alone, the assembler spills to fit in more programs
+    ).run()
+    return (
+        BlockQuantized(codes, scales, _ROWS, "e4m3", 2 * inner, pow2_scales),
+        _columns(codes_t, scales_t, 2 * inner, pow2_scales, groups),
+        None if weights is None else parts.sum(1),
+    )
+
+
+def quantize_both(
+    x: Tensor, groups: RowGroups | None = None, pow2_scales: bool = True
+) -> tuple[BlockQuantized, BlockQuantized]:
+    """x BF16 `[M, N]` in tiles of (1, 128), and in tiles of (128, 1), transposed, from one read.
+
+    Raises UsageError for another shape, type or layout, and without Triton.
+    """
+    x = check("x", x, torch.bfloat16, None, None)
+    rows, width = x.shape
+    down, across = tiles_down(rows, groups), -(-width // SIDE)
+    codes, scales = _empty_rows(rows, width, x.device)
+    codes_t, scales_t = _empty_columns(rows, width, down, x.device)
+    # Where 16 codes do not lie side by side, every one has an address of its own in registers.
+    block = 16 if rows % 16 or width % 16 or alignment(groups) == 1 else 32
+    from .transpose_kernels import quantize_both as kernel
+
+    Launch(
+        kernel,
+        down * across,
+        (x, _table(groups, codes), codes, scales, codes_t, scales_t, rows, width, across),
+        {"groups": alignment(groups), "pow2": pow2_scales, "block": block},
+        num_warps=8,
+    ).run()
+    return (
+        BlockQuantized(codes, scales, _ROWS, "e4m3", width, pow2_scales),
+        _columns(codes_t, scales_t, width, pow2_scales, groups),
+    )
+
+
+def requantize_columns(
+    x: BlockQuantized, groups: RowGroups | None = None, pow2_scales: bool | None = None
+) -> BlockQuantized:
+    """x `[M, N]` E4M3 in tiles of (1, 128), in tiles of (128, 1) and transposed: as `BlockQuantized.requantize`.
+
+    The kind of scales stays unless it is given. Raises UsageError for other tiles or formats, and without Triton.
+    """
+    x = check_rows_quantized("x", x)
+    rows, width = x.shape
+    kind = x.pow2_scales if pow2_scales is None else pow2_scales
+    block = 64
+    down = tiles_down(rows, groups)
+    codes, scales = _empty_columns(rows, width, down, x.data.device)
+    from .transpose_kernels import requantize_columns as kernel
+
+    Launch(
+        kernel,
+        down * -(-width // block),
+        (x.data, x.scale, _table(groups, codes), codes, scales, rows, width, x.scale.shape[1]),
+        {"groups": alignment(groups), "from_pow2": x.pow2_scales, "pow2": kind, "block": block},
+        num_warps=16,
+    ).run()
+    return _columns(codes, scales, width, kind, groups)
+
+
+def quantize_for_dispatch(x: Tensor, row_of_slot: Tensor, num_rows: int, pow2_scales: bool = True) -> Tensor:
+    """Quantise each token once, in tiles of (1, 128), and write it to all its rows of the buffer that dispatch sends.
+
+    Args:
+        x: BF16 `[T, H]`.
+        row_of_slot: int32 or int64 `[T, K]`, the row of each choice of a token, each below `num_rows` and no row
+            twice (`ExpertOrder.row_of_slot`); negative where there is none. Rows that no slot names are not written.
+
+    Returns:
+        uint8 `[num_rows, message_bytes(H)]`: `message` has the layout, `unpack_message` reads it.
+
+    Raises:
+        UsageError: another shape, type or layout, or no Triton.
+    """
+    x = check("x", x, torch.bfloat16, None, None)
+    tokens, width = x.shape
+    row_of_slot = _check_slots("row_of_slot", row_of_slot, tokens, None)
+    device = same_device(x=x, row_of_slot=row_of_slot)
+    tiles, size = -(-width // SIDE), message_bytes(width)
+    padded = size != width + 4 * tiles
+    message = (torch.zeros if padded else torch.empty)(num_rows, size, dtype=torch.uint8, device=device)
+    block = 8
+    parts = -(-tiles // block)
+    scales = message.view(torch.float32)
+    from .permute_kernels import quantize_to_rows
+
+    Launch(
+        quantize_to_rows,
+        tokens * parts,
+        (x, row_of_slot, message, scales, width, tiles, parts, size, scale_start(width) // 4),
+        {"top_k": row_of_slot.shape[1], "pow2": pow2_scales, "block": block},
+        num_warps=2,
+    ).run()
+    return message
+
+
+def combine(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
+    """For each token the sum of its rows, times their weights where there are some: BF16 `[T, H]`.
+
+    The order is that of `comm.permute.gather_sum`: an FP32 accumulator starts at +0 and adds slot after slot; a
+    weight's product is rounded to FP32 before; the total is rounded once.
+
+    Args:
+        rows: BF16 `[R, H]`.
+        row_of_slot: int32 or int64 `[T, K]`, negative for a slot without a row.
+        weights: FP32 `[T, K]` or None.
+
+    Raises:
+        UsageError: another shape, type or layout, or no Triton.
+    """
+    rows = check("rows", rows, torch.bfloat16, None, None)
+    row_of_slot = _check_slots("row_of_slot", row_of_slot, None, None)
+    tokens, top_k = row_of_slot.shape
+    if weights is not None:
+        weights = check("weights", weights, torch.float32, tokens, top_k)
+    device = same_device(rows=rows, row_of_slot=row_of_slot, weights=weights)
+    width = rows.shape[1]
+    out = torch.empty(tokens, width, dtype=torch.bfloat16, device=device)
+    block = 1024
+    parts = -(-width // block)
+    from .permute_kernels import combine as kernel
+
+    Launch(
+        kernel,
+        tokens * parts,
+        (rows, row_of_slot, rows if weights is None else weights, out, width, parts),
+        {"top_k": top_k, "weighted": weights is not None, "block": block},
+        num_warps=4,
+    ).run()
+    return out
+
+
+def combine_backward(grad: Tensor, rows: Tensor, weights: Tensor, slot_of_row: Tensor) -> tuple[Tensor, Tensor]:
+    """The backward of the weighted `combine`; that of the plain sum is a gather of `grad` by token.
+
+    Args:
+        grad: BF16 `[T, H]`; `rows` and `weights` as in `combine`.
+        slot_of_row: int32 or int64 `[R]`, the inverse of `row_of_slot`: token * K + choice, negative for a row that no
+            slot names.
+
+    Returns:
+        The gradients of rows, BF16 `[R, H]`, zero for rows that no slot names, and of weights, FP32 `[T, K]`.
+    """
+    rows = check("rows", rows, torch.bfloat16, None, None)
+    weights = check("weights", weights, torch.float32, None, None)
+    grad = check("grad", grad, torch.bfloat16, weights.shape[0], rows.shape[1])
+    slot_of_row = _check_slots("slot_of_row", slot_of_row, rows.shape[0])
+    same_device(rows=rows, weights=weights, grad=grad, slot_of_row=slot_of_row)
+    grad_rows, grad_weights = torch.empty_like(rows), torch.zeros_like(weights)
+    from .permute_kernels import combine_backward as kernel
+
+    Launch(
+        kernel,
+        rows.shape[0],
+        (grad, rows, weights, slot_of_row, grad_rows, grad_weights, rows.shape[1]),
+        {"top_k": weights.shape[1], "block": 1024},
+        num_warps=4,
+    ).run()
+    return grad_rows, grad_weights
+
+
+class _GateUp(NamedTuple):
+    """Gate and up as the kernels take them."""
+
+    rows: int
+    inner: int  # I
+    cache_tiles: int  # tiles across of cached codes
+    pointers: tuple[Tensor, Tensor, Tensor]  # values or codes, their scales, weights; any tensor where there are none
+    constants: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return self.pointers[0].device
+
+
+def _check_gate_up(gate_up: Tensor | BlockQuantized, weights: Tensor | None) -> _GateUp:
+    cached = isinstance(gate_up, BlockQuantized)
+    if isinstance(gate_up, BlockQuantized):
+        gate_up = check_rows_quantized("gate_up", gate_up)
+        values, scales = gate_up.data, gate_up.scale
+    else:
+        values = scales = check("gate_up", gate_up, torch.bfloat16, None, None)
+    rows, width = values.shape
+    if width % 2:
+        raise UsageError(f"gate_up has {width} columns, which is odd: gate and up have as many each")
+    if weights is not None:
+        weights = check("weights", weights, torch.float32, rows)
+    same_device(gate_up=values, scales=scales, weights=weights)
+    inner = width // 2
+    constants = {"cached": cached, "even": inner % SIDE == 0, "weighted": weights is not None}
+    return _GateUp(
+        rows, inner, -(-width // SIDE), (values, scales, values if weights is None else weights), constants
+    )  # fmt: skip
+
+
+def _check_slots(name: str, slots: Tensor, *shape: int | None) -> Tensor:
+    return check(name, slots, torch.int32 if slots.dtype == torch.int32 else torch.int64, *shape)
+
+
+def _empty_rows(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=device)
+    return codes, torch.empty(rows, -(-width // SIDE), dtype=torch.float32, device=device)
+
+
+def _empty_columns(rows: int, width: int, down: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(width, rows, dtype=torch.float8_e4m3fn, device=device)
+    return codes, torch.empty(down, width, dtype=torch.float32, device=device)
+
+
+def _table(groups: RowGroups | None, unused: Tensor) -> Tensor:
+    if groups is None:
+        return unused
+    same_device(groups=groups.table, result=unused)
+    return groups.table
+
+
+def _columns(codes: Tensor, scales: Tensor, width: int, pow2: bool, groups: RowGroups | None) -> BlockQuantized:
+    ends = None if groups is None else groups.ends
+    return BlockQuantized(codes.mT, scales, _COLUMNS, "e4m3", width, pow2, ends)

@@ -1,0 +1,104 @@
+"""Rows on their way to the experts, quantised, and back, summed. Every number has one writer: the order is fixed."""
+
+# mypy: ignore-errors
+# Kernels are Triton, which only looks like Python: their arguments have no types to check.
+from __future__ import annotations
+
+from .load import load_triton
+from .numerics import LARGEST_BF16, SIDE, scales_of
+
+triton, tl = load_triton()
+
+
+@triton.jit
+def quantize_to_rows(
+    x,
+    row_of_slot,
+    message,
+    message_scales,
+    width,
+    tiles,
+    parts,
+    row_bytes,
+    scale_start,
+    top_k: tl.constexpr,
+    pow2: tl.constexpr,
+    block: tl.constexpr,
+):
+    """A program quantises `block` tiles of a token of x `[., width]` once and writes them to its rows of the message.
+
+    `message` `[., row_bytes]` uint8 and `message_scales` `[., row_bytes / 4]` FP32 are the same memory; scales begin
+    at FP32 number `scale_start` of a row. Slots with a negative row are skipped.
+    """
+    part, token = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
+    tile = part * block + tl.arange(0, block)
+    column = tile[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    inside = column < width
+    values = tl.load(x + token * width + column, mask=inside, other=0.0).to(tl.float32)
+    multiplier, scale = scales_of(tl.max(tl.abs(values), axis=1), pow2, LARGEST_BF16)
+    encoded = (values * multiplier[:, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    for slot in tl.static_range(top_k):
+        row = tl.load(row_of_slot + token * top_k + slot).to(tl.int64)
+        wanted = tl.broadcast_to(row, [block]) >= 0
+        tl.store(message + row * row_bytes + column, encoded, mask=inside & wanted[:, None])
+        start = message_scales + row * (row_bytes // 4) + scale_start
+        tl.store(start + tile, scale, mask=(tile < tiles) & wanted)
+
+
+@triton.jit
+def combine(
+    rows,
+    row_of_slot,
+    weights,
+    out,
+    width,
+    parts,
+    top_k: tl.constexpr,
+    weighted: tl.constexpr,
+    block: tl.constexpr,
+):
+    """A program adds `block` columns of a token's rows in FP32, from +0 on in the order of its slots."""
+    part, token = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
+    column = part * block + tl.arange(0, block)
+    inside = column < width
+    total = tl.zeros([block], tl.float32)
+    for slot in tl.static_range(top_k):
+        row = tl.load(row_of_slot + token * top_k + slot).to(tl.int64)
+        wanted = tl.broadcast_to(row, [block]) >= 0
+        value = tl.load(rows + row * width + column, mask=inside & wanted, other=0.0).to(tl.float32)
+        if weighted:
+            # Products are rounded before they are added: nothing here is compiled with fused multiply-adds.
+            value = value * tl.load(weights + token * top_k + slot)
+            value = tl.where(wanted, value, 0.0)
+        total = total + value
+    tl.store(out + token * width + column, total.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def combine_backward(
+    grad,
+    rows,
+    weights,
+    slot_of_row,
+    grad_rows,
+    grad_weights,
+    width,
+    top_k: tl.constexpr,
+    block: tl.constexpr,
+):
+    """A program makes a row of `grad_rows` and the dot product of its token's gradient with it: its slot's weight's."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_of_row + row).to(tl.int64)
+    wanted = slot >= 0
+    token = slot // top_k
+    weight = tl.load(weights + slot, mask=wanted, other=0.0)
+    named = tl.broadcast_to(slot, [block]) >= 0
+    products = tl.zeros([block], tl.float32)
+    for start in range(0, width, block):
+        column = start + tl.arange(0, block)
+        inside = column < width
+        gradient = tl.load(grad + token * width + column, mask=inside & named, other=0.0).to(tl.float32)
+        value = tl.load(rows + row * width + column, mask=inside & named, other=0.0).to(tl.float32)
+        products = products + gradient * value
+        tl.store(grad_rows + row * width + column, (gradient * weight).to(tl.bfloat16), mask=inside)
+    tl.store(grad_weights + slot, tl.sum(products, axis=0), mask=wanted)

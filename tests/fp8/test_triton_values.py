@@ -1,0 +1,227 @@
+"""The fused Triton kernels under Triton's interpreter, against what they fuse: `fp8/quantize.py` and plain torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from counterflow.comm.permute import gather_sum, order_by_expert
+from counterflow.fp8.quantize import BlockQuantized, quantize
+from counterflow.fp8.triton import group_rows, message_bytes, unpack_message
+from counterflow.tests.fp8 import triton_worker
+from counterflow.tests.fp8.tiling import same
+from counterflow.tests.fp8.triton_claims import (
+    assert_same,
+    assert_within,
+    exact_swiglu,
+    exact_swiglu_backward,
+    gates,
+    numbers,
+    sum_in_order,
+    swiglu_backward_by,
+    swiglu_by,
+)
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+ROWS = 176
+GROUPS = {"even": None, "groups of 16": (16, 16, 176), "any groups": (0, 37, 169, 172, 176)}
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[..., Any]]:
+    """Runs a public function by its name in a process whose Triton interprets."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=triton_worker.prepare_interpreter) as pool:
+        yield lambda name, *arguments, **named: pool.submit(
+            triton_worker.interpreted, name, *arguments, **named
+        ).result(timeout=100)
+
+
+def exp(x: Tensor) -> Tensor:
+    """NumPy's, which the interpreter uses."""
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(np.exp(x.numpy()))
+
+
+# The corrected interpreter
+
+
+def test_the_interpreters_corrected_conversions_are_torchs() -> None:
+    every_bf16 = torch.arange(-(2**15), 2**15).to(torch.int32) << 16
+    generator = torch.Generator().manual_seed(0)
+    anything = torch.randint(-(2**31), 2**31, (400_000,), generator=generator, dtype=torch.int64).to(torch.int32)
+    near = (torch.randn(400_000, generator=generator) * 100).view(torch.int32)
+    ties = near & ~0xFFFF | 0x8000, near & ~0xFFFFF | 0x80000, (near & ~0xFFFFF | 0x80000) - (12 << 23)
+    bits = torch.cat((every_bf16, anything, near, near - (14 << 23), *ties))
+    fp32, unsigned = bits.view(torch.float32), bits.numpy().view(np.uint32)
+    bf16 = torch.from_numpy(triton_worker.bf16_of(unsigned).astype(np.uint16)).view(torch.bfloat16)
+    assert same(bf16.float(), fp32.bfloat16().float())
+    e4m3 = torch.from_numpy(triton_worker.e4m3_of(unsigned).astype(np.uint8)).view(torch.float8_e4m3fn)
+    assert same(e4m3.float(), fp32.to(torch.float8_e4m3fn).float())
+
+
+# Quantising
+
+
+@needs_triton
+@pytest.mark.parametrize("pow2", [True, False])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_both_tilings_are_quantizes(run: Callable[..., Any], groups: str, pow2: bool) -> None:
+    ends = GROUPS[groups]
+    for width in (130, 256) if ends else (1, 300):
+        x = numbers(ROWS, width, width)
+        rows, columns = run("quantize_both", x, None if ends is None else group_rows(ends, "cpu"), pow2)
+        assert_same(rows, quantize(x, (1, 128), pow2_scales=pow2))
+        assert_same(columns, quantize(x, (128, 1), pow2_scales=pow2, offsets=ends))
+        assert columns.data.mT.is_contiguous()
+
+
+@needs_triton
+@pytest.mark.parametrize("pow2", [True, False])
+def test_every_positive_bfloat16_as_a_tiles_largest(run: Callable[..., Any], pow2: bool) -> None:
+    largest = torch.arange(0, 0x7F81).to(torch.int16).view(torch.bfloat16)
+    shares = torch.tensor([1.0, -0.53, 1 / 448, -0.0, 2.0**-15])
+    x = (shares[:, None] * largest.float()).bfloat16()
+    _, columns = run("quantize_both", x, None, pow2, in_one_block=True)
+    assert_same(columns, quantize(x, (128, 1), pow2_scales=pow2))
+
+
+@needs_triton
+@pytest.mark.parametrize("kinds", [(True, True), (False, False), (False, True), (True, False)])
+def test_requantised_codes_are_those_of_dequantised_values(run: Callable[..., Any], kinds: tuple[bool, bool]) -> None:
+    ends = GROUPS["any groups"]
+    cached = quantize(numbers(ROWS, 200, 3), pow2_scales=kinds[0])
+    columns = run("requantize_columns", cached, group_rows(ends or (), "cpu"), kinds[1])
+    assert_same(columns, cached.requantize((128, 1), pow2_scales=kinds[1], offsets=ends))
+
+
+# SwiGLU
+
+
+def as_given(gate_up: Tensor, cache: str) -> tuple[Tensor | BlockQuantized, Tensor]:
+    """What the kernel gets, and the values it stands for."""
+    if cache == "BF16":
+        return gate_up, gate_up
+    cached = quantize(gate_up, pow2_scales=cache == "powers of two")
+    return cached, cached.dequantize(torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize(("inner", "cache"), [(128, "BF16"), (128, "powers of two"), (72, "BF16"), (72, "FP32 scales")])
+def test_swiglu_is_its_operations_then_quantize(run: Callable[..., Any], inner: int, cache: str) -> None:
+    gate_up, weights = gates(ROWS, inner, inner)
+    gate_up[11, ::5], gate_up[12, 3] = torch.inf, torch.nan
+    given, values = as_given(gate_up, cache)
+    for factor, pow2 in ((weights, True), (None, False)):
+        hidden = swiglu_by(exp, values, factor)
+        assert_same(run("swiglu_quantize", given, factor, pow2), quantize(hidden, pow2_scales=pow2))
+        ends = GROUPS["groups of 16"]
+        columns = run("swiglu_quantize_columns", given, factor, group_rows(ends or (), "cpu"), pow2)
+        assert_same(columns, quantize(hidden, (128, 1), pow2_scales=pow2, offsets=ends))
+
+
+@needs_triton
+@pytest.mark.parametrize(("inner", "cache"), [(128, "BF16"), (128, "powers of two"), (72, "BF16"), (72, "FP32 scales")])
+def test_swiglus_backward_is_its_operations_then_quantize(run: Callable[..., Any], inner: int, cache: str) -> None:
+    gate_up, weights = gates(ROWS, inner, inner + 1)
+    grad, _ = gates(ROWS, inner // 2, inner + 2)
+    given, values = as_given(gate_up, cache)
+    for factor, pow2, groups in ((weights, True, "any groups"), (None, False, "even")):
+        ends = GROUPS[groups]
+        rows, columns, grad_weights = run(
+            "swiglu_backward_quantize", grad, given, factor, None if ends is None else group_rows(ends, "cpu"), pow2
+        )
+        gradient = swiglu_backward_by(exp, grad, values, factor)
+        assert_same(rows, quantize(gradient, pow2_scales=pow2))
+        assert_same(columns, quantize(gradient, (128, 1), pow2_scales=pow2, offsets=ends))
+        if factor is None:
+            assert grad_weights is None
+        else:
+            terms = grad.double() * exact_swiglu(values, None)[0]
+            assert bool(((grad_weights - terms.sum(1)).abs() <= 1e-6 * terms.abs().sum(1)).all())
+
+
+@needs_triton
+def test_swiglu_is_within_its_bound_of_exact_values(run: Callable[..., Any]) -> None:
+    gate_up, weights = gates(ROWS, 256, 0)
+    grad, _ = gates(ROWS, 128, 1)
+    assert_within(run("swiglu_quantize", gate_up, weights), *exact_swiglu(gate_up, weights))
+    rows, columns, _ = run("swiglu_backward_quantize", grad, gate_up, weights)
+    for made in (rows, columns):
+        assert_within(made, *exact_swiglu_backward(grad, gate_up, weights))
+
+
+def test_torchs_own_swiglu_is_within_the_bound_and_a_worse_one_is_not() -> None:
+    gate_up, weights = gates(ROWS, 256, 0)
+    grad, _ = gates(ROWS, 128, 1)
+    exact, exact_gradient = exact_swiglu(gate_up, weights), exact_swiglu_backward(grad, gate_up, weights)
+    assert_within(quantize(swiglu_by(torch.exp, gate_up, weights)), *exact)
+    assert_within(quantize(swiglu_backward_by(torch.exp, grad, gate_up, weights)), *exact_gradient)
+    for power in (12, 9):  # a relative error of 2^-12 moves one value in a few hundred over a tie
+
+        def off(x: Tensor, error: float = 2.0**-power) -> Tensor:
+            return torch.exp(x) * (1 + error)
+
+        with pytest.raises(AssertionError, match="not within the margin"):
+            assert_within(quantize(swiglu_by(off, gate_up, weights)), *exact)
+        with pytest.raises(AssertionError, match="not within the margin"):
+            assert_within(quantize(swiglu_backward_by(off, grad, gate_up, weights)), *exact_gradient)
+
+
+# Permuting
+
+
+@needs_triton
+@pytest.mark.parametrize(("width", "pow2"), [(128, True), (200, False), (1100, True)])
+def test_a_message_holds_each_tokens_codes_and_scales(run: Callable[..., Any], width: int, pow2: bool) -> None:
+    x = numbers(24, width, width)
+    order = order_by_expert(torch.rand(24, 6, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :3], 6)
+    message = run("quantize_for_dispatch", x, order.row_of_slot, 72, pow2)
+    assert message.shape == (72, message_bytes(width)) and message.shape[1] % 16 == 0
+    assert_same(unpack_message(message, width, pow2), quantize(x[order.token_of_row], pow2_scales=pow2))
+    start = -(-width // 16) * 16
+    used = start + 4 * -(-width // 128)
+    assert not message[:, width:start].any() and not message[:, used:].any()
+
+
+@needs_triton
+def test_slots_without_a_row_send_and_add_nothing(run: Callable[..., Any]) -> None:
+    x = numbers(5, 128, 1, special=False)
+    row_of_slot = torch.tensor([[1, -1], [-1, -1], [0, 3], [2, -1], [-1, 4]], dtype=torch.int32)
+    message = run("quantize_for_dispatch", x, row_of_slot, 5)
+    assert_same(unpack_message(message, 128), quantize(x[[2, 0, 3, 2, 4]]))
+    weights = torch.rand(5, 2)
+    for factor in (None, weights):
+        assert torch.equal(run("combine", x, row_of_slot, factor), sum_in_order(x, row_of_slot.long(), factor))
+
+
+@needs_triton
+def test_combine_is_gather_sum(run: Callable[..., Any]) -> None:
+    order = order_by_expert(torch.rand(24, 6, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :3], 6)
+    rows = numbers(72, 1100, 2, special=False)
+    assert torch.equal(run("combine", rows, order.row_of_slot), gather_sum(rows, order.row_of_slot))
+    weights = torch.rand(24, 3, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(run("combine", rows, order.row_of_slot, weights), sum_in_order(rows, order.row_of_slot, weights))
+
+
+@needs_triton
+def test_the_backward_of_the_weighted_combine_is_autograds(run: Callable[..., Any]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    order = order_by_expert(torch.rand(24, 6, generator=generator).argsort(1)[:, :3], 6)
+    rows, grad = (torch.randn(n, 1100, generator=generator).bfloat16() for n in (72, 24))
+    weights = torch.rand(24, 3, generator=generator)
+    grad_rows, grad_weights = run("combine_backward", grad, rows, weights, order.slot_of_row)
+    expected = (grad.float()[order.token_of_row] * weights.view(-1)[order.slot_of_row, None]).bfloat16()
+    assert torch.equal(grad_rows, expected)
+    wide = rows.double().requires_grad_(), weights.double().requires_grad_()
+    (wide[0][order.row_of_slot] * wide[1][:, :, None]).sum(1).backward(grad.double())
+    assert wide[1].grad is not None
+    torch.testing.assert_close(grad_weights.double(), wide[1].grad, rtol=1e-5, atol=1e-4)
