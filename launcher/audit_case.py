@@ -1,0 +1,125 @@
+"""What an audit compares: a configuration in FP8, and the same in the other precisions, all in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..fp8.classes import CLASSES
+from ..model.counts import count_parameters
+from ..settings import UsageError
+from .config import Config
+from .explain import plain
+from .preflight import Flight, preflight
+
+HIGH = {"format": "high"}
+
+BYTES_A_PARAMETER = 60
+"""Of two trainers (weights, gradients, FP32 masters and sums, moments) and three models with FP32 sums, about."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An audit that can start."""
+
+    flight: Flight
+    steps: int
+    every: int
+    """Steps between looks at gradients."""
+    against: Literal["bf16", "fp32"]
+    folder: Path
+    changes: tuple[str, ...]
+    """What of the configuration is another here than in training, in words."""
+
+    @property
+    def config(self) -> Config:
+        """The one with FP8."""
+        return self.flight.config
+
+    @property
+    def parameters(self) -> int:
+        """MTP modules included."""
+        return _parameters(self.config)
+
+    def plain(self, recipe: Literal["bf16", "fp32"]) -> Config:
+        """The same without FP8."""
+        return _with_precision(self.config, {"recipe": recipe, "backend": "emulated"})
+
+    def only(self, kept: frozenset[str]) -> Config:
+        """The same with `kept` classes of tensors quantised, and FP32 for all else: no other rounding is left."""
+        precision = self.config.precision
+        off = {name: HIGH for name in CLASSES if name not in kept}
+        # A pattern that is given already would stay in its place, before those that it should override.
+        given = {pattern: format for pattern, format in precision.classes.items() if pattern not in off}
+        return _with_precision(self.config, {**dict(precision), "high": "fp32", "classes": given | off})
+
+
+def make_case(
+    config: Config, steps: int | None, every: int | None, against: Literal["bf16", "fp32"], folder: Path | None
+) -> Case:
+    """Check an audit. Raises UsageError for a configuration without FP8, or that is too large for one process."""
+    if config.precision.recipe != "fp8":
+        raise UsageError(
+            f"precision.recipe is {config.precision.recipe}, and an audit compares fp8 with {against}: "
+            "set precision.recipe to fp8 (--set precision.recipe=fp8)"
+        )
+    for name, given in (("--steps", steps), ("--every", every)):
+        if given is not None and given < 1:
+            raise UsageError(f"{name} is {given}: it must be at least 1")
+    _check_memory(config)
+    config, changes = _alone(config)
+    flight = preflight(config, 1, 1, fresh=True)
+    total = steps or flight.total_steps
+    where = folder or Path(config.run.dir).expanduser() / f"{config.run.name}-audit"
+    return Case(flight, total, min(every or max(1, total // 10), total), against, where, changes)
+
+
+def _alone(config: Config) -> tuple[Config, tuple[str, ...]]:
+    """The configuration for a single process in which every quantisation is seen, and what is another in it.
+
+    The layout makes no difference to the maths, and the backend none but that of rounding.
+    """
+    tree, changes = plain(config), []
+    parallel = config.parallel
+    axes = {"pp": parallel.pp, "ep": parallel.ep, "dp": parallel.dp}
+    given = [f"{name} {size}" for name, size in axes.items() if size not in (1, "auto")]
+    if given:
+        tree["parallel"] = {"timeout": parallel.timeout, "dp": 1}
+        changes.append(f"a single process instead of {', '.join(given)}")
+    if config.precision.backend == "te":
+        changes.append("emulated FP8 instead of Transformer Engine, which shows no tensors")
+    tree["precision"]["backend"] = "emulated"
+    return Config.model_validate(tree), tuple(changes)
+
+
+def _check_memory(config: Config) -> None:
+    parameters, there = _parameters(config), _memory_gib()
+    needed = parameters * BYTES_A_PARAMETER / 2**30
+    if there is not None and needed > there:
+        raise UsageError(
+            f"an audit runs in one process and holds the model five times: {parameters / 1e9:.3g}B parameters take "
+            f"about {needed:,.0f} GiB, and this machine has {there:,.0f}; audit a smaller model of this shape, with "
+            "fewer layers and experts"
+        )
+
+
+def _parameters(config: Config) -> int:
+    counts = count_parameters(config.model)
+    return counts.total + counts.mtp_module * config.model.num_nextn_predict_layers
+
+
+def _memory_gib() -> float | None:
+    """Of the machine; None where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError):
+        return None
+
+
+def _with_precision(config: Config, precision: Mapping[str, Any]) -> Config:
+    tree = plain(config)
+    tree["precision"] = dict(precision)
+    return Config.model_validate(tree)

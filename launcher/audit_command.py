@@ -1,0 +1,190 @@
+"""`counterflow audit CONFIG`: what FP8 costs a configuration in accuracy, and which tensors it comes from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..settings import UsageError
+from .audit_case import Case, make_case
+from .config import Config
+from .load import add_config_arguments, load_config
+from .place import Place, find_place
+from .run_folder import locked
+
+if TYPE_CHECKING:
+    from .audit_run import Audit
+
+CONFIG_FILE, RESULT_FILE = "config.json", "audit.json"
+LINES = 20
+"""Lines of the curve that are printed."""
+FREE = ("log", "checkpoint")
+"""Sections that make no difference to what an audit finds."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.description = (
+        "Train a CONFIG twice, in FP8 as it says and in BF16, from the same weights on the same text, in lock step and "
+        "in one process. Says how far the losses and the gradients differ, what quantisation does to each class of "
+        "tensors, and which class hurts. An audit that was stopped goes on where it was."
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of training (default: those of the CONFIG)")
+    parser.add_argument("--every", type=int, metavar="K", help="steps between looks at gradients (default N / 10)")
+    parser.add_argument(
+        "--against", choices=("bf16", "fp32"), default="bf16", help="what FP8 is compared with (default bf16)"
+    )
+    parser.add_argument(
+        "--bound",
+        type=float,
+        metavar="PERCENT",
+        help="exit code 1 where the mean losses of the last tenth of the steps are further apart, in percent",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curves and all tables")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of its records (default: run.dir/NAME-audit)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audit; 1 where a run did not stay finite, or the losses are further apart than --bound."""
+    if find_place(os.environ).launcher != "none":
+        raise UsageError("audit trains in one process, whose maths is that of every layout: run it without torchrun")
+    config = load_config(args.config, args.overrides)
+    case = make_case(config, args.steps, args.every, args.against, args.out)
+    _check_folder(case)
+    if args.html is not None and not args.html.absolute().parent.is_dir():
+        raise UsageError(f"--html {args.html} cannot be written: there is no folder {args.html.absolute().parent}")
+    with locked(case.folder):
+        case.folder.mkdir(exist_ok=True)
+        (case.folder / CONFIG_FILE).write_text(_dump(case.config))
+        result = _audit(case, args.json)
+        (case.folder / RESULT_FILE).write_text(json.dumps(result))
+    if args.html is not None:
+        from .audit_html import draw
+
+        _write(args.html, draw(result))
+    return _say(result, args)
+
+
+def _say(result: dict[str, Any], args: argparse.Namespace) -> int:
+    from .audit_report import report, signed
+    from .verify_command import _print_long
+
+    if args.json:
+        _print_long(json.dumps(result))
+    else:
+        print(f"\n{report(result)}")
+    if result["stopped"] is not None:
+        return 1
+    error = abs(result["loss"]["error"])
+    if args.bound is None:
+        return 0
+    verdict = "within" if 100 * error < args.bound else "NOT within"
+    out = sys.stderr if args.json else sys.stdout
+    print(f"\nthe losses are {verdict} {args.bound:g} % of each other: {signed(result['loss']['error'])}", file=out)
+    return 0 if 100 * error < args.bound else 1
+
+
+def _audit(case: Case, quiet: bool) -> dict[str, Any]:
+    """Both runs from where they were to the last step, then which class hurts."""
+    from .audit_report import heading, progress_heading, progress_line
+    from .audit_result import make_result, mean_loss
+    from .audit_run import audit_of
+    from .bootstrap import bootstrap
+
+    config, out = case.config, sys.stderr if quiet else sys.stdout
+    every = max(1, case.steps // LINES)
+
+    def told(record: dict[str, Any]) -> None:
+        if record["step"] % every == 0 or record["step"] == case.steps:
+            window = {"step": record["step"], **mean_loss(audit.steps[-every:], case.against)}
+            print(progress_line(window, case.against), file=out, flush=True)
+
+    print(heading(case), file=out, flush=True)
+    with (
+        bootstrap(Place(), config.train.device, config.comm.backend, config.parallel.timeout) as process,
+        audit_of(case, process.device) as audit,
+    ):
+        resumed = audit.resume()
+        earlier = _earlier(case) if resumed == case.steps else None
+        if resumed:
+            print(f"goes on after step {resumed}", file=out)
+        print(progress_heading(case.against), file=out, flush=True)
+        stopped = audit.run(told)
+        validation = {} if stopped is not None else audit.validation()
+        attribution = None
+        if stopped is None and audit.looks:
+            attribution = earlier["attribution"] if earlier is not None else _attribute(audit, out)
+        return make_result(case, audit.steps, audit.looks, validation, attribution, stopped)
+
+
+def _earlier(case: Case) -> dict[str, Any] | None:
+    """What an audit of the same steps has found before."""
+    path = case.folder / RESULT_FILE
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found if found["steps"] == case.steps and found["attribution"] is not None else None
+
+
+def _attribute(audit: Audit, out: Any) -> dict[str, Any]:
+    from .audit_attribution import attribute
+    from .audit_probe import Point
+
+    look = audit.looks[-1]
+    present = frozenset(look["classes"]) | frozenset(look["classes_for_weights"])
+    print("\nclasses of tensors in turn", end="", file=out, flush=True)
+
+    def told(done: int, of: int) -> None:
+        if done * 10 // of > (done - 1) * 10 // of:
+            print(f" {done * 100 // of} %", end="", file=out, flush=True)
+
+    found = attribute(audit, Point.of(audit.trainers["fp8"]), present, told)
+    print(file=out, flush=True)
+    return found
+
+
+def _check_folder(case: Case) -> None:
+    """Raises UsageError if the folder holds the records of another audit."""
+    folder, remedy = case.folder, "give another --out, or remove that folder"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file")
+    other = {"bf16": "fp32", "fp32": "bf16"}[case.against]
+    if (folder / other).exists():
+        raise UsageError(f"{folder} holds an audit against {other}: {remedy}")
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UsageError(f"{folder} holds something that is no audit: give another --out")
+        return
+    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(_dump(case.config)))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        raise UsageError(f"{folder} holds an audit of another configuration ({', '.join(changed)}): {remedy}")
+
+
+def _dump(config: Config) -> str:
+    tree = config.model_dump(mode="json", exclude=set(FREE))
+    del tree["train"]["steps"], tree["train"]["tokens"]  # an audit may go on for longer
+    return json.dumps(tree)
+
+
+def _flat(tree: Any, above: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {above: tree}
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{above}.{name}" if above else name)
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--html {path} cannot be written: {error.strerror}") from error

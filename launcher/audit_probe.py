@@ -1,0 +1,222 @@
+"""Gradients of one step at given weights, in any precision and without an optimizer; and how far two of them differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from ..data.loader import Batch, Loader
+from ..fp8.recipe import Observer
+from ..model.router import Router
+from ..model.transformer import MicroBatch, Weights
+from ..parallel.executor import Program
+from ..parallel.groups import Groups
+from .build import build_executor, build_model
+from .config import Config
+from .pipeline import make_schedule
+from .plan_steps import Progress, steps_from
+from .trainer import Trainer
+
+PARAMETERS = (
+    ("embedding", "embedding"),
+    ("head", "head"),
+    ("attention_out", "*.attention.out"),
+    ("norms", "*norm"),
+    ("attention", "*.attention.*"),
+    ("router", "*.mlp.gate"),
+    ("experts_down", "*.mlp.experts.*.w2"),
+    ("experts_up", "*.mlp.experts.*"),
+    ("shared_down", "*.mlp.shared.w2"),
+    ("shared_up", "*.mlp.shared.*"),
+    ("dense_down", "*.mlp.w2"),
+    ("dense_up", "*.mlp.*"),
+    ("mtp", "mtp.*.project"),
+)
+"""Classes of parameters and the names in each; the first that fits."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where gradients are taken: weights of a run, and the batch of its next step."""
+
+    state: Mapping[str, Tensor]
+    """FP32 weights, and the routers' biases, by global name."""
+    batches: Sequence[Batch]
+    weights: Weights
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Point:
+        """Where a trainer on a single rank stands: copies, so that it may go on."""
+        config, at = trainer.config, trainer.progress
+        state = {
+            name.removeprefix("weights."): tensor.to_local().clone()
+            for name, tensor in trainer.optimizer.state().items()
+            if name.startswith("weights.")
+        }
+        state |= {name: bias.clone() for name, bias, _ in trainer.model.biases()}
+        progress, sequences = next(steps_from(at, config.batch))
+        with Loader(
+            trainer.data.train,
+            [(progress.sequences, sequences)],
+            dp_rank=0,
+            dp_size=1,
+            micro_sequences=config.batch.micro_sequences,
+        ) as loader:
+            batches = next(loader)
+        return cls(state, batches, _weights(config, progress, sequences))
+
+
+Choices = Mapping[int, Sequence[Tensor]]
+"""For each MoE layer the experts `[T, K]` of its tokens, one tensor each time its router ran."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of all parameters by global name, FP32, and where the tokens went."""
+
+    tensors: Mapping[str, Tensor]
+    choices: Choices
+
+
+class Probe:
+    """The model of a configuration on this process alone, which takes gradients wherever it is put."""
+
+    def __init__(self, config: Config, groups: Groups, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.model = build_model(config, groups, device)
+        self._executor = build_executor(config, self.model, groups, device)
+        self._placed = self.model.placed()
+        self._sums = {item.parameter: torch.zeros_like(item.parameter, dtype=torch.float32) for item in self._placed}
+        for item in self._placed:
+            item.parameter.register_post_accumulate_grad_hook(self._accumulate)
+
+    def gradients(self, point: Point, observer: Observer | None = None, choices: Choices | None = None) -> Gradients:
+        """Those of the step at `point`; `observer` is shown every quantisation.
+
+        With `choices` the tokens go where they went when these were made, whatever their scores are now.
+        """
+        self._put(point.state)
+        for total in self._sums.values():
+            total.zero_()
+        batches = [
+            MicroBatch(batch.tokens.to(self.device), batch.valid.to(self.device), point.weights)
+            for batch in point.batches
+        ]
+        self.model.recipe.monitor.observer = observer
+        given = choices or {}
+        made = {layer: _Selection(router, given.get(layer)) for layer, router in self.model.routers()}
+        try:
+            self._executor.train(Program.of(make_schedule(self.config, len(batches)), 0), batches)
+        finally:
+            self.model.recipe.monitor.observer = None
+            for selection in made.values():
+                selection.remove()
+        tensors = {
+            name: tensor.clone()
+            for item in self._placed
+            for name, tensor in zip(item.names, item.tensors(self._sums[item.parameter]), strict=True)
+        }
+        return Gradients(tensors, {layer: selection.made for layer, selection in made.items()})
+
+    @torch.no_grad()
+    def _put(self, state: Mapping[str, Tensor]) -> None:
+        for chunk in self.model.chunks.values():
+            chunk.train()
+        for item in self._placed:
+            # Not `.data`: the parameter's version tells that quantised copies of it are old.
+            views = item.tensors(item.parameter.detach())
+            for name, view in zip(item.names, views, strict=True):
+                view.copy_(state[name].view_as(view))
+        for name, bias, _ in self.model.biases():
+            bias.copy_(state[name])
+
+    def _accumulate(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:  # a layer that has put its weight gradient off passes none
+            self._sums[parameter].add_(parameter.grad)  # type: ignore[index]
+            parameter.grad = None
+
+
+class _Selection:
+    """Notes which experts a router selects, or lets it select those that were noted before, in the same order."""
+
+    def __init__(self, router: Router, given: Sequence[Tensor] | None) -> None:
+        self.made: list[Tensor] = []
+        self._router, self._own, self._given = router, router._select, given
+        router._select = self._select  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the router back its own mind."""
+        self._router._select = self._own  # type: ignore[method-assign]
+
+    def _select(self, scores: Tensor) -> Tensor:
+        self.made.append(self._own(scores) if self._given is None else self._given[len(self.made)])
+        return self.made[-1]
+
+
+def moved_share(choices: Choices, reference: Choices) -> float:
+    """Share of the choices of experts that are not among the reference's; 0 for a model without experts."""
+    moved = total = 0
+    for layer, made in choices.items():
+        for ours, theirs in zip(made, reference[layer], strict=True):
+            same = (ours.unsqueeze(2) == theirs.unsqueeze(1)).any(2)
+            moved += int((~same).sum())
+            total += same.numel()
+    return moved / total if total else 0.0
+
+
+@dataclass
+class Difference:
+    """Of gradients from a reference."""
+
+    squares: float = 0.0
+    """Of the reference."""
+    own_squares: float = 0.0
+    product: float = 0.0
+    squared_error: float = 0.0
+
+    def add(self, gradient: Tensor, reference: Tensor) -> None:
+        own, exact = gradient.double(), reference.double()
+        self.squares += float(exact.square().sum())
+        self.own_squares += float(own.square().sum())
+        self.product += float((own * exact).sum())
+        self.squared_error += float((own - exact).square().sum())
+
+    @property
+    def error(self) -> float:
+        """||g - reference|| / ||reference||."""
+        return math.sqrt(self.squared_error / self.squares) if self.squares else 0.0
+
+    @property
+    def cosine(self) -> float:
+        norms = math.sqrt(self.squares * self.own_squares)
+        return self.product / norms if norms else 1.0
+
+    def to_json(self) -> dict[str, float]:
+        return {"error": self.error, "cosine": self.cosine}
+
+
+def compare(gradients: Gradients, reference: Gradients) -> dict[str, Difference]:
+    """By class of parameter, in the order of PARAMETERS, and of `all` together."""
+    found = {name: Difference() for name, _ in PARAMETERS} | {"all": Difference()}
+    for name, gradient in gradients.tensors.items():
+        for into in (parameter_class(name), "all"):
+            found[into].add(gradient, reference.tensors[name])
+    return {name: difference for name, difference in found.items() if difference.squares}
+
+
+def parameter_class(name: str) -> str:
+    """The class of the parameter with this global name."""
+    return next(found for found, pattern in PARAMETERS if fnmatchcase(name, pattern))
+
+
+def _weights(config: Config, before: Progress, sequences: int) -> Weights:
+    """Of a step's losses, as `Trainer.step` has them."""
+    tokens = sequences * config.batch.sequence_length
+    depth = max(1, config.model.num_nextn_predict_layers)
+    mtp_weight = config.train.mtp_weight.at(before.tokens)
+    return Weights(1 / tokens, mtp_weight / depth / tokens, config.train.balance_loss / sequences)
