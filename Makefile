@@ -12,13 +12,13 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python -P
 
 .DEFAULT_GOAL := help
-.PHONY: help train test layouts lint bench clean
+.PHONY: help train test test-gpu layouts audit lint bench clean
 
 # An environment that was made when the clone lay elsewhere points to the old place.
 $(shell [ "$$(cat $(INSTALLED) 2>/dev/null)" = "$(CURDIR)" ] || rm -f $(INSTALLED))
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 train: $(INSTALLED) ## train the smoke model on four local processes
 	$(RUN) -m counterflow train smoke --nproc 4 $(ARGS)
@@ -26,8 +26,16 @@ train: $(INSTALLED) ## train the smoke model on four local processes
 test: $(INSTALLED) ## run the tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest $(ARGS)
 
+test-gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU, under ten minutes
+	@$(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu needs an NVIDIA GPU and a torch built for it: there is none here. All that can be tested without is in make test.")'
+	$(RUN) -m pytest tests/gpu -rs $(ARGS)
+
 layouts: $(INSTALLED) ## compare every schedule and layout with one process over twenty steps
 	COUNTERFLOW_TEST_STEPS=20 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/training/test_pipelines.py -rP $(ARGS)
+
+audit: $(INSTALLED) ## train a small model in FP8 and in BF16 for 1,000 steps and compare them
+	@mkdir -p runs
+	$(RUN) -m counterflow audit audit --bound 0.25 --html runs/audit.html $(ARGS)
 
 lint: $(INSTALLED) ## check style, format and types
 	$(RUN) -m ruff check .

@@ -50,6 +50,22 @@ class WeightQueue:
             self._target = before
 
 
+def now_or_later(queue: WeightQueue | None, work: Callable[[], None]) -> None:
+    """Run `work` in the midst of a backward, or put it off if the queue does so now."""
+    if queue is not None and queue.deferring:
+        queue.put(work)
+    else:
+        work()
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Address of the memory that a saved tensor lies in; 0 where it has none of its own, but wraps other tensors."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
+
+
 def drain(work: deque[Callable[[], None]]) -> None:
     """Run deferred weight gradients in the order in which they were put."""
     while work:

@@ -78,16 +78,29 @@ def save(
     return final
 
 
-def load(path: Path, tensors: Mapping[str, DTensor], model: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Any]:
+def load(
+    path: Path,
+    tensors: Mapping[str, DTensor],
+    model: dict[str, Any],
+    group: dist.ProcessGroup,
+    optional: str | None = None,
+) -> dict[str, Any]:
     """Fill `tensors` from checkpoint `path`, written in any layout, and return its progress.
 
+    Tensors whose names begin with `optional` are filled in only if both sides have such; else they are left alone.
     Raises UsageError if it is torn, of another model, lacks or has extra tensors, or if what was read does not have
     the checksums that were written.
     """
     manifest = read_manifest(path)
     check_same_model(manifest, model, path)
+    written = manifest.tensors
+    if optional is not None:
+        if not any(name.startswith(optional) for name in written):
+            tensors = _without(tensors, optional)
+        elif not any(name.startswith(optional) for name in tensors):
+            written = _without(written, optional)
     wanted = _gather({name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}, group)
-    _refuse(path, None if wanted is None else _find_strangers(manifest.tensors, wanted), group)
+    _refuse(path, None if wanted is None else _find_strangers(written, wanted), group)
     try:
         dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), process_group=group)
     except CheckpointException as error:
@@ -99,8 +112,12 @@ def load(path: Path, tensors: Mapping[str, DTensor], model: dict[str, Any], grou
             raise RuntimeError(f"checkpoint {path} could not be read: {_cause(error)}") from None
         raise UsageError(f"checkpoint {path} is torn: {_cause(error)}; {remedy(path)}") from None
     read = _collect_records(tensors, group)
-    _refuse(path, None if read is None else _find_damage(manifest.tensors, read, path), group)
+    _refuse(path, None if read is None else _find_damage(written, read, path), group)
     return manifest.progress
+
+
+def _without(named: Mapping[str, T], prefix: str) -> dict[str, T]:
+    return {name: value for name, value in named.items() if not name.startswith(prefix)}
 
 
 def _refuse(path: Path, fault: str | None, group: dist.ProcessGroup) -> None:

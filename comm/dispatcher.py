@@ -18,7 +18,8 @@ Result = TypeVar("Result")
 class Dispatched:
     """The rows that this rank's experts compute on, sorted by (local expert, source rank, token).
 
-    x: [R, H], one row for each (token, expert of this rank) pair of the whole group. Nothing is dropped.
+    x: [R, H], one row for each (token, expert of this rank) pair of the whole group. Nothing is dropped. A dispatcher
+        that aligns rows adds rows of zeros, with weight zero, at the end of each expert; R counts them.
     weights: FP32 [R], the gate weight of each row. `combine` does not apply it; the expert does, between its SwiGLU and
         its down projection, so that combine stays a plain sum and its backward a plain copy.
     offsets: int32 [E_local], where each local expert's rows end; `offs` of `torch.nn.functional.grouped_mm`.

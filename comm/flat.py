@@ -37,12 +37,14 @@ class FlatDispatcher:
         group: the expert parallel group. None is this process by itself; then, and in a group of one rank, nothing is
             communicated.
         num_experts: E, routed experts of the layer over the whole group.
+        alignment: each expert's rows are filled up with zeros to a multiple of it. Matrix products in FP8 want that,
+            and here it costs nothing: the rows are moved to their places anyhow.
 
     Raises:
         UsageError: the group does not divide the experts.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, num_experts: int) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, num_experts: int, alignment: int = 1) -> None:
         size = 1 if group is None else group.size()
         if num_experts % size:
             fits = [ep for ep in range(1, num_experts + 1) if num_experts % ep == 0]
@@ -52,12 +54,13 @@ class FlatDispatcher:
             )
         self.group = group
         self.num_experts = num_experts
+        self.alignment = alignment
 
     def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
         return self.begin_dispatch(x, expert_ids, weights).wait()
 
     def begin_route(self, expert_ids: Tensor) -> _Route:
-        return _Route(expert_ids, self.num_experts, self.group)
+        return _Route(expert_ids, self.num_experts, self.group, self.alignment)
 
     def begin_dispatch(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor, route: _Route | None = None
@@ -74,7 +77,8 @@ class FlatDispatcher:
 
     def begin_combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         route = dispatched.handle
-        assert y.shape[0] == route.rows_received, f"{y.shape[0]} rows to combine, {route.rows_received} were dispatched"
+        rows = sum(route.tokens_per_expert)
+        assert y.shape[0] == rows, f"{y.shape[0]} rows to combine, {rows} were dispatched"
         transfer = _Transfer(route)
         ticket = _CombineStart.apply(y, transfer)
         return Pending(ticket, lambda ticket: _CombineWait.apply(ticket, transfer))
@@ -84,17 +88,24 @@ class _Route:
     """Where the rows of one dispatch go, on both sides; made in two halves around the exchange of counts.
 
     The constructor sorts this rank's slots and launches the counts; `complete` waits for them. Until then the local
-    rows can be gathered. The rows arrive sorted by (source rank, local expert, token); `by_expert` reorders them to
-    (local expert, source rank, token) and `by_source` back, both None where the two orders are the same.
+    rows can be gathered. The rows arrive sorted by (source rank, local expert, token); `to_experts` reorders them to
+    (local expert, source rank, token), with zeros at the end of each expert where rows are aligned, and `to_sources`
+    back.
     """
 
-    def __init__(self, expert_ids: Tensor, num_experts: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, expert_ids: Tensor, num_experts: int, group: dist.ProcessGroup | None, alignment: int = 1
+    ) -> None:
         self.group = group
+        self.alignment = alignment
         self.group_size = 1 if group is None else group.size()
         self.num_local_experts = num_experts // self.group_size
         self.order = order_by_expert(expert_ids, num_experts)
+        # Indices between the two orders, None where these are the same. Where rows are aligned, by_source is where
+        # each row lies among the experts' and takes its way back, and padding the rows that are zero.
         self.by_expert: Tensor | None = None
         self.by_source: Tensor | None = None
+        self.padding: Tensor | None = None
         each = [self.num_local_experts] * self.group_size
         self._counts = Exchange(self.order.rows_per_expert, each, each, group)
 
@@ -112,6 +123,34 @@ class _Route:
         if min(shape) > 1:
             self.by_expert = transpose_blocks(received, self.rows_received)
             self.by_source = transpose_blocks(received.t(), self.rows_received)
+        if self.alignment > 1:
+            self._align(received.sum(0))
+
+    def _align(self, counts: Tensor) -> None:
+        """Make room after each expert's rows, of which there are `counts` int64 [E_local]."""
+        unit = self.alignment
+        self.tokens_per_expert = [-(-count // unit) * unit for count in self.tokens_per_expert]
+        short = -counts % unit
+        ends, wide_ends = counts.cumsum(0), (counts + short).cumsum(0)
+        self.offsets = wide_ends.to(torch.int32)
+        rows, wide = self.rows_received, sum(self.tokens_per_expert)
+        place = torch.arange(rows, device=counts.device) if self.by_source is None else self.by_source
+        self.by_source = place + (wide_ends - short - ends)[torch.searchsorted(ends, place, right=True)]
+        first = wide_ends - short - (short.cumsum(0) - short)  # of the padding, less that of the experts before
+        first = torch.repeat_interleave(first, short, output_size=wide - rows)
+        self.padding = first + torch.arange(wide - rows, device=counts.device)
+
+    def to_experts(self, rows: Tensor) -> Tensor:
+        """From the order of arrival to that of the experts."""
+        if self.padding is None:
+            return _select(rows, self.by_expert)
+        assert self.by_source is not None
+        wide = rows.new_empty(sum(self.tokens_per_expert), *rows.shape[1:])
+        return wide.index_copy_(0, self.by_source, rows).index_fill_(0, self.padding, 0)
+
+    def to_sources(self, rows: Tensor) -> Tensor:
+        """Back to the order of arrival; the rows that fill experts up are left behind."""
+        return _select(rows, self.by_source)
 
     def send(self, rows: Tensor) -> Exchange:
         """From the tokens' rank, in `order`, to the experts' rank."""
@@ -119,7 +158,7 @@ class _Route:
 
     def send_back(self, rows: Tensor) -> Exchange:
         """From the experts' rank, sorted by expert, to the tokens' rank."""
-        return Exchange(_select(rows, self.by_source), self.receive_splits, self.send_splits, self.group)
+        return Exchange(self.to_sources(rows), self.receive_splits, self.send_splits, self.group)
 
 
 class _Transfer:
@@ -176,7 +215,7 @@ class _DispatchWait(Function):
     def forward(ctx: Any, ticket: Tensor, transfer: _Transfer) -> tuple[Tensor, Tensor]:
         rows, row_weights = transfer.wait()
         assert rows is not None and row_weights is not None
-        outputs = _select(rows, transfer.route.by_expert), _select(row_weights, transfer.route.by_expert)
+        outputs = transfer.route.to_experts(rows), transfer.route.to_experts(row_weights)
         constant = [out for out, needs_grad in zip(outputs, transfer.needs_grad, strict=True) if not needs_grad]
         ctx.mark_non_differentiable(*constant)
         ctx.transfer = transfer
@@ -210,7 +249,7 @@ class _CombineStart(Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         (grad_rows,) = ctx.transfer.wait()
-        return _select(grad_rows, ctx.transfer.route.by_expert), None
+        return ctx.transfer.route.to_experts(grad_rows), None
 
 
 class _CombineWait(Function):

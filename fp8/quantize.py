@@ -16,7 +16,7 @@ Shapes: M rows, K columns, C = ceil(K/128), R = ceil(M/128). Tiles of (1, 128) h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ..settings import UsageError
-from .formats import FORMATS, Format, FormatName, decode_scaled, find_format, pack_e5m6, round_to, unpack_e5m6
-from .tiles import Piece, Tile, check_tile, pieces, scale_shape
+from .classes import FormatName, Tile
+from .formats import FORMATS, Format, decode_scaled, find_format, pack_e5m6, round_to, unpack_e5m6
+from .tiles import Piece, check_tile, pieces, scale_shape
 
 # Rounding in place adds up to 2^22 times a value, which is up to 2^16 times its scale, and takes the exponent field for
 # the exponent down to 2^-14 of the scale: with scales between these it stays clear of both ends of FP32.
@@ -104,6 +105,11 @@ class BlockQuantized:
         """
         kind = self.pow2_scales if pow2_scales is None else pow2_scales
         return quantize(self.dequantize(), tile, fmt, kind, offsets=offsets)
+
+    def without_tensors(self) -> Callable[[Tensor, Tensor], BlockQuantized]:
+        """What makes this of its data and scale again, for those who keep the two elsewhere."""
+        tile, fmt, width, pow2, ends = self.tile, self.fmt, self.width, self.pow2_scales, self.ends
+        return lambda data, scale: BlockQuantized(data, scale, tile, fmt, width, pow2, ends)
 
     def group(self, index: int) -> BlockQuantized:
         """The rows of one group, or one matrix of a stack: views."""

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..settings import UsageError
+from .classes import SIDE, Tile
 
-Tile = tuple[int, int]
-SIDE = 128  # elements along a tile, V3's N_C (V3 §3.3.1)
 TILES: tuple[Tile, ...] = ((1, SIDE), (SIDE, 1), (SIDE, SIDE))
 # For each thread: FP32 temporaries of 2 MiB. Smaller ones cost calls and barriers, larger ones leave the cache.
 PIECE_ELEMENTS = 2**19

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from ..comm.flat import FlatDispatcher
 from ..comm.p2p import Wires
+from ..fp8.linear import GroupedLinear, Linear
+from ..fp8.recipe import Recipe
 from ..model.kernels import Kernels
 from ..model.naming import initial_tensor, placements, router_biases
 from ..model.router import Router
 from ..model.transformer import Part, Transformer
+from ..parallel.adamw import adamw
 from ..parallel.executor import Executor
+from ..parallel.fused_adam import FusedAdamW
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
 from ..parallel.schedule.actions import Schedule
@@ -25,6 +29,7 @@ from ..parallel.schedule.transfers import links
 from ..parallel.stages import Split
 from ..parallel.zero import ShardedOptimizer
 from ..placement import Placed
+from .backend import choose_recipe
 from .config import Config
 from .pipeline import make_schedule, make_split
 
@@ -44,6 +49,8 @@ class Model:
     chunks: Mapping[int, Transformer]
     schedule: Schedule
     """Any of the run's schedules, for its placement."""
+    recipe: Recipe
+    """What is quantised, and what was seen of it."""
 
     def placed(self) -> list[Placed]:
         """Every parameter of this rank once: the embedding, then stage by stage."""
@@ -117,32 +124,35 @@ def _any_schedule(config: Config) -> Schedule:
 
 def build_model(config: Config, groups: Groups, device: torch.device) -> Model:
     """This rank's chunks: its stages, without the experts of other ranks. Their weights are not set yet."""
-    split, schedule = make_split(config), _any_schedule(config)
+    split, schedule, recipe = make_split(config), _any_schedule(config), choose_recipe(config, device)
     chunks: dict[int, Transformer] = {}
     for stage in sorted(schedule.placement[groups.coordinates.pp]):
-        chunks[stage] = _build_chunk(config, groups, device, split, stage)
+        chunks[stage] = _build_chunk(config, groups, device, recipe, split, stage)
     first, last = chunks.get(0), chunks.get(split.num_stages - 1)
     if first is not None and last is not None and hasattr(last, "embedding"):
         last.embedding = first.embedding
-    return Model(chunks, schedule)
+    return Model(chunks, schedule, recipe)
 
 
-def _build_chunk(config: Config, groups: Groups, device: torch.device, split: Split, stage: int) -> Transformer:
+def _build_chunk(
+    config: Config, groups: Groups, device: torch.device, recipe: Recipe, split: Split, stage: int
+) -> Transformer:
     experts = config.model.n_routed_experts
     per_rank = experts // groups.layout.ep
     mine = groups.coordinates.ep * per_rank
     with torch.device("meta"):
         chunk = Transformer(
             config.model,
-            FlatDispatcher(groups.ep, experts),
+            FlatDispatcher(groups.ep, experts, recipe.alignment),
             range(mine, mine + per_rank),
             recompute=config.train.recompute,
             kernels=Kernels.make(config.train.compile),
             part=Part(split.layers[stage], first=stage == 0, last=stage == split.num_stages - 1),
+            recipe=recipe,
         )
-    # Parameters take the recipe's format; the routers' biases stay FP32.
+    # Parameters take the format that is not quantised; the routers' biases stay FP32.
     for parameter in chunk.parameters():
-        parameter.data = parameter.data.to(DTYPES[config.precision.recipe])
+        parameter.data = parameter.data.to(DTYPES[config.precision.format])
     chunk.to_empty(device=device)
     for bias in router_biases(chunk).values():
         bias.zero_()
@@ -151,7 +161,12 @@ def _build_chunk(config: Config, groups: Groups, device: torch.device, split: Sp
 
 def build_optimizer(config: Config, model: Model, groups: Groups) -> ShardedOptimizer:
     """The optimizer of `model`, whose weights it sets to their initial values: FP32 masters, rounded once."""
-    optimizer = ShardedOptimizer(model.placed(), groups, config.optim)
+    backend = model.recipe.backend
+    update = adamw if backend is None else FusedAdamW(backend.library)
+    optimizer = ShardedOptimizer(model.placed(), groups, config.optim, update)
+    for _, module in model.modules():
+        if isinstance(module, Linear | GroupedLinear):
+            module.gradients = optimizer  # for products that add to its buffers themselves
     std, seed = config.model.initializer_range, config.run.seed
     optimizer.initialise(lambda name, shape: initial_tensor(name, shape, std, seed))
     return optimizer
@@ -165,7 +180,7 @@ def build_executor(config: Config, model: Model, groups: Groups, device: torch.d
         Wires(groups.coordinates.pp, groups.channels),
         find_order(config.parallel.overlap_order),
         torch.Size((batch.micro_sequences, batch.sequence_length, config.model.hidden_size)),
-        DTYPES[config.precision.recipe],
+        DTYPES[config.precision.format],
         device,
     )
 

@@ -87,6 +87,7 @@ class TrainConfig(Section):
     mtp_weight: TokenSchedule = key(TokenSchedule.model_validate(0.3), "weight lambda of the MTP loss (V3 §2.2)")
     evaluate_every: int = key(100, "steps between evaluations; the last step always evaluates", unit="steps", ge=1)
     evaluate_sequences: int = key(64, "held-out sequences of an evaluation", unit="sequences", ge=1)
+    evaluate_ema: bool = key(True, "evaluate the averaged weights as well, where optim.ema_decay keeps them")
     recompute: Literal["none", "v3", "full"] = key(
         "none", "activations computed again in the backward: v3 is RMSNorms, MLA up-projections and SwiGLU (V3 §3.2.3)"
     )

@@ -53,13 +53,13 @@ def _expert_clashes(config: Config) -> Iterator[Clash]:
 
 def _width_clashes(config: Config) -> Iterator[Clash]:
     """torch's grouped GEMM takes rows of whole 16 bytes."""
-    recipe = config.precision.recipe
-    unit = 8 if recipe == "bf16" else 4
+    format = config.precision.format
+    unit = 8 if format == "bf16" else 4
     for name in ("hidden_size", "moe_intermediate_size"):
         width = getattr(config.model, name)
         if width % unit:
             near = _nearest(width, [max(1, width // unit) * unit, (width // unit + 1) * unit])
-            message = f"{width} is not a multiple of {unit}, as experts in {recipe} need (nearest: {near})"
+            message = f"{width} is not a multiple of {unit}, as experts in {format} need (nearest: {near})"
             yield Clash((f"model.{name}", "precision.recipe"), message)
 
 

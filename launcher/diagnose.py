@@ -170,7 +170,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _describe(tensor: Tensor) -> str | None:
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.itemsize == 1:  # a code of eight bits, seen before it was one
         return None
     bad = ~tensor.detach().isfinite()
     count = int(bad.sum())

@@ -29,11 +29,18 @@ def plain(value: Any) -> Any:
             return only.value
         return [plain(phase) for phase in value.phases]
     if isinstance(value, Phase):
-        fields = Phase.model_fields.items()
-        return {name: here for name, field in fields if (here := getattr(value, name)) != field.default}
+        return _given(value)
+    if isinstance(value, dict):
+        return {name: _given(item) if isinstance(item, Section) else plain(item) for name, item in value.items()}
     if isinstance(value, Section):
         return {name: plain(getattr(value, name)) for name in type(value).model_fields}
     return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _given(section: Section) -> dict[str, Any]:
+    """The keys whose values are not the defaults."""
+    fields = type(section).model_fields.items()
+    return {name: plain(here) for name, field in fields if (here := getattr(section, name)) != field.default}
 
 
 def to_yaml(config: Config) -> str:
@@ -130,16 +137,16 @@ def _entry(name: str, value: Any, indent: str) -> list[str]:
     """A key with its value, in block style; what is inside a list, in flow style."""
     if isinstance(value, dict) and value:
         inner = [line for key, item in value.items() for line in _entry(key, item, indent + "  ")]
-        return [f"{indent}{name}:", *inner]
-    line = f"{indent}{name}: {_inline(value)}"
+        return [f"{indent}{_quoted(name)}:", *inner]
+    line = f"{indent}{_quoted(name)}: {_inline(value)}"
     if isinstance(value, list) and (len(line) > _WIDTH or any(isinstance(item, dict) for item in value)):
-        return [f"{indent}{name}:", *(f"{indent}  - {_inline(item)}" for item in value)]
+        return [f"{indent}{_quoted(name)}:", *(f"{indent}  - {_inline(item)}" for item in value)]
     return [line]
 
 
 def _inline(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_inline(item)}" for name, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_quoted(name)}: {_inline(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_inline, value)) + "]"
     if isinstance(value, bool) or value is None:

@@ -38,6 +38,14 @@ def item_of(annotation: Any) -> Any:
     return None
 
 
+def value_of(annotation: Any) -> Any:
+    """Type of the values of a mapping, None for what is no mapping."""
+    for kind in alternatives(annotation):
+        if get_origin(kind) is dict:
+            return get_args(kind)[1]
+    return None
+
+
 def choices(annotation: Any) -> tuple[Any, ...]:
     """The values a type spells out."""
     return tuple(value for kind in alternatives(annotation) if get_origin(kind) is Literal for value in get_args(kind))
@@ -51,6 +59,8 @@ def in_words(annotation: Any) -> str:
             words.extend(str(value) for value in get_args(kind))
         elif get_origin(kind) in (tuple, list):
             words.append(f"a list, each item {in_words(get_args(kind)[0])}")
+        elif get_origin(kind) is dict:
+            words.append("a mapping")
         elif kind is TokenSchedule:
             words.append("a number or a list of phases")
         elif kind is Phase:
@@ -72,11 +82,13 @@ def resolve(root: type[Section], location: Path) -> tuple[Path, Any]:
     path: list[str | int] = []
     annotation: Any = root
     for part in location:
-        section, item = section_of(annotation), item_of(annotation)
+        section, item, value = section_of(annotation), item_of(annotation), value_of(annotation)
         if section and isinstance(part, str) and part in section.model_fields:
             annotation = section.model_fields[part].annotation
         elif item is not None and isinstance(part, int):
             annotation = item
+        elif value is not None and isinstance(part, str):
+            annotation = value
         else:
             continue
         path.append(part)

@@ -24,6 +24,7 @@ from ..model.kernels import EmbeddingFunction, Kernels
 from ..model.loss import LOGITS_BYTES, cross_entropy_sum
 from ..model.rope import rotary_turns
 from ..settings import UsageError
+from .backend import choose_recipe
 from .bootstrap import choose_device
 from .build import DTYPES
 from .config import Config
@@ -89,10 +90,10 @@ def _time(part: Part, device: torch.device) -> float:
 
 def _build(config: Config, device: torch.device) -> dict[str, Part]:
     """The parts, with random weights and inputs."""
-    model, batch, dtype = config.model, config.batch, DTYPES[config.precision.recipe]
+    model, batch, dtype = config.model, config.batch, DTYPES[config.precision.format]
     shape = batch.micro_sequences, batch.sequence_length
     experts = model.n_routed_experts // config.parallel.ep
-    kernels = Kernels.make(config.train.compile)
+    kernels, recipe = Kernels.make(config.train.compile), choose_recipe(config, device)
     turns = rotary_turns(model, batch.sequence_length, device)
     valid = torch.ones(batch.micro_sequences, dtype=torch.bool, device=device)
     generator = torch.Generator(device).manual_seed(0)
@@ -102,7 +103,7 @@ def _build(config: Config, device: torch.device) -> dict[str, Part]:
 
     def layer(local_experts: range | None) -> Part:
         with torch.device("meta"):
-            block = DecoderBlock(model, local_experts, _EvenShare(experts), kernels, config.train.recompute)
+            block = DecoderBlock(model, local_experts, _EvenShare(experts), kernels, config.train.recompute, recipe)
         for parameter in block.parameters():
             parameter.data = parameter.data.to(dtype)
         _fill(block.to_empty(device=device), generator)
@@ -118,7 +119,7 @@ def _build(config: Config, device: torch.device) -> dict[str, Part]:
     table = nn.Parameter(random(model.vocab_size, model.hidden_size))  # serves as embedding and as head
     hidden = random(*shape, model.hidden_size).requires_grad_()
     doubled, gradient = random(*shape, 2 * model.hidden_size).requires_grad_(), random(*shape, model.hidden_size)
-    projection = Linear(2 * model.hidden_size, model.hidden_size).to(device, dtype)
+    projection = Linear(2 * model.hidden_size, model.hidden_size, recipe.linear("mtp")).to(device, dtype)
 
     def embedding() -> None:
         embedded: Tensor = EmbeddingFunction.apply(tokens, table)
@@ -186,7 +187,7 @@ class _EvenShare:
 def _refuse_too_large(config: Config, device: torch.device) -> None:
     """Weights with their gradients, and the activations of the largest layer with theirs."""
     model, counts, batch = config.model, count_parameters(config.model), config.batch
-    width = DTYPES[config.precision.recipe].itemsize
+    width = DTYPES[config.precision.format].itemsize
     idle = (1 - 1 / config.parallel.ep) * counts.routed_experts * counts.expert
     weights = counts.dense_block + counts.moe_block - idle + counts.head + counts.mtp_projection
     tokens = batch.micro_sequences * batch.sequence_length

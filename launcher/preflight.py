@@ -19,6 +19,7 @@ from ..parallel.layout import Layout
 from ..parallel.schedule.choose import generate
 from ..parallel.schedule.simulate import simulate
 from ..settings import UsageError
+from .backend import backend_faults
 from .config import Config
 from .config_clashes import batch_sizes
 from .pipeline import make_schedule, microbatches, stage_costs
@@ -37,7 +38,7 @@ MORE_BUBBLE = 0.05
 class Flight:
     """A run that can start: its layout, its folder and the checkpoint it goes on from.
 
-    `notes` are sentences for the user on what will work, but costs more than it need.
+    `notes` are sentences for the user on what will work, but not as well as it could.
     """
 
     config: Config
@@ -62,6 +63,7 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
         batch_faults = _batch_faults(config, layout)
         faults += batch_faults or _schedule_faults(config, layout)
     faults += _vocabulary_faults(config)
+    faults += backend_faults(config)
     data = _collect(faults, lambda: _open_data(config))
     run_dir = Path(config.run.dir).expanduser() / config.run.name
     faults += _folder_faults(run_dir)
@@ -70,7 +72,7 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
         raise UsageError(faults[0] if len(faults) == 1 else _list("this run cannot start:", faults))
     assert layout is not None and data is not None
     checkpoint, progress = found if found is not None else (None, Progress())
-    notes = bubble_notes(config, layout)
+    notes = (*bubble_notes(config, layout), *config.optim.notes())
     return Flight(config, layout, run_dir, total_steps(config), data, checkpoint, progress, notes)
 
 

@@ -46,7 +46,7 @@ def run_training(flight: Flight, groups: Groups, device: torch.device) -> None:
             trace = trainer.trace() if timed else None
             step, last = metrics.step, metrics.step == flight.total_steps
             if last or step % config.train.evaluate_every == 0:
-                metrics = metrics.model_copy(update={"validation_loss": trainer.evaluate()})
+                metrics = metrics.model_copy(update=trainer.validate())
             if watch is not None:
                 watch.step(metrics)
                 if trace is not None:
@@ -62,11 +62,12 @@ def summarise(flight: Flight) -> RunSummary:
     if not steps:
         raise UsageError(f"{flight.run_dir} has a checkpoint but no {METRICS_FILE}: start again with --fresh")
     rates = sorted(step.tokens_per_second for step in steps)
-    validations = [step.validation_loss for step in steps if step.validation_loss is not None]
+    evaluated = [step for step in steps if step.validation_loss is not None]
     return RunSummary(
         steps=steps[-1].step,
         loss=steps[-1].loss,
-        validation_loss=validations[-1] if validations else None,
+        validation_loss=evaluated[-1].validation_loss if evaluated else None,
+        validation_loss_ema=evaluated[-1].validation_loss_ema if evaluated else None,
         unigram_entropy=flight.data.unigram_entropy,
         tokens_per_second=rates[len(rates) // 2],
         run_dir=str(flight.run_dir),
@@ -111,5 +112,5 @@ class _Watch(ExitStack):
 def _peak(config: Config, device: torch.device) -> Peak:
     """The peak MFU is measured against. All ranks of a node measure at the same time, because they share its cores."""
     if config.log.peak_tflops == "auto":
-        return peak_tflops(device, DTYPES[config.precision.recipe])
+        return peak_tflops(device, DTYPES[config.precision.format])
     return Peak(config.log.peak_tflops, "set by log.peak_tflops")

@@ -6,6 +6,7 @@ two thousand is inside the dispatcher, the optimizer's reductions and two all-re
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ from .diagnose import explain_non_finite
 from .pipeline import make_schedule
 from .plan_steps import Progress, steps_from
 from .trace import PipelineTrace, gather_trace
+
+AVERAGE = "ema."
+"""How the names of the moving average's tensors begin in a checkpoint."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,12 +112,21 @@ class Trainer:
 
         Returns the losses and counts of every chunk of this rank for every micro-batch it served.
         """
+        self.model.recipe.monitor.infinite.clear()
         for chunk in self.model.chunks.values():
             chunk.train()
         schedule, program = self._last = self._program(len(batches))
         served = microbatches_of(schedule, program.rank)
         self.optimizer.begin_step(self.model.accumulations(served))
         return self.executor.train(program, [self._on_device(batch, weights) for batch in batches])
+
+    def validate(self) -> dict[str, float]:
+        """`validation_loss`, and `validation_loss_ema` of the averaged weights where there are any."""
+        losses = {"validation_loss": self.evaluate()}
+        if self.optimizer.ema is not None and self.config.train.evaluate_ema:
+            with self.optimizer.averaged():
+                losses["validation_loss_ema"] = self.evaluate()
+        return losses
 
     def evaluate(self) -> float:
         """Mean next-token loss, in nats a token, over the held-out sequences."""
@@ -138,12 +153,16 @@ class Trainer:
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this point into `folder`; every rank calls it."""
+        optimizer = self.optimizer
+        record = {**vars(self.progress), "optimizer_steps": optimizer.steps, "data_digest": self.data.digest}
+        if optimizer.ema is not None:
+            record["ema_updates"] = optimizer.ema.updates
         return store.save(
             folder,
             self.progress.step,
             self._state(),
             self.config.model.model_dump(mode="json"),
-            {**vars(self.progress), "optimizer_steps": self.optimizer.steps, "data_digest": self.data.digest},
+            record,
             self.groups.world,
             self.config.checkpoint.keep,
         )
@@ -151,10 +170,11 @@ class Trainer:
     def restore(self, path: Path) -> dict[str, Any]:
         """Go on from checkpoint `path`, whatever layout wrote it; returns its progress record."""
         model = self.config.model.model_dump(mode="json")
-        record = store.load(path, self._state(), model, self.groups.world)
+        record = store.load(path, self._state(), model, self.groups.world, optional=AVERAGE)
         self.progress = Progress(**{key: record[key] for key in ("step", "tokens", "sequences")})
         self.optimizer.steps = record["optimizer_steps"]
         self.optimizer.publish()
+        self._restore_average(record.get("ema_updates"), path)
         self.close()
         return record
 
@@ -163,6 +183,18 @@ class Trainer:
         if self._loader is not None:
             self._loader.close()
             self._loader = None
+
+    def _restore_average(self, updates: int | None, path: Path) -> None:
+        """Go on with the average of a checkpoint, which has seen `updates` steps; None where it has no average."""
+        ema = self.optimizer.ema
+        if ema is None:
+            if updates is not None:
+                logger.info("the average of the weights in %s is left behind: optim.ema_decay is null", path)
+        elif updates is None:
+            ema.restart(updates=1)
+            logger.warning("%s has no average of the weights: it begins with the weights of this step", path)
+        else:
+            ema.updates = updates
 
     def _next_batch(self) -> tuple[list[Batch], int]:
         if self._loader is None:
@@ -205,7 +237,7 @@ class Trainer:
             )
             for name, bias, holders in self.model.biases()
         }
-        return {**self.optimizer.state(), **biases}
+        return {**self.optimizer.state(), **biases, **self.optimizer.averages()}
 
     def _sum(self, parts: list[Output]) -> Totals:
         """Sum over micro-batches, stages and ranks, in FP64 so that the order cannot be seen."""
@@ -218,6 +250,8 @@ class Trainer:
             numbers = torch.stack((part.loss, part.balance, *part.mtp_losses)).double()
             losses[: len(numbers)] += numbers
             counts[part.first_moe : part.first_moe + len(part.counts)] += part.counts
+        if self.model.recipe.monitor.infinite:  # where this step quantised an infinity, which then is a finite number
+            losses.fill_(math.nan)
         dist.all_reduce(losses, group=self.groups.world)
         dist.all_reduce(counts, group=self.groups.world)
         return Totals(losses, counts)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..fp8.config import PrecisionConfig
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
 from .build import make_groups
@@ -35,6 +36,7 @@ from .verify_compare import (
     compare_state,
     merge,
     moved_choices,
+    precision_name,
     tolerances,
 )
 from .verify_run import Alone, Seen, Watched
@@ -107,17 +109,29 @@ class Outcome:
 
 
 def verify_ranks(shrunk: Shrunk, groups: Groups) -> list[Outcome]:
-    """Every rank of the grid calls this; rank 0 gets the outcome in the configured precision and, where that is not
-    FP32, in FP32 too, which sees faults that coarser formats hide. The other ranks get nothing.
+    """Every rank of the grid calls this; rank 0 gets the outcome in the configured precision and in the closest one in
+    FP32, which sees faults that coarser formats hide. The other ranks get nothing.
     """
     text = _share(groups, open_text(shrunk.config.data) if groups.rank == 0 else None)
     single = None
     if groups.rank == 0:
         single = make_groups(shrunk.alone(), Layout(1), "cpu", [dist.get_global_rank(groups.world, 0)])
     outcomes = []
-    for recipe in dict.fromkeys((shrunk.config.precision.recipe, "fp32")):
-        outcomes.append(_verify(_with(shrunk, "precision.recipe", recipe), groups, single, text))
+    for precision in _precisions(shrunk.config.precision):
+        outcomes.append(_verify(_with(shrunk, precision=precision), groups, single, text))
     return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _precisions(given: PrecisionConfig) -> list[dict[str, Any]]:
+    """Changes to the configured precision: none, and those that make it FP32.
+
+    With FP8 that is all that is not quantised. Scales are powers of two there, since with others what shares a tile
+    changes the numbers, and ranks share tiles otherwise than the single process.
+    """
+    close: dict[str, Any] = {"recipe": "fp32"}
+    if given.recipe == "fp8":
+        close = {"high": "fp32", "scales": "pow2", "classes": {}}
+    return [{}] if all(getattr(given, key) == value for key, value in close.items()) else [{}, close]
 
 
 def _verify(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text) -> Outcome | None:
@@ -125,7 +139,7 @@ def _verify(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text) -
     bounds = tolerances(config)
     attempts = []
     for number in range(MOST_SEEDS):
-        seeded = _with(shrunk, "run.seed", config.run.seed + number)
+        seeded = _with(shrunk, run={"seed": config.run.seed + number})
         attempt = _attempt(seeded, groups, single, text, bounds)
         attempts.append(attempt)
         if not _share(groups, attempt is not None and attempt.tied):
@@ -133,7 +147,7 @@ def _verify(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text) -
     if single is None:
         return None
     made = [attempt for attempt in attempts if attempt is not None]
-    return Outcome(config.precision.recipe, bounds, made, tuple(_microbatches(shrunk)), text.origin)
+    return Outcome(precision_name(config), bounds, made, tuple(_microbatches(shrunk)), text.origin)
 
 
 def _attempt(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text, bounds: Tolerances) -> Attempt | None:
@@ -184,10 +198,11 @@ def _differences(alone: Alone, number: int, ranks: Sequence[Seen], bounds: Toler
     yield from compare_copies(step, ranks)
 
 
-def _with(shrunk: Shrunk, path: str, value: Any) -> Shrunk:
+def _with(shrunk: Shrunk, **sections: dict[str, Any]) -> Shrunk:
+    """The same with other values in some sections."""
     tree = plain(shrunk.config)
-    section, name = path.split(".")
-    tree[section][name] = value
+    for name, values in sections.items():
+        tree[name].update(values)
     return Shrunk(Config.model_validate(tree), shrunk.layout, shrunk.changes, shrunk.lost)
 
 

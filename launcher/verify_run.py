@@ -162,9 +162,10 @@ def plain_gradients(config: Config, groups: Groups, text: Text) -> dict[str, Ten
     """
     model = config.model
     dispatcher = FlatDispatcher(groups.ep, model.n_routed_experts)
-    network = Transformer(model, dispatcher, range(model.n_routed_experts), kernels=Kernels.make(False))
+    experts, recipe = range(model.n_routed_experts), config.precision.make()
+    network = Transformer(model, dispatcher, experts, kernels=Kernels.make(False), recipe=recipe)
     for parameter in network.parameters():
-        parameter.data = parameter.data.to(DTYPES[config.precision.recipe])
+        parameter.data = parameter.data.to(DTYPES[config.precision.format])
     initialise(network, config.run.seed)
     parameters = list(network.parameters())
     sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]

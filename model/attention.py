@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..fp8.linear import Linear
+from ..fp8.recipe import Recipe
 from .config import ModelConfig
 from .core_attention import causal_attention
 from .kernels import AssembleFunction, Kernels
@@ -19,30 +20,36 @@ class LatentAttention(nn.Module):
     Without `q_lora_rank` queries are projected directly. x `[B, S, H]` -> `[B, S, H]`.
     """
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, recipe: Recipe) -> None:
         super().__init__()
         self.config = config
         self.scale = softmax_scale(config)
-        hidden, heads = config.hidden_size, config.num_attention_heads
+        hidden, heads, quantized = config.hidden_size, config.num_attention_heads, recipe.linear("attention")
         if config.q_lora_rank is None:
-            self.q_proj = Linear(hidden, heads * config.qk_head_dim)
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim, quantized)
         else:
-            self.q_down = Linear(hidden, config.q_lora_rank)
+            self.q_down = Linear(hidden, config.q_lora_rank, quantized)
             self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps, kernels)
-            self.q_up = Linear(config.q_lora_rank, heads * config.qk_head_dim)
-        self.kv_down = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
+            self.q_up = Linear(config.q_lora_rank, heads * config.qk_head_dim, quantized)
+        self.kv_down = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, quantized)
         self.kv_norm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, kernels)
-        self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
-        self.out = Linear(heads * config.v_head_dim, hidden)
+        self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), quantized)
+        self.out = Linear(heads * config.v_head_dim, hidden, recipe.linear("attention_out"))
+        self._attend = recipe.attention(heads, config.qk_head_dim, config.v_head_dim)
 
     def forward(self, x: Tensor, turns: Tensor, saved: Saved) -> Tensor:
-        query = self.q_proj(x) if self.config.q_lora_rank is None else self.q_down(x)
-        key_value, rotary_key = self.kv_down(x).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
+        again = saved.rebuilds(x)
+        first = self.q_proj if self.config.q_lora_rank is None else self.q_down
+        query = first(x, rebuilt=again)
+        key_value, rotary_key = self.kv_down(x, rebuilt=again).split(
+            (self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1
+        )
         parts = self._up_project(query, key_value, rotary_key, turns, saved)
         # The latents are kept, their norms and up-projections are not (V3 §3.2.3).
         saved.rebuild(parts, lambda: self._up_project(query, key_value, rotary_key, turns, Keep()))
-        attended = causal_attention(*parts)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        attend = self._attend or causal_attention
+        attended = attend(*parts).transpose(1, 2).flatten(2)
+        return self.out(attended, self.out.keep(attended))
 
     def _up_project(
         self, query: Tensor, key_value: Tensor, rotary_key: Tensor, turns: Tensor, saved: Saved
@@ -50,8 +57,10 @@ class LatentAttention(nn.Module):
         """From the latents to query, key and value `[B, A, S, …]` as attention takes them (A heads)."""
         heads = self.config.num_attention_heads
         if self.config.q_lora_rank is not None:
-            query = self.q_up(self.q_norm(query, saved))
-        key_value = self.kv_up(self.kv_norm(key_value, saved))
+            normed = self.q_norm(query, saved)
+            query = self.q_up(normed, rebuilt=saved.rebuilds(normed))
+        normed = self.kv_norm(key_value, saved)
+        key_value = self.kv_up(normed, rebuilt=saved.rebuilds(normed))
         return AssembleFunction.apply(
             query.unflatten(-1, (heads, -1)),
             key_value.unflatten(-1, (heads, -1)),

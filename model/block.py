@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.dispatcher import Dispatched, Dispatcher, Pending, Route
+from ..fp8.recipe import Recipe
 from ..phases import Tape, Uncut, run
 from .attention import LatentAttention
 from .config import ModelConfig
@@ -59,18 +60,21 @@ class DecoderBlock(nn.Module):
         dispatcher: Dispatcher,
         kernels: Kernels,
         recompute: RecomputePolicy = "none",
+        recipe: Recipe | None = None,
     ) -> None:
         """`experts` are the global numbers of the routed experts this rank holds; None makes the block dense."""
         super().__init__()
+        recipe = recipe or Recipe()
         self.recompute = recompute
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.attention = LatentAttention(config, kernels)
+        self.attention = LatentAttention(config, kernels, recipe)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.mlp: FeedForward | MixtureOfExperts
         if experts is None:
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, kernels)
+            up, down = recipe.linear("dense_up"), recipe.linear("dense_down")
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, kernels, up, down)
         else:
-            self.mlp = MixtureOfExperts(config, experts, dispatcher, kernels)
+            self.mlp = MixtureOfExperts(config, experts, dispatcher, kernels, recipe)
 
     def forward(self, x: Tensor, turns: Tensor, valid: Tensor) -> tuple[Tensor, Routing | None]:
         """The phases in their plain order, as one graph."""
@@ -163,7 +167,9 @@ class DecoderBlock(nn.Module):
         """The routed experts on the rows that arrived: computation."""
         assert isinstance(self.mlp, MixtureOfExperts)
         with saved.hooks():
-            return self.mlp.experts(dispatched.x, dispatched.weights, dispatched.offsets, saved)
+            return self.mlp.experts(
+                dispatched.x, dispatched.weights, dispatched.offsets, saved, dispatched.tokens_per_expert
+            )
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         """Start returning the experts' outputs to their tokens: communication."""

@@ -1,9 +1,9 @@
 """Causal attention itself, after the projections.
 
-On GPUs this is PyTorch's SDPA. On CPUs SDPA's kernel runs far below the speed of matrix multiplication (seen:
-78 ms forward and backward where the blocks below take 22 ms, BF16, 32 heads of 512 x 96), so there the same
-blockwise algorithm is written with batched GEMMs: scores of one block of queries live at a time, and the backward
-computes them again from queries and keys. Nothing quadratic in the sequence length is saved.
+On GPUs this is PyTorch's SDPA, where the recipe's backend has nothing better. On CPUs SDPA's kernel runs far below the
+speed of matrix multiplication (seen: 78 ms forward and backward where the blocks below take 22 ms, BF16, 32 heads of
+512 x 96), so there the same blockwise algorithm is written with batched GEMMs: scores of one block of queries live at a
+time, and the backward computes them again from queries and keys. Nothing quadratic in the sequence length is saved.
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..comm.dispatcher import Dispatcher
+from ..fp8.emulated import Kept
 from ..fp8.linear import GroupedLinear, Linear
+from ..fp8.recipe import LinearRecipe, Recipe
 from .config import ModelConfig
-from .kernels import Kernels, SwiGLUFunction
+from .kernels import Kernels, SwiGLUFunction, swiglu
 from .recompute import Saved
 from .router import Router
 
@@ -17,49 +19,68 @@ from .router import Router
 class FeedForward(nn.Module):
     """SwiGLU feed-forward `[B, S, H]` -> `[B, S, H]`; gate and up projection are one GEMM."""
 
-    def __init__(self, hidden: int, inner: int, kernels: Kernels) -> None:
+    def __init__(
+        self, hidden: int, inner: int, kernels: Kernels, up: LinearRecipe | None, down: LinearRecipe | None
+    ) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate_up = Linear(hidden, 2 * inner)
-        self.down = Linear(inner, hidden)
+        self.gate_up = Linear(hidden, 2 * inner, up)
+        self.down = Linear(inner, hidden, down)
 
     def forward(self, x: Tensor, saved: Saved) -> Tensor:
-        return self.down(_swiglu(self.gate_up(x), None, self.kernels, saved))
+        gate_up = self.gate_up(x, rebuilt=saved.rebuilds(x))
+        return self.down(*_swiglu(gate_up, None, self.down.keep(gate_up), self.kernels, saved))
 
 
 class RoutedExperts(nn.Module):
     """The routed experts that this rank holds: rows `[R, H]` sorted by expert -> `[R, H]`."""
 
-    def __init__(self, config: ModelConfig, num_local: int, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, num_local: int, kernels: Kernels, recipe: Recipe) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate_up = GroupedLinear(num_local, config.hidden_size, 2 * config.moe_intermediate_size)
-        self.down = GroupedLinear(num_local, config.moe_intermediate_size, config.hidden_size)
+        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        self.gate_up = GroupedLinear(num_local, hidden, 2 * inner, recipe.linear("experts_up"))
+        self.down = GroupedLinear(num_local, inner, hidden, recipe.linear("experts_down"))
 
-    def forward(self, x: Tensor, weights: Tensor, offsets: Tensor, saved: Saved) -> Tensor:
-        return self.down(_swiglu(self.gate_up(x, offsets), weights, self.kernels, saved), offsets)
+    def forward(
+        self, x: Tensor, weights: Tensor, offsets: Tensor, saved: Saved, counts: Sequence[int] | None = None
+    ) -> Tensor:
+        """`offsets` are the ends of the experts' rows, `counts` their numbers on the host."""
+        gate_up = self.gate_up(x, offsets, counts=counts)
+        activated, kept = _swiglu(gate_up, weights, self.down.keep(gate_up), self.kernels, saved)
+        return self.down(activated, offsets, kept, counts)
 
 
 class MixtureOfExperts(nn.Module):
     """The parts of DeepSeekMoE (V3 §2.1.2); the block runs them in phases. `local_experts` are global numbers."""
 
-    def __init__(self, config: ModelConfig, experts: Sequence[int], dispatcher: Dispatcher, kernels: Kernels) -> None:
+    def __init__(
+        self, config: ModelConfig, experts: Sequence[int], dispatcher: Dispatcher, kernels: Kernels, recipe: Recipe
+    ) -> None:
         super().__init__()
         self.local_experts = tuple(experts)
         self.dispatcher = dispatcher
         self.gate = Router(config)
-        self.experts = RoutedExperts(config, len(self.local_experts), kernels)
+        self.experts = RoutedExperts(config, len(self.local_experts), kernels, recipe)
         self.shared: FeedForward | None = None
         if config.n_shared_experts:
-            self.shared = FeedForward(
-                config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, kernels
-            )
+            inner = config.n_shared_experts * config.moe_intermediate_size
+            up, down = recipe.linear("shared_up"), recipe.linear("shared_down")
+            self.shared = FeedForward(config.hidden_size, inner, kernels, up, down)
 
 
-def _swiglu(gate_up: Tensor, weights: Tensor | None, kernels: Kernels, saved: Saved) -> Tensor:
+def _swiglu(
+    gate_up: Tensor, weights: Tensor | None, kept: Kept | None, kernels: Kernels, saved: Saved
+) -> tuple[Tensor, Kept | None]:
+    """SwiGLU's output, and what stands for it in the backward if its input is `kept`; see `SwiGLUFunction`."""
+    if kept is not None:
+        hidden: Tensor = SwiGLUFunction.apply(gate_up, weights, kernels, kept)
+        more = () if weights is None else (weights.detach(),)
+        return hidden, kept.and_then(more, lambda gate_up, weights=None: swiglu(gate_up, weights, kernels))
+
     def activate() -> Tensor:
         return SwiGLUFunction.apply(gate_up, weights, kernels)
 
     hidden = activate()
     saved.rebuild((hidden,), lambda: (activate(),))
-    return hidden
+    return hidden, None

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..fp8.emulated import Kept
+
 
 def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
     """1 / rms of the last dimension, FP32 `[..., 1]`."""
@@ -145,21 +147,31 @@ class SwiGLUFunction(torch.autograd.Function):
     """`silu(gate) * up`, times the routing weight of each row where there is one.
 
     gate_up [..., 2I] (gate first), weights [R] FP32 or None, result [..., I]. As in V3, the gate weight is multiplied
-    in here, so that combining is a plain sum and the weight's gradient needs no saved expert output.
+    in here, so that combining is a plain sum and the weight's gradient needs no saved expert output. `kept` is what is
+    saved of gate_up in place of itself: the backward computes with what that restores (V3 §3.3.3).
     """
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None, kernels: Kernels) -> Tensor:
-        ctx.save_for_backward(gate_up, weights)
-        ctx.kernels = kernels
-        return kernels.swiglu(_rows(gate_up), weights).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    def forward(
+        ctx: Any, gate_up: Tensor, weights: Tensor | None, kernels: Kernels, kept: Kept | None = None
+    ) -> Tensor:
+        kept = kept or Kept((gate_up,), lambda gate_up: gate_up)
+        ctx.save_for_backward(*kept.tensors, weights)
+        ctx.kernels, ctx.restore = kernels, kept.restore
+        return swiglu(gate_up, weights, kernels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gate_up, weights = ctx.saved_tensors
+        *kept, weights = ctx.saved_tensors
+        gate_up = ctx.restore(*kept)
         grad_gate_up, grad_weights = ctx.kernels.swiglu_backward(_rows(grads[0]), _rows(gate_up), weights)
-        return grad_gate_up.view(gate_up.shape), grad_weights, None
+        return grad_gate_up.view(gate_up.shape), grad_weights, None, None
+
+
+def swiglu(gate_up: Tensor, weights: Tensor | None, kernels: Kernels) -> Tensor:
+    """What `SwiGLUFunction` computes."""
+    return kernels.swiglu(_rows(gate_up), weights).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -170,26 +182,27 @@ class AssembleFunction(torch.autograd.Function):
     """Rotate and lay out queries, keys and values for attention.
 
     In: query `[B, S, A, N+R]`, keys and values `[B, S, A, N+V]`, the one rotary key `[B, S, R]` that all heads share,
-    turns `[S, R/2]` complex. Out, heads before positions: query `[B, A, S, N+R]` times `scale`, key `[B, A, S, N+R]`,
-    value `[B, A, S, V]` (A heads, N plain width, R rotated width, V value width). Saves no activation.
+    turns `[S, R/2]` complex. Out, heads before positions (in memory only on CPUs, see `_by_head`): query
+    `[B, A, S, N+R]` times `scale`, key `[B, A, S, N+R]`, value `[B, A, S, V]` (A heads, N plain width, R rotated width,
+    V value width). Saves no activation.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key_value: Tensor, rotary_key: Tensor, turns: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, heads, width = query.shape
+        width = query.shape[-1]
         plain = width - rotary_key.shape[-1]
         ctx.save_for_backward(turns)
         ctx.scale, ctx.plain = scale, plain
-        out_query = query.new_empty(batch, heads, length, width)
-        out_key = torch.empty_like(out_query)
+        out_query, out_key = _by_head(query, width), _by_head(query, width)
         torch.mul(query[..., :plain].transpose(1, 2), scale, out=out_query[..., :plain])
         # Turning by a longer arrow scales the rotated part for nothing.
         out_query[..., plain:] = _rotate(query[..., plain:], turns[:, None] * scale).transpose(1, 2)
         out_key[..., :plain] = key_value[..., :plain].transpose(1, 2)
         out_key[..., plain:] = _rotate(rotary_key, turns).unsqueeze(1)
-        return out_query, out_key, key_value[..., plain:].transpose(1, 2).contiguous()
+        value = _by_head(key_value, key_value.shape[-1] - plain)
+        return out_query, out_key, value.copy_(key_value[..., plain:].transpose(1, 2))
 
     @staticmethod
     @once_differentiable
@@ -203,6 +216,15 @@ class AssembleFunction(torch.autograd.Function):
         out_key_value = torch.cat((grad_key[..., :plain], grad_value), -1)
         shared = grad_key[..., plain:].sum(2, dtype=torch.float32).to(grad_key.dtype)
         return out_query, out_key_value, _rotate(shared, back), None, None
+
+
+def _by_head(like: Tensor, width: int) -> Tensor:
+    """Empty `[B, A, S, width]` for `like` `[B, S, A, …]`: in that order on CPUs, where attention multiplies matrices a
+    head; elsewhere in the order of `like`, which is how the kernels of GPUs read it."""
+    batch, length, heads, _ = like.shape
+    if like.device.type == "cpu":
+        return like.new_empty(batch, heads, length, width)
+    return like.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
 class EmbeddingFunction(torch.autograd.Function):

@@ -18,11 +18,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..phases import memory_of
+
 RecomputePolicy = Literal["none", "v3", "full"]
 
 
 class Keep:
     """Save every activation that autograd asks for."""
+
+    def rebuilds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is made again for the backward, so that saving it takes no memory."""
+        return False
 
     def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
         """Nothing is ever rebuilt."""
@@ -56,6 +62,9 @@ class Rebuild:
             # The tensor itself is held until `close`, so its address cannot be reused meanwhile.
             self._recipes[tensor.untyped_storage().data_ptr()] = (tensor, shared, index)
 
+    def rebuilds(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._recipes
+
     def hooks(self) -> AbstractContextManager[Any]:
         """Within it, tensors that autograd saves are looked up among the recipes."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -65,7 +74,7 @@ class Rebuild:
         self._recipes.clear()
 
     def _pack(self, tensor: Tensor) -> Any:
-        found = self._recipes.get(tensor.untyped_storage().data_ptr())
+        found = self._recipes.get(memory_of(tensor))
         if found is None:
             # Detached: a node that saved its own output would hold itself, and live on if its backward never runs.
             return tensor.detach()
@@ -117,6 +126,9 @@ class Replay:
 
     def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
         """Everything comes back anyhow."""
+
+    def rebuilds(self, tensor: Tensor) -> bool:
+        return False  # what is saved in a smaller format is smaller in the second pass, too
 
     def hooks(self) -> AbstractContextManager[Any]:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..comm.dispatcher import Dispatcher
 from ..fp8.linear import GroupedLinear, Linear
+from ..fp8.recipe import Recipe
 from ..phases import Tape, Uncut, WeightQueue, run
 from .block import DecoderBlock
 from .config import ModelConfig
@@ -48,11 +49,11 @@ class MTPModule(nn.Module):
     the final norm: what inference engines feed these weights with.
     """
 
-    def __init__(self, config: ModelConfig, block: DecoderBlock, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, block: DecoderBlock, kernels: Kernels, recipe: Recipe) -> None:
         super().__init__()
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.embedding_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.project = Linear(2 * config.hidden_size, config.hidden_size)
+        self.project = Linear(2 * config.hidden_size, config.hidden_size, recipe.linear("mtp"))
         self.block = block
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
@@ -113,15 +114,18 @@ class Transformer(nn.Module):
         recompute: RecomputePolicy = "none",
         kernels: Kernels | None = None,
         part: Part | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
+        """`recipe` says what is quantised, by default nothing."""
         super().__init__()
         self.config = config
+        self.recipe = recipe = recipe or Recipe()
         self.part = part = part or Part.whole(config)
         kernels = kernels or Kernels.make()
 
         def block(layer: int) -> DecoderBlock:
             experts = local_experts if config.is_moe(layer) else None
-            return DecoderBlock(config, experts, dispatcher, kernels, recompute)
+            return DecoderBlock(config, experts, dispatcher, kernels, recompute, recipe)
 
         depths = config.num_nextn_predict_layers if part.last else 0
         if part.first or depths:
@@ -131,7 +135,7 @@ class Transformer(nn.Module):
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
             self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.mtp = nn.ModuleList(
-            MTPModule(config, block(config.num_hidden_layers + depth), kernels) for depth in range(depths)
+            MTPModule(config, block(config.num_hidden_layers + depth), kernels, recipe) for depth in range(depths)
         )
         self.weight_queue = WeightQueue()
         for module in self.modules():

@@ -95,6 +95,14 @@ def _shown(value: Any) -> str:
     return "null" if value is None else repr(value)
 
 
+BF16_BETA2 = 1 - 1 / 258
+"""Largest beta2 with which every second moment in BF16 can still fall.
+
+Without gradients v becomes beta2 v, rounded to the nearest of 8 bits. Just above a power of two the neighbour below is
+farthest away: from 1 + 1/128 half a unit is 1/256, and (1 - beta2) (1 + 1/128) has to be more than that.
+"""
+
+
 class OptimConfig(Section):
     """AdamW as V3 uses it (V3 §4.2, §3.3.3), its state sharded as ZeRO-1."""
 
@@ -105,4 +113,21 @@ class OptimConfig(Section):
     weight_decay: float = key(0.1, "decoupled weight decay; one-dimensional parameters (norm gains) are exempt", ge=0)
     clip_norm: float | None = key(1.0, "largest global gradient norm; null never clips", gt=0)
     moments: Literal["bf16", "fp32"] = key("bf16", "storage of both Adam moments (V3 §3.3.3: bf16)")
+    ema_decay: float | None = key(
+        None,
+        "decay a step of a moving average of the weights in CPU memory, which evaluations measure too: it looks back "
+        "on 1 / (1 - decay) steps; null keeps none (V3 §3.2.3 keeps one, its decay is not published)",
+        gt=0,
+        lt=1,
+    )
     bucket_mb: float = key(256.0, "gradients reduced in one collective, FP32", unit="MiB", gt=0)
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the user on what works, but not as well as it looks."""
+        if self.moments == "fp32" or self.beta2 <= BF16_BETA2:
+            return ()
+        return (
+            f"optim.beta2 {self.beta2:g} with optim.moments bf16: second moments stop falling, because the share "
+            f"{1 - self.beta2:.2g} of itself that one can lose in a step is rounded away; set optim.moments to fp32, "
+            f"or optim.beta2 to at most {BF16_BETA2:.3f}",
+        )

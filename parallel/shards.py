@@ -98,7 +98,8 @@ class Plan:
     def from_shards(self, shards: Tensor) -> None:
         """Copy `[R, shard]` into the parameters themselves."""
         for slot in self.slots:
-            target = slot.placed.parameter.data.view(len(slot.placed.names), slot.rows, slot.columns)
+            # Not `.data`: the parameter's version tells those who hold a quantised copy of it.
+            target = slot.placed.parameter.detach().view(len(slot.placed.names), slot.rows, slot.columns)
             for rank in range(self.ranks):
                 rows = slot.owned(rank)
                 target[:, rows.start : rows.stop] = slot.in_shard(shards[rank])[:, : len(rows)]

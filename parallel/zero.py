@@ -12,17 +12,20 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ..placement import Placed, Replicas
 from .adamw import Update, adamw
 from .config import OptimConfig
+from .ema import Ema
 from .groups import Groups
 from .shards import Plan, plan_buckets
 
@@ -66,12 +69,15 @@ class _Bucket:
 
     def accumulate(self, index: int, gradient: Tensor) -> None:
         """Add a gradient of the parameter in slot `index`."""
-        slot, left = self.plan.slots[index], self._left[index]
-        name = slot.placed.names[0]
+        self.count(index)
+        accumulated = self.plan.slots[index].in_bucket(self.gradient)
+        accumulated.add_(gradient.view_as(accumulated))
+
+    def count(self, index: int) -> None:
+        """One more gradient of the parameter in slot `index`."""
+        name, left = self.plan.slots[index].placed.names[0], self._left[index]
         assert not self._reduced, f"{name} got a gradient after its gradients were reduced"
         assert left != 0, f"{name} got a gradient more than was announced for this step"
-        accumulated = slot.in_bucket(self.gradient)
-        accumulated.add_(gradient.view_as(accumulated))
         if left is not None:
             self._left[index] = left - 1
 
@@ -92,9 +98,9 @@ class _Bucket:
             self._reducing[0].wait()
             self._reducing = None
 
-    def publish(self) -> None:
-        """Give every replica the master weights, rounded to the parameters' format."""
-        shard = self.master.to(self.dtype)
+    def publish(self, weights: Tensor | None = None) -> None:
+        """Give every replica the master weights, or other `weights` of this rank's rows, in the parameters' format."""
+        shard = (self.master if weights is None else weights).to(self.master.device, self.dtype)
         if self.plan.ranks == 1:
             self.plan.from_shards(shard.unsqueeze(0))
             return
@@ -104,26 +110,33 @@ class _Bucket:
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, DTensor]]:
         """Each global tensor of a sharded quantity by name, as the DTensor whose local part lies in `flat`."""
+        mesh = self.mesh
+        if flat.device.type != mesh.device_type:
+            # On the GPUs' mesh a DTensor of CPU memory would be a copy on the GPU.
+            mesh = DeviceMesh.from_group(self.group, flat.device.type, mesh_dim_names=mesh.mesh_dim_names)
         for slot in self.plan.slots:
             shape = torch.Size(slot.placed.shape)
             stride = (slot.columns, 1)[-len(shape) :]
             owned = len(slot.owned(self.rank))
             for name, rows in zip(slot.placed.names, slot.in_shard(flat), strict=True):
                 local = rows[:owned].view(owned, *shape[1:])
-                yield (
-                    name,
-                    DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride),
-                )
+                yield name, DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 class ShardedOptimizer:
     """AdamW over the parameters of `placed`, its state sharded over each parameter's replicas."""
 
-    def __init__(self, placed: Sequence[Placed], groups: Groups, config: OptimConfig) -> None:
-        """`placed` are this rank's parameters in the model's order; every rank of the grid makes its optimizer."""
+    def __init__(
+        self, placed: Sequence[Placed], groups: Groups, config: OptimConfig, update: Callable[..., None] = adamw
+    ) -> None:
+        """`placed` are this rank's parameters in the model's order; every rank of the grid makes its optimizer.
+
+        `update` does what `adamw` does, on this machine's devices.
+        """
         moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
         self.config = config
         self.groups = groups
+        self._update = update
         plans = plan_buckets(
             placed,
             lambda item: groups.replicas(item.replicas, item.holders).size(),
@@ -131,8 +144,17 @@ class ShardedOptimizer:
         )
         _check_agreement(plans, groups)
         self._buckets = [_Bucket(plan, groups, moments) for plan in plans]
+        self.ema = None
+        """The moving average of the master weights; None where the configuration asks for none."""
+        if config.ema_decay is not None:
+            self.ema = Ema([bucket.master for bucket in self._buckets], config.ema_decay)
+        self._averaged = False
         self._to_reduce: deque[_Bucket] = deque(reversed(self._buckets))
-        self._known = {item.parameter for item in placed}
+        self._places = {
+            slot.placed.parameter: (b, s)
+            for b, bucket in enumerate(self._buckets)
+            for s, slot in enumerate(bucket.plan.slots)
+        }
         self._follow_gradients()
         self.steps = 0
         self.launched_early = 0
@@ -140,13 +162,20 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def initialise(self, value: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Set the master weights to `value(name, shape)`, FP32, of each global tensor, and the parameters to match."""
+        """Set the master weights to `value(name, shape)`, FP32, of each global tensor, and the parameters to match.
+
+        A moving average begins anew.
+        """
+        if self.ema is not None:
+            self.ema.finish()
         for bucket in self._buckets:
             for slot in bucket.plan.slots:
                 rows = slot.owned(bucket.rank)
                 for name, target in zip(slot.placed.names, slot.in_shard(bucket.master), strict=True):
                     whole = value(name, slot.placed.shape).view(slot.rows, slot.columns)
                     target[: len(rows)] = whole[rows.start : rows.stop]
+        if self.ema is not None:
+            self.ema.restart(updates=0)
         self.publish()
 
     def begin_step(self, expected: Mapping[nn.Parameter, int] | None = None) -> None:
@@ -163,7 +192,8 @@ class ShardedOptimizer:
         for all groups, because NCCL wants the collectives of overlapping groups in an order that all ranks share.
         """
         expected = expected or {}
-        assert expected.keys() <= self._known, "a parameter is announced that this optimizer does not hold"
+        assert not self._averaged, "training would go on from the average"
+        assert expected.keys() <= self._places.keys(), "a parameter is announced that this optimizer does not hold"
         for bucket in self._buckets:
             bucket.begin(expected)
         self._to_reduce = deque(reversed(self._buckets))
@@ -177,6 +207,19 @@ class ShardedOptimizer:
     def num_buckets(self) -> int:
         """Reductions in a step."""
         return len(self._buckets)
+
+    def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
+        """Where this rank's gradients of `parameter` are added up, FP32, in its shape: for layers that add to it
+        themselves, between `begin_step` and `reduce_gradients`, and tell by `arrived`."""
+        bucket, slot = self._places[parameter]
+        at = self._buckets[bucket]
+        return at.plan.slots[slot].in_bucket(at.gradient).view(parameter.shape)
+
+    def arrived(self, parameter: nn.Parameter) -> None:
+        """A layer has added a gradient of `parameter` to its buffer: count it, as of those that autograd passes."""
+        bucket, slot = self._places[parameter]
+        self._buckets[bucket].count(slot)
+        self._reduce_final()
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's accumulated, unreduced gradients by global name: views `[N, C]`, FP32."""
@@ -206,13 +249,19 @@ class ShardedOptimizer:
     @torch.no_grad()
     def step(self, lr: float, gradient_norm: float) -> None:
         """Clip by the global norm, update the owned rows and publish the new weights."""
+        if self.ema is not None:
+            self.ema.release()
         clip = self.config.clip_norm
         scale = clip / gradient_norm if clip is not None and gradient_norm > clip else 1.0
         self.steps += 1
         now = Update(lr, self.steps, scale)
         for bucket in self._buckets:
             decay = self.config.weight_decay if bucket.plan.decayed else 0.0
-            adamw(bucket.master, bucket.shard_gradient, bucket.exp_avg, bucket.exp_avg_sq, self.config, decay, now)
+            self._update(
+                bucket.master, bucket.shard_gradient, bucket.exp_avg, bucket.exp_avg_sq, self.config, decay, now
+            )
+        if self.ema is not None:
+            self.ema.update()
         self.publish()
 
     @torch.no_grad()
@@ -222,9 +271,41 @@ class ShardedOptimizer:
             bucket.publish()
 
     def state(self) -> dict[str, DTensor]:
-        """Views of master weights and moments, as `weights.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+        """Views of master weights and moments, as `weights.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`.
+
+        Until the next step they may be written to; `publish` then makes the parameters match.
+        """
+        if self.ema is not None:
+            self.ema.finish()
         fields = {"weights": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
         return {f"{key}.{name}": tensor for key, field in fields.items() for name, tensor in self._named(field)}
+
+    def averages(self) -> dict[str, DTensor]:
+        """Views of the moving average as `ema.NAME`, FP32 in CPU memory; empty without one.
+
+        They are good until the next step. On GPUs nothing but a checkpoint can put them together: their mesh has no
+        collectives on CPU memory.
+        """
+        if self.ema is None:
+            return {}
+        shards = zip(self._buckets, self.ema.shards(), strict=True)
+        return {f"ema.{name}": tensor for bucket, shard in shards for name, tensor in bucket.views(shard)}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the parameters are the moving average, after it the master weights again, bit for bit.
+
+        Every rank enters and leaves it together. An error within it leaves the average in place: it is about to end
+        the run, and a collective here would wait for ranks that never come.
+        """
+        assert self.ema is not None, "there is no average: optim.ema_decay is null"
+        with torch.no_grad():
+            for bucket, shard in zip(self._buckets, self.ema.shards(), strict=True):
+                bucket.publish(shard)
+        self._averaged = True
+        yield
+        self._averaged = False
+        self.publish()
 
     def _follow_gradients(self) -> None:
         """Take over each gradient a parameter gets, from a graph or by backward on the parameter itself."""
@@ -237,9 +318,8 @@ class ShardedOptimizer:
 
             parameter.register_post_accumulate_grad_hook(hook)
 
-        for b, bucket in enumerate(self._buckets):
-            for s, slot in enumerate(bucket.plan.slots):
-                follow(slot.placed.parameter, b, s)
+        for parameter, (bucket, slot) in self._places.items():
+            follow(parameter, bucket, slot)
 
     def _accumulate(self, parameter: Tensor, bucket: int, slot: int) -> None:
         if parameter.grad is None:  # a layer that has put its weight gradient off passes none

@@ -48,6 +48,7 @@ class StepMetrics(BaseModel):
     memory_gib: float  # peak of the rank that writes
     step_seconds: float
     validation_loss: float | None = None  # on the steps that evaluate
+    validation_loss_ema: float | None = None  # the same of the averaged weights, where there are any
 
 
 def max_violation(loads: torch.Tensor) -> tuple[float, float]:
@@ -168,7 +169,7 @@ def _open_tensorboard(folder: Path, resume_step: int) -> Any | None:
 
 
 GROUPS = {
-    "loss": ("loss", "loss_mtp", "loss_balance", "validation_loss"),
+    "loss": ("loss", "loss_mtp", "loss_balance", "validation_loss", "validation_loss_ema"),
     "optimizer": ("grad_norm", "lr", "bias_update_speed", "mtp_weight", "sequences", "tokens"),
     "speed": ("tokens_per_second", "mfu", "step_seconds", "memory_gib"),
     "balance": ("max_vio", "max_vio_worst"),

@@ -92,6 +92,8 @@ class Progress:
         if self._live is None:
             if step % self._config.every == 0 or evaluated or step in (self._first + 1, self._total):
                 shown = _values(metrics, metrics.validation_loss)
+                if metrics.validation_loss_ema is not None:  # the bar has no room for it
+                    shown.insert(2, f"val EMA {metrics.validation_loss_ema:.4f}")
                 self._print("  ".join([f"step {step}/{self._total}", *shown, f"ETA {self._eta(step)}"]))
         elif evaluated or step >= self._total or self._clock() - self._refreshed >= REFRESH_SECONDS:
             self._refreshed = self._clock()

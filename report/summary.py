@@ -39,6 +39,7 @@ class RunSummary(BaseModel):
     steps: int  # of the whole run, earlier parts of a resumed one included
     loss: float  # of the last step
     validation_loss: float | None
+    validation_loss_ema: float | None = None  # of the averaged weights
     unigram_entropy: float | None  # of the validation data: the loss of a model that knows token frequencies only
     tokens_per_second: float  # of all ranks together
     run_dir: str
@@ -47,6 +48,8 @@ class RunSummary(BaseModel):
         rows = {"steps": str(self.steps), "loss": f"{self.loss:.4f}"}
         if self.validation_loss is not None:
             rows["validation loss"] = f"{self.validation_loss:.4f}"
+        if self.validation_loss_ema is not None:
+            rows["averaged weights"] = f"{self.validation_loss_ema:.4f}, their validation loss"
         if self.unigram_entropy is not None:
             rows["unigram entropy"] = f"{self.unigram_entropy:.4f}, the loss of token frequencies alone"
         return {**rows, "speed": f"{format_count(self.tokens_per_second)} tok/s", "run folder": self.run_dir}

@@ -156,7 +156,7 @@ def test_missing_base_is_an_error_at_its_line(write: Write) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smok", "no config is called 'smok' (did you mean smoke?); shipped: deepseek-v3-16b,"),
+        ("smok", "no config is called 'smok' (did you mean smoke?); shipped: audit, deepseek-v3-16b,"),
         ("deepseek-v3", "no config is called 'deepseek-v3' (did you mean deepseek-v3-"),
         ("nothing-like-it", "no config is called 'nothing-like-it'; shipped:"),
         ("smoke.yaml", "there is no file smoke.yaml (did you mean smoke?)"),

@@ -77,6 +77,7 @@ def test_guide_lists_the_shipped_configs() -> None:
     assert re.findall(r"^\| `(\S+)` \|", GUIDE, re.MULTILINE) == [
         "smoke",
         "tiny",
+        "audit",
         "deepseek-v3-16b",
         "deepseek-v3-671b",
     ]

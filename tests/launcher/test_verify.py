@@ -255,6 +255,14 @@ def test_bf16_is_verified_in_fp32_too(pool: Pool) -> None:
     assert TOLERANCES["fp32"].gradient < TOLERANCES["bf16"].gradient / 100
 
 
+def test_fp8_is_verified_with_all_else_in_fp32_too(pool: Pool) -> None:
+    config = load_config(
+        "tiny", ["parallel.pp=2", "parallel.ep=2", "parallel.dp=2", "precision.recipe=fp8", "train.recompute=v3"]
+    )
+    outcomes, *_ = pool.run(verified, 4, shrink(config, None, 4))
+    assert [(outcome.recipe, outcome.agrees) for outcome in outcomes] == [("fp8", True), ("fp8 on fp32", True)]
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_what_is_shrunk_is_shown_in_80_columns(name: str) -> None:
     config = load_config(name)

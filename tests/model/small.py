@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from counterflow.comm.flat import FlatDispatcher
+from counterflow.fp8.recipe import Recipe
 from counterflow.model.config import ModelConfig, RopeScaling
 from counterflow.model.kernels import Kernels
 from counterflow.model.naming import placements, router_biases, seed_of
@@ -91,13 +92,16 @@ def build(
     experts: Sequence[int] | None = None,
     kernels: Kernels | None = None,
     dtype: torch.dtype = torch.float32,
+    recipe: Recipe | None = None,
 ) -> Transformer:
     """A model on this process alone with random weights, gains and router biases that depend on the seed only.
 
     The biases are FP32 whatever the weights' `dtype`.
     """
     dispatcher = FlatDispatcher(None, config.n_routed_experts)
-    model = Transformer(config, dispatcher, experts or range(config.n_routed_experts), recompute, kernels)
+    model = Transformer(
+        config, dispatcher, experts or range(config.n_routed_experts), recompute, kernels, recipe=recipe
+    )
     with torch.no_grad():
         for name, tensor in (global_tensors(model) | router_biases(model)).items():
             tensor.copy_(_random_tensor(name, tensor.shape, seed))

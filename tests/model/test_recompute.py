@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from counterflow.benchmarks.fp8 import ARCHITECTURE, SIDES, held
+from counterflow.fp8.config import ClassConfig, PrecisionConfig
+from counterflow.fp8.recipe import Recipe
 from counterflow.model import attention as attention_module
 from counterflow.model.config import ModelConfig
 from counterflow.model.feed_forward import RoutedExperts
@@ -20,16 +21,21 @@ from counterflow.model.kernels import Kernels
 from counterflow.model.recompute import Keep, Rebuild, RecomputePolicy
 from counterflow.model.transformer import Output, Transformer
 from counterflow.phases import Uncut
+from counterflow.tests.allocations import Allocations
 from counterflow.tests.model.small import build, global_gradients, random_tokens, small_config, total_loss
 
 POLICIES: tuple[RecomputePolicy, ...] = ("none", "v3", "full")
 
 
 def run(
-    policy: RecomputePolicy, config: ModelConfig, steps: int = 1, dtype: torch.dtype = torch.float32
+    policy: RecomputePolicy,
+    config: ModelConfig,
+    steps: int = 1,
+    dtype: torch.dtype = torch.float32,
+    recipe: Recipe | None = None,
 ) -> tuple[Output, dict[str, Tensor]]:
     """Output of the last of `steps` micro-batches, and the gradients of all together."""
-    model = build(config, recompute=policy, dtype=dtype)
+    model = build(config, recompute=policy, dtype=dtype, recipe=recipe)
     for step in range(steps):
         output = model(random_tokens(config, 2, 140, seed=step), torch.tensor([True, step != 1]))
         total_loss(output).backward()
@@ -37,14 +43,24 @@ def run(
 
 
 @pytest.mark.parametrize("policy", ["v3", "full"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.float32, PrecisionConfig(recipe="fp32")),
+        (torch.bfloat16, PrecisionConfig(recipe="bf16")),
+        (torch.bfloat16, PrecisionConfig(recipe="fp8")),
+        (torch.bfloat16, PrecisionConfig(recipe="fp8", scales="v3")),
+        (torch.bfloat16, PrecisionConfig(recipe="fp8", classes={"*.cache": ClassConfig(format="high")})),
+    ],
+    ids=["fp32", "bf16", "fp8", "fp8 v3 scales", "fp8 high caches"],
+)
 @pytest.mark.parametrize("q_lora_rank", [20, None])
 def test_losses_gradients_and_counts_are_bit_equal(
-    policy: RecomputePolicy, dtype: torch.dtype, q_lora_rank: int | None
+    policy: RecomputePolicy, dtype: torch.dtype, precision: PrecisionConfig, q_lora_rank: int | None
 ) -> None:
     config = small_config(q_lora_rank=q_lora_rank)
-    expected, expected_gradients = run("none", config, steps=2, dtype=dtype)
-    output, gradients = run(policy, config, steps=2, dtype=dtype)
+    expected, expected_gradients = run("none", config, steps=2, dtype=dtype, recipe=precision.make())
+    output, gradients = run(policy, config, steps=2, dtype=dtype, recipe=precision.make())
     assert torch.equal(output.loss, expected.loss)
     assert torch.equal(output.balance, expected.balance)
     assert all(map(torch.equal, output.mtp_losses, expected.mtp_losses))
@@ -75,29 +91,6 @@ def test_the_graph_can_be_walked_twice(policy: RecomputePolicy) -> None:
         assert torch.equal(gradient, 2 * once[name]), name
 
 
-def storages(values: Any) -> list[UntypedStorage]:
-    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor) and x.layout == torch.strided]
-
-
-class Allocations(TorchDispatchMode):
-    """Remembers every storage that operations make, without keeping it alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {storage.data_ptr() for storage in storages((args, kwargs))}  # a view makes nothing
-        for storage in storages(result):
-            if storage.data_ptr() not in given:
-                self._made[StorageWeakRef(storage)] = storage.nbytes()
-        return result
-
-    def bytes_alive(self) -> int:
-        return sum(size for storage, size in self._made.items() if not storage.expired())
-
-
 def bytes_held(policy: RecomputePolicy) -> int:
     """What one micro-batch holds between its forward and its backward."""
     config = small_config(num_nextn_predict_layers=0, num_hidden_layers=4)
@@ -117,6 +110,16 @@ def test_v3_holds_less_than_none_and_full_less_than_v3() -> None:
     print(f"held for the backward: none {none / 2**20:.2f} MiB, v3 {v3 / 2**20:.2f} MiB, full {full / 2**20:.2f} MiB")
     assert v3 < 0.75 * none
     assert full < 0.25 * v3
+
+
+def test_fp8_keeps_half_of_what_linear_layers_and_swiglu_keep_in_bf16() -> None:
+    """A byte and its share of a scale for two, twelve bits for the attention's output, and no output of SwiGLU."""
+    sides = "bf16", "fp8"
+    totals, kept = zip(*(held(ARCHITECTURE, SIDES[side], "none") for side in sides), strict=True)
+    assert kept[1] < 0.5 * kept[0]
+    (bf16, _), (fp8, _) = (held(ARCHITECTURE, SIDES[side], "v3") for side in sides)
+    assert fp8 < 0.72 * bf16, "everything: the residual stream, latents and the head's loss are what they were"
+    assert fp8 < 0.45 * totals[0], "with V3's recomputation, beside BF16 without any"
 
 
 Watched = dict[str, list[StorageWeakRef]]
@@ -317,7 +320,7 @@ def test_rebuild_leaves_other_tensors_alone() -> None:
 def test_experts_that_no_token_chose_get_zero_gradients(policy: RecomputePolicy) -> None:
     """A rank may receive no row at all; tensors without elements all lie at the same address, none."""
     config = small_config()
-    experts = RoutedExperts(config, 4, Kernels.make())
+    experts = RoutedExperts(config, 4, Kernels.make(), Recipe())
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.empty(0, config.hidden_size, requires_grad=True)

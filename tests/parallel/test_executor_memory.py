@@ -12,8 +12,8 @@ from counterflow.parallel.executor import Executor, Program
 from counterflow.parallel.schedule.actions import Action, Overlap, Schedule
 from counterflow.parallel.schedule.catalogue import find_schedule
 from counterflow.phases import Tape, run
+from counterflow.tests.allocations import Allocations
 from counterflow.tests.model.small import build, random_tokens, small_config
-from counterflow.tests.model.test_recompute import Allocations
 
 SEQUENCES, LENGTH, MICRO_BATCHES = 2, 64, 4
 

@@ -111,7 +111,7 @@ def failure_of(trainer: Trainer) -> str:
     return "the step did not fail"
 
 
-def _messages(worker: Worker, config: Config, plants: list[Plant]) -> list[str]:
+def plant_and_train(worker: Worker, config: Config, plants: list[Plant]) -> list[str]:
     """What every plant leads to, one after the other in one trainer, which trains on in between."""
     trainer = make_trainer(config, 4, 2)
     messages = []
@@ -125,7 +125,7 @@ def _messages(worker: Worker, config: Config, plants: list[Plant]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def messages(pool: Pool, text: Path) -> list[list[str]]:
-    return pool.run(_messages, 4, tiny(text), PLANTS)
+    return pool.run(plant_and_train, 4, tiny(text), PLANTS)
 
 
 @pytest.mark.parametrize("number", range(len(PLANTS)), ids=lambda number: PLANTS[number].named.split(":")[0])

@@ -1,0 +1,156 @@
+"""The three products of a linear layer in a quantising recipe, with their operands as DeepSeek-V3 makes them.
+
+    forward    y  = x w^T    x quantised in 1 x 128, kept so for W; w in 128 x 128
+    I          dx = dy w     dy quantised in 1 x 128
+    W          dw = dy^T x   dy quantised in 128 x 1; x read back, dequantised and quantised in 128 x 1 (V3 §3.5.2)
+
+Transformer Engine quantises the 128 x 1 copy of x in the forward, from x itself. With power-of-two scales the two
+differ only in values that are 2^15 times smaller than the largest of either tile.
+
+T tokens, R rows, E experts, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import gemm
+from .gemm import Operand
+from .quantize import BlockQuantized
+from .recipe import LinearRecipe, Quantizer
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Tensors that stay for the backward, and what makes of them what they stand for.
+
+    `restore` holds no tensors: they pass through autograd's hooks on saved tensors, or could not be dropped.
+    """
+
+    tensors: tuple[Tensor, ...]
+    restore: Callable[..., Tensor]
+
+    def and_then(self, more: tuple[Tensor, ...], compute: Callable[..., Tensor]) -> Kept:
+        """Restores `compute(restored, *more)`; `more` is kept, too."""
+        count = len(self.tensors)
+        restore = self.restore
+        return Kept((*self.tensors, *more), lambda *all: compute(restore(*all[:count]), *all[count:]))
+
+
+def keep(recipe: LinearRecipe | None, x: Tensor) -> Kept | None:
+    """x `[..., K]` as the cache of a layer with this recipe; None if there is none."""
+    if recipe is None or recipe.cache is None:
+        return None
+    if recipe.cache.format is None:
+        return Kept((x.detach(),), lambda x: x)
+    return _kept(recipe.cache.encode(x.flatten(0, -2), 1), x.shape, x.dtype)
+
+
+def _kept(codes: BlockQuantized, shape: torch.Size, dtype: torch.dtype | None) -> Kept:
+    rest = codes.without_tensors()
+    return Kept((codes.data, codes.scale), lambda data, scale: rest(data, scale).dequantize(dtype).view(shape))
+
+
+class QuantizedWeight:
+    """The quantised weight of a layer, made again when the weight has changed.
+
+    Whoever changes a weight in place does so on the parameter or a view of it, so that its version counts up; writing
+    through `.data` would go unnoticed.
+    """
+
+    def __init__(self, recipe: LinearRecipe) -> None:
+        self.recipe = recipe
+        self._of: tuple[int, int] | None = None
+        self._operands: dict[int, Operand] = {}
+
+    def operand(self, weight: Tensor, contracted: int) -> Operand:
+        """weight `[N, K]` or `[E, N, K]` for fprop, which contracts K (1), or for dgrad (0)."""
+        now = weight._version, weight.data_ptr()
+        if now != self._of:
+            self._of, self._operands = now, {}
+        quantizer = self.recipe.weight
+        if quantizer.format is not None and quantizer.format.square:
+            contracted = 1  # the transposed copy is exact
+        if contracted not in self._operands:
+            self._operands[contracted] = self.recipe.operand(quantizer, weight.detach(), contracted)
+        return self._operands[contracted]
+
+
+class QuantizedFunction(torch.autograd.Function):
+    """A linear layer, grouped where there are offsets."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        quantized: QuantizedWeight,
+        offsets: Tensor | None,
+        kept: Kept | None,
+        rebuilt: bool,
+        grad: bool,
+        later: Callable[[Callable[[], Tensor]], Tensor | None],
+    ) -> Tensor:
+        recipe, rows = quantized.recipe, x.flatten(0, -2)
+        keeps_input = kept is None and not rebuilt and grad and ctx.needs_input_grad[1]
+        if keeps_input and recipe.input.format is not None:
+            codes, values = recipe.input.encode_with_values(rows, 1, offsets, with_values=recipe.mode == "fast")
+            operand: Operand = codes if recipe.mode == "promoted" or values is None else values
+            kept = _kept(codes, rows.shape, None)
+        else:
+            operand = recipe.operand(recipe.input, rows, 1, offsets)
+        if kept is None:
+            kept = _as_fprop_saw_it(recipe.input, x)
+        ctx.save_for_backward(*kept.tensors, *(() if offsets is None else (offsets,)))
+        ctx.weight, ctx.quantized, ctx.later = weight, quantized, later
+        ctx.restore, ctx.grouped = kept.restore, offsets is not None
+        y = _product(gemm.fprop, operand, quantized.operand(weight, 1), offsets, recipe, x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), weight, quantized = grads, ctx.weight, ctx.quantized
+        recipe, rows = quantized.recipe, grad.flatten(0, -2)
+        saved = ctx.saved_tensors
+        offsets, saved = (saved[-1], saved[:-1]) if ctx.grouped else (None, saved)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        grad_x = grad_weight = None
+        if needs_x:
+            dy = recipe.operand(recipe.gradient, rows, 1, offsets)
+            grad_x = _product(gemm.dgrad, dy, quantized.operand(weight, 0), offsets, recipe, grad.dtype)
+            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+        if needs_weight:
+            restore = ctx.restore
+
+            def compute() -> Tensor:
+                dy = recipe.operand(recipe.gradient, rows, 0, offsets)
+                x = recipe.operand(recipe.input, restore(*saved).flatten(0, -2), 0, offsets)
+                return _product(gemm.wgrad, dy, x, offsets, recipe, weight.dtype)
+
+            grad_weight = ctx.later(compute)
+        return grad_x, grad_weight, None, None, None, None, None, None
+
+
+def _as_fprop_saw_it(quantizer: Quantizer, x: Tensor) -> Kept:
+    """x itself is kept: somebody makes it again, or nobody needs it, or it is not quantised."""
+    return Kept((x.detach(),), lambda x: quantizer.values(x.flatten(0, -2), 1))
+
+
+def _product(
+    function: Callable[..., Tensor],
+    left: Operand,
+    right: Operand,
+    offsets: Tensor | None,
+    recipe: LinearRecipe,
+    dtype: torch.dtype,
+) -> Tensor:
+    both = isinstance(left, BlockQuantized) and isinstance(right, BlockQuantized)
+    mode = recipe.mode if both else "fast"
+    return function(left, right, offsets=offsets, mode=mode, out_dtype=dtype)

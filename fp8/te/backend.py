@@ -1,0 +1,70 @@
+"""What a model is given of Transformer Engine: engines of its linear layers, attention, and the optimizer's update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...settings import UsageError
+from ..classes import Formats
+from ..recipe import LinearRecipe
+from . import library as libraries
+from .engine import Engine
+from .library import Library
+from .recipes import faults
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TransformerEngine:
+    """Transformer Engine on one device, for a model with these formats."""
+
+    def __init__(self, library: Library, formats: Formats) -> None:
+        """Raises UsageError with every class that it cannot do on this GPU."""
+        found = list(faults(formats, library.microscaling))
+        if found:
+            raise UsageError("\n".join(found))
+        self.library = library
+
+    @classmethod
+    def on(cls, device: torch.device, formats: Formats) -> TransformerEngine:
+        """That of `device`; raises UsageError as `load` does."""
+        return cls(libraries.load(device), formats)
+
+    @property
+    def alignment(self) -> int:
+        """What the number of an expert's rows is a multiple of."""
+        return self.library.alignment
+
+    def linear(self, recipe: LinearRecipe, num_groups: int | None = None) -> Engine:
+        """What computes a linear layer, or the experts of one."""
+        return Engine(self.library, recipe, num_groups)
+
+    def attention(self, heads: int, qk_width: int, v_width: int) -> Attention:
+        """Causal attention of queries that are already scaled.
+
+        Takes query and key `[B, A, S, qk_width]` and value `[B, A, S, v_width]` (A heads) and gives
+        `[B, A, S, v_width]`. All lie in memory as `[B, S, A, …]`, the layout that the library's kernels read: others
+        would be copied.
+        """
+
+        @cache
+        def module() -> Any:  # made at the first use: models are built without memory
+            return self.library.pytorch.DotProductAttention(
+                num_attention_heads=heads,
+                kv_channels=(qk_width, v_width),
+                attention_dropout=0.0,
+                qkv_format="bshd",
+                attn_mask_type="causal",
+                softmax_scale=1.0,  # else it would be 1 / sqrt(qk_width), once more
+            )
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            result: Tensor = module()(*(part.transpose(1, 2) for part in (query, key, value)))
+            return result.unflatten(-1, (heads, v_width)).transpose(1, 2)
+
+        return attend

@@ -1,0 +1,282 @@
+"""A linear layer of ours computed by `te.Linear` or `te.GroupedLinear`.
+
+The library's module owns nothing: its weights are our parameter, or views of our stack of experts, so that names,
+shapes and checkpoints are those of any other backend. What is ours around it:
+
+- Weight gradients are accumulated in FP32 by the product itself (`fuse_wgrad_accumulation`), in the optimizer's
+  buffer, and never on the micro-batch's first pass only: `is_first_microbatch=True` would overwrite what is there.
+  Autograd sees no gradient of the weight, so the optimizer is told of each that was added.
+- They are always computed apart (`delay_wgrad_compute`): at once, or when the pipeline drains its queue. One
+  `backward_dw` belongs to one backward. The library keeps its operands first in, first out, and the order of sums is
+  all that could differ if a schedule drained two micro-batches the other way round.
+- The quantised weight is made once a step, when the weight has changed (see `_Module.quantised_once`).
+- What the recipe caches in place of the layer's input is restored for the weight's gradient, which the library then
+  quantises along the tokens, as V3 does (§3.5.2). Without a cache it keeps FP8 of its own, made from the input itself;
+  of an input that is made again for the backward it keeps nothing (`save_original_input`).
+- Rows are padded with zeros to what the GPU takes; those of experts come padded, see `Recipe.alignment`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ...phases import WeightQueue, memory_of, now_or_later
+from ...settings import UsageError
+from ..recipe import LinearRecipe
+from . import recipes
+from .library import INSTEAD, Library
+
+if TYPE_CHECKING:
+    from ..emulated import Kept
+
+
+class GradientSink(Protocol):
+    """Adds up the gradients of parameters in FP32: an optimizer. It is asked once, and the buffers stay."""
+
+    def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
+        """Where gradients of `parameter` are added up, FP32, in its shape."""
+
+    def arrived(self, parameter: nn.Parameter) -> None:
+        """One more of its gradients has been added to the buffer."""
+
+
+class Engine:
+    """Computes one layer, plain or of `num_groups` experts, with Transformer Engine."""
+
+    def __init__(self, library: Library, recipe: LinearRecipe, num_groups: int | None = None) -> None:
+        self.library = library
+        self.recipe = recipes.make(library, recipe)
+        self.monitor = recipe.input.monitor
+        self.num_groups = num_groups
+        self._module: _Module | None = None
+        self._anchor: Tensor | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: nn.Parameter,
+        queue: WeightQueue | None,
+        sink: GradientSink | None,
+        kept: Kept | None = None,
+        rebuilt: bool = False,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """y of x `[..., K]` and weight `[N, K]`, or of rows `[R, K]` and a stack `[E, N, K]` with E `counts` of rows.
+
+        `queue` takes the weight's gradient while it defers. Without a `sink` it goes to `weight.grad` as any other.
+        `kept` and `rebuilt` as in `Linear`. Raises UsageError for widths or types that the library does not take.
+        """
+        assert self.monitor.observer is None, "what the library quantises is not shown to anybody"
+        module = self._module_for(weight, sink)
+        rows, count = x.flatten(0, -2).contiguous(), x.shape[:-1].numel()
+        short = -count % self.library.alignment
+        if counts is not None:
+            faulty = [size for size in counts if size % self.library.alignment]
+            assert not faulty, f"rows of experts come in multiples of {self.library.alignment}, not {faulty[0]}"
+            assert sum(counts) == count, f"{count} rows, and the experts' make {sum(counts)}"
+        elif short:
+            rows = F.pad(rows, (0, 0, 0, short))
+        if torch.is_grad_enabled() and weight.requires_grad:
+            y = self._with_backward(module, rows, counts, queue, kept, rebuilt, short)
+        else:
+            y = module.forward(rows, counts, keep_original=False)
+        if short:  # a slice's backward copies
+            y = y[:count]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _with_backward(
+        self,
+        module: _Module,
+        rows: Tensor,
+        counts: Sequence[int] | None,
+        queue: WeightQueue | None,
+        kept: Kept | None,
+        rebuilt: bool,
+        short: int,
+    ) -> Tensor:
+        if self._anchor is None:
+            self._anchor = torch.zeros((), requires_grad=True, device=rows.device)
+        empty = rows.shape[0] == 0
+
+        def weight_gradient() -> None:
+            if not empty:
+                module.backward_dw()
+            module.tell()
+
+        rows = _AfterBackward.apply(rows, self._anchor, lambda: now_or_later(queue, weight_gradient))
+        if empty:  # no product, but a graph as of any other number of rows
+            return rows[:, :1].expand(-1, module.shape[-2])
+        if kept is None:
+            return module.forward(rows, counts, keep_original=rebuilt)
+        held = _Held(rows)
+        with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
+            y = module.forward(rows, counts, keep_original=True)
+        restore = kept.restore
+        return _BeforeBackward.apply(
+            y, lambda *saved: held.hand(F.pad(restore(*saved).flatten(0, -2), (0, 0, 0, short))), *kept.tensors
+        )
+
+    def _module_for(self, weight: nn.Parameter, sink: GradientSink | None) -> _Module:
+        """Made at the first call: only then the weight lies where it stays, in the format it keeps."""
+        if self._module is None or self._module.weight is not weight or self._module.sink is not sink:
+            self._module = _Module(self.library, self.recipe, weight, sink, self.num_groups)
+        return self._module
+
+
+class _Module:
+    """The library's module with our weight in it."""
+
+    def __init__(
+        self,
+        library: Library,
+        recipe: Any,
+        weight: nn.Parameter,
+        sink: GradientSink | None,
+        num_groups: int | None,
+    ) -> None:
+        *_, outputs, inputs = self.shape = weight.shape
+        _check(library, weight)
+        self.library, self.recipe, self.weight, self.sink = library, recipe, weight, sink
+        common: dict[str, Any] = {
+            "in_features": inputs,
+            "out_features": outputs,
+            "bias": False,
+            "params_dtype": weight.dtype,
+            "device": "meta",
+            "fuse_wgrad_accumulation": True,
+            "delay_wgrad_compute": True,
+        }
+        self.buffer = torch.zeros_like(weight, dtype=torch.float32) if sink is None else sink.gradient_buffer(weight)
+        assert self.buffer.shape == weight.shape and self.buffer.dtype == torch.float32
+        assert self.buffer.data_ptr() % 16 == 0, "cuBLAS writes 16 bytes at once"
+        self.grouped = num_groups is not None
+        if num_groups is None:
+            self.te = library.pytorch.Linear(**common)
+            self.te.weight = weight
+            weight.main_grad = self.buffer  # type: ignore[attr-defined]
+        else:
+            self.te = library.pytorch.GroupedLinear(num_gemms=num_groups, **common)
+            # The environment can choose a product that wants counts on the device and 128 rows; 2.9 has no argument.
+            self.te.use_grouped_tensor = False
+            for index, (matrix, buffer) in enumerate(zip(weight.detach(), self.buffer, strict=True)):
+                part = nn.Parameter(matrix, weight.requires_grad)  # of the stack's memory
+                part.main_grad = buffer  # type: ignore[attr-defined]
+                setattr(self.te, f"weight{index}", part)
+        self._quantised: dict[str, Any] | None = getattr(self.te, "_fp8_workspaces", None)
+        self._version = weight._version
+
+    def forward(self, rows: Tensor, counts: Sequence[int] | None, keep_original: bool) -> Tensor:
+        """`keep_original` saves the input as it is for the weight's gradient, not the library's FP8 of it."""
+        if rows.shape[0] == 0:
+            return rows.new_empty(0, self.shape[-2])
+        self.te.save_original_input = keep_original
+        first = {"is_first_microbatch": self.quantised_once()}
+        with self.library.pytorch.autocast(enabled=True, recipe=self.recipe):
+            if counts is None:
+                return self.te(rows, **first)
+            return self.te(rows, list(counts), **first)
+
+    def quantised_once(self) -> bool | None:
+        """What to say of the micro-batch: `is_first_microbatch`.
+
+        False makes the library use the quantised weight it has, and quantise where it has none; it adds to the
+        gradient. So instead of calling a micro-batch the first, which would also overwrite the gradient, its weights
+        are dropped when ours have changed. Micro-batches in flight then share one quantised weight; with None each
+        would hold its own until its backward. Without a gradient to come the weight is quantised for fprop alone,
+        which must not be what a later backward finds: there, as where a release keeps them elsewhere, it is None.
+        """
+        if self._quantised is None or not torch.is_grad_enabled():
+            return None
+        if self.weight._version != self._version:
+            self._quantised.clear()
+            self._version = self.weight._version
+        return False
+
+    def backward_dw(self) -> None:
+        """One weight gradient that a backward has left: the oldest."""
+        with torch.no_grad():
+            self.te.backward_dw()
+
+    def tell(self) -> None:
+        """The gradient has been added: the optimizer counts it, or autograd gets it."""
+        if self.sink is not None:
+            self.sink.arrived(self.weight)
+            return
+        gradient = self.buffer.to(self.weight.dtype)
+        self.buffer.zero_()
+        # As the root of a backward of its own, the parameter runs the hooks that add gradients up.
+        torch.autograd.backward(self.weight, gradient)
+
+
+def _check(library: Library, weight: Tensor) -> None:
+    unit = library.alignment
+    if weight.dtype != torch.bfloat16:
+        raise UsageError(
+            f"Transformer Engine quantises weights in BF16 here, and these are {weight.dtype} (precision.high); "
+            f"{INSTEAD}"
+        )
+    for name, width in (("inputs", weight.shape[-1]), ("outputs", weight.shape[-2])):
+        if width % unit:
+            near = [str(size) for size in (width // unit * unit, (width // unit + 1) * unit) if size]
+            raise UsageError(
+                f"a linear layer of {weight.shape[-1]} inputs and {weight.shape[-2]} outputs: on this GPU Transformer "
+                f"Engine takes {name} in multiples of {unit} (nearest: {' or '.join(near)}); {INSTEAD}"
+            )
+
+
+class _AfterBackward(torch.autograd.Function):
+    """Passes x on; its backward comes right after that of what was made of it, and calls `then`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, then: Callable[[], None]) -> Tensor:
+        ctx.then = then  # the anchor makes the result require a gradient even where x does not
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.then()
+        return grads[0], None, None
+
+
+class _BeforeBackward(torch.autograd.Function):
+    """Passes y on; its backward comes right before that of what made it, and calls `first` with what was saved."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, first: Callable[..., None], *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved)
+        ctx.first = first
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.first(*ctx.saved_tensors)
+        return grads[0], None, *([None] * (len(ctx.needs_input_grad) - 2))
+
+
+class _Held:
+    """Hooks for what the library saves: its input is dropped and, in the backward, is what was handed in for it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._address = memory_of(x)
+        self._value: Tensor | None = None
+
+    def hand(self, value: Tensor) -> None:
+        self._value = value
+
+    def pack(self, tensor: Tensor) -> Tensor | None:
+        return None if memory_of(tensor) == self._address else tensor
+
+    def unpack(self, saved: Tensor | None) -> Tensor:
+        if saved is not None:
+            return saved
+        value, self._value = self._value, None
+        assert value is not None, "the input was asked for twice, or before the backward of the output"
+        return value

@@ -1,0 +1,34 @@
+"""Counts the memory that operations have made and that is still held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def storages(values: Any) -> list[UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor) and x.layout == torch.strided]
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers every storage that operations make, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage.data_ptr() for storage in storages((args, kwargs))}  # a view makes nothing
+        for storage in storages(result):
+            if storage.data_ptr() not in given:
+                self._made[StorageWeakRef(storage)] = storage.nbytes()
+        return result
+
+    def bytes_alive(self) -> int:
+        return sum(size for storage, size in self._made.items() if not storage.expired())
