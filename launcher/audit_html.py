@@ -156,8 +156,8 @@ def _attribution(result: Result) -> str:
     together = percent(found["together"]["all"])
     return f"""<h2>Which class hurts</h2>
 <p class="soft">Errors of gradients when one class alone is quantised: of the weights of the quantised layers that it \
-hurts most, and of all parameters; then of all when everything but this class is. With everything, it is {together}. All else is \
-FP32, and tokens go to the same experts.</p>
+hurts most, and of all parameters; then of all when everything but this class is. With everything, it is {together}. \
+All else is FP32, and tokens go to the same experts.</p>
 {_table(head, rows, left=2)}
 <h2>Roles and kinds</h2>
 {_table(head, more, left=2)}

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from counterflow.launcher import cli, config_command, simulate_command, train_command, verify_command
+from counterflow.launcher import audit_command, cli, config_command, simulate_command, train_command, verify_command
 from counterflow.launcher.config import Config, TrainConfig
 from counterflow.launcher.failures import BAD_USAGE, FAILED
 from counterflow.launcher.load import load_config
@@ -51,7 +51,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
         parsed.append(args)
         return 0
 
-    for module in (train_command, config_command, simulate_command, verify_command):
+    for module in (audit_command, train_command, config_command, simulate_command, verify_command):
         monkeypatch.setattr(module, "run", note)
 
     def words_to_meaning(words: list[str]) -> argparse.Namespace:
