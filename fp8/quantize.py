@@ -72,7 +72,7 @@ class BlockQuantized:
         and FP32 otherwise. BF16 has no values below 2^-133: tiles with scales below 2^-113 can lose their smallest.
         """
         dtype = dtype or (torch.bfloat16 if self.pow2_scales else torch.float32)
-        if not self.data.is_contiguous() and self.data.mT.is_contiguous():
+        if self.ends is None and not self.data.is_contiguous() and self.data.mT.is_contiguous():
             return self.transpose().dequantize(dtype).mT
         data = unpack_e5m6(self.data, self.width) if self.fmt == "e5m6" else self.data
         values = torch.empty(self.shape, dtype=dtype, device=data.device)

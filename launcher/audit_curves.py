@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 860, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 26, 36
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 26, 36
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def draw_curves(lines: Sequence[Line], across: str, up: str, unit: str = "", ban
         top, height = y.at(band), y.at(-band) - y.at(band)
         place = f'x="{LEFT}" y="{top:.1f}" width="{x.end - x.start}" height="{height:.1f}"'
         parts.append(f'<rect class="band" {place}/>')
-    for tick in y.ticks(6):
+    for tick in y.ticks(8):
         parts.append(f'<path class="grid" d="M{LEFT} {y.at(tick):.1f}H{x.end}"/>')
         parts.append(_text(LEFT - 8, y.at(tick) + 4, _number(tick) + unit, "end"))
     parts += [_text(x.at(tick), HEIGHT - BOTTOM + 18, _number(tick), "middle") for tick in x.ticks(10)]

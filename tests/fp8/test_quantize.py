@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -253,3 +254,11 @@ def test_empty_matrices_and_stacks_keep_their_shapes(shape: tuple[int, ...]) -> 
         assert (
             q.shape == shape and q.scale.shape == scales and torch.equal(q.dequantize(), torch.ones(shape).bfloat16())
         )
+
+
+def test_transposed_storage_of_groups_dequantises_alike() -> None:
+    """As the fused kernels leave columns for W: the memory of the transposed matrix, tiles of groups of rows."""
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(5)).bfloat16()
+    made = quantize(x, (128, 1), offsets=(90, 90, 300))
+    turned = replace(made, data=made.data.mT.contiguous().mT)
+    assert torch.equal(turned.dequantize(), made.dequantize())
