@@ -100,9 +100,10 @@ class Audit:
                     record[name] = {key: getattr(metrics, key) for key in ("loss", "loss_mtp", "grad_norm")}
                 _append(steps, self.steps, record)
                 told(record)
-                if self.done % case.every == 0 or self.done == case.steps:
+                looking = self.done % case.every == 0 or self.done == case.steps
+                if looking:
                     _append(looks, self.looks, self.look())
-                if self.done % case.config.checkpoint.every == 0 or self.done == case.steps:
+                if looking or self.done % case.config.checkpoint.every == 0:
                     for name, trainer in self.trainers.items():
                         trainer.save(case.folder / name / "checkpoints")
         return None
