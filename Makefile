@@ -26,7 +26,7 @@ train: $(INSTALLED) ## train the smoke model on four local processes
 test: $(INSTALLED) ## run the tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest $(ARGS)
 
-test-gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU, under ten minutes
+test-gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU
 	@$(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu needs an NVIDIA GPU and a torch built for it: there is none here. All that can be tested without is in make test.")'
 	$(RUN) -m pytest tests/gpu -rs $(ARGS)
 
