@@ -159,14 +159,14 @@ def _add(accumulate: Accumulate, x: Tensor, dy: Tensor, weight: nn.Parameter, gr
 def _later(queue: WeightQueue | None, weight: Tensor) -> Callable[[Callable[[], Tensor]], Tensor | None]:
     """What takes the computation of the weight's gradient in a backward: it gives the gradient, or None if put off."""
 
-    def now_or_later(compute: Callable[[], Tensor]) -> Tensor | None:
+    def gradient(compute: Callable[[], Tensor]) -> Tensor | None:
         if queue is None or not queue.deferring:
             return compute()
         # As the root of a backward of its own, the parameter runs the hooks that add gradients up.
         queue.put(lambda: torch.autograd.backward(weight, _without_graph(compute)))
         return None
 
-    return now_or_later
+    return gradient
 
 
 @torch.no_grad()
