@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # More arguments for train, test and bench: make train ARGS="--set train.steps=50"
 ARGS ?=
+# Test files that run at the same time; each may start several processes of its own.
+WORKERS ?= 2
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -24,7 +26,7 @@ train: $(INSTALLED) ## train the smoke model on four local processes
 	$(RUN) -m counterflow train smoke --nproc 4 $(ARGS)
 
 test: $(INSTALLED) ## run the tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU
 	@$(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu needs an NVIDIA GPU and a torch built for it: there is none here. All that can be tested without is in make test.")'
