@@ -11,6 +11,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from ..fp8.quantize import BlockQuantized
+
 Result = TypeVar("Result")
 
 
@@ -25,6 +27,7 @@ class Dispatched:
     offsets: int32 [E_local], where each local expert's rows end; `offs` of `torch.nn.functional.grouped_mm`.
     tokens_per_expert: the same as counts, on the host.
     handle: what the dispatcher needs to bring the rows back.
+    codes: what `x` was quantised to on its way, in the same order; None if it was not. `x` is what they dequantise to.
     """
 
     x: Tensor
@@ -32,6 +35,7 @@ class Dispatched:
     offsets: Tensor
     tokens_per_expert: list[int]
     handle: Any
+    codes: BlockQuantized | None = None
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Dispatcher(Protocol):
 
         Args:
             x: [T, H] BF16 or FP32.
-            expert_ids: int64 [T, K] global expert ids, no expert twice in a token.
+            expert_ids: int64 [T, K] global expert ids, no expert twice in a token; -1 is sent nowhere.
             weights: FP32 [T, K] gate weights.
         """
 
@@ -83,9 +87,10 @@ class Dispatcher(Protocol):
         of the same expert ids, or its own."""
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """For each token the unweighted sum of its K experts' outputs.
+        """For each token the unweighted sum of its experts' outputs, zero for a token that was sent nowhere.
 
-        The sum is taken in FP32 in the order of the token's K slots and rounded once.
+        Sums are taken in FP32 in a fixed order and rounded to the type of `y`: once by a flat dispatcher, in the order
+        of the token's K slots; where partial sums travel, once for each of them.
 
         Args:
             y: [R, H], the rows of `dispatched.x` after the experts.

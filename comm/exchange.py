@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .failure import telling
+from .meter import GroupMeter
 
 
 class Exchange:
@@ -22,10 +23,17 @@ class Exchange:
         send_splits: rows for each rank of the group.
         receive_splits: rows from each rank of the group.
         group: the ranks that take part; None is this process by itself, never the default group.
+        meter: counts what is sent, as `purpose`.
     """
 
     def __init__(
-        self, rows: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup | None
+        self,
+        rows: Tensor,
+        send_splits: list[int],
+        receive_splits: list[int],
+        group: dist.ProcessGroup | None,
+        meter: GroupMeter | None = None,
+        purpose: str = "dispatch",
     ) -> None:
         self._sent = rows.contiguous()
         self._works: list[dist.Work] = []
@@ -34,6 +42,8 @@ class Exchange:
             return
         self._received = torch.empty((sum(receive_splits), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         self._group = group
+        if meter is not None:
+            meter.all_to_all(purpose, send_splits, rows[:1].numel() * rows.element_size())
         with telling(self._what()):
             self._works = begin_all_to_all(self._received, self._sent, receive_splits, send_splits, group)
 

@@ -20,32 +20,37 @@ class ExpertOrder:
     """The slots of a rank's tokens, sorted by expert and within an expert by token.
 
     A slot is one of a token's K choices and has the number `token * K + k`; a row is a slot's place in the order.
+    Slots that are sent nowhere come last.
     """
 
     slot_of_row: Tensor  # int64 [R]
     token_of_row: Tensor  # int64 [R]
     row_of_slot: Tensor  # int64 [T, K], the inverse of slot_of_row
     rows_per_expert: Tensor  # int64 [E]
+    dropped: Tensor  # int64 [1], slots that are sent nowhere
 
 
 def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
     """Sort slots by expert without waiting for the device.
 
     Args:
-        expert_ids: int64 [T, K] in [0, num_experts), no expert twice in a token.
+        expert_ids: int64 [T, K] in [0, num_experts), no expert twice in a token; -1 is sent nowhere.
     """
     flat = expert_ids.reshape(-1)
-    slot_of_row = _stable_argsort(flat, num_experts)
+    # What is sent nowhere is sorted as one expert more; what is no expert's, behind it, is counted nowhere.
+    keys = torch.where(flat < 0, num_experts, flat + (flat >= num_experts))
+    slot_of_row = _stable_argsort(keys, num_experts + 2)
     slots = torch.arange(flat.numel(), device=flat.device)
     row_of_slot = torch.empty_like(slots).scatter_(0, slot_of_row, slots)
     # A search in the sorted ids, because bincount waits for a GPU to learn its largest value.
-    bounds = torch.arange(num_experts + 1, device=flat.device, dtype=flat.dtype)
-    starts = torch.searchsorted(flat.index_select(0, slot_of_row), bounds)
+    bounds = torch.arange(num_experts + 2, device=flat.device, dtype=flat.dtype)
+    counts = torch.searchsorted(keys.index_select(0, slot_of_row), bounds).diff()
     return ExpertOrder(
         slot_of_row=slot_of_row,
         token_of_row=torch.div(slot_of_row, expert_ids.shape[1], rounding_mode="floor"),
         row_of_slot=row_of_slot.view(expert_ids.shape),
-        rows_per_expert=starts.diff(),
+        rows_per_expert=counts[:-1],
+        dropped=counts[-1:],
     )
 
 
@@ -71,18 +76,73 @@ def gather_sum(rows: Tensor, index: Tensor) -> Tensor:
     Returns:
         [T, H] in the type of `rows`.
     """
-    tokens, top_k = index.shape
-    if tokens == 0 or rows.shape[0] == 0:
-        assert tokens == 0, f"{tokens} tokens want rows, but there are none"
-        return rows.new_empty((0, rows.shape[1]))
-    rows = rows.detach()  # embedding_bag prepares a backward of its own for what requires a gradient
-    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16):
-        # embedding_bag takes a third of the time but rounds ties away from zero: 7 % of the sums of four BF16.
-        starts = torch.arange(0, index.numel() + 1, top_k)
-        ones = torch.ones(index.numel(), dtype=rows.dtype)
-        choice = _csr(starts, index.reshape(-1), ones, (tokens, rows.shape[0]))
-        return torch.sparse.mm(choice, rows, "sum")
-    return F.embedding_bag(index, rows, mode="sum")
+    starts = torch.arange(0, index.numel() + 1, index.shape[1], device=index.device)
+    return Choice(index.reshape(-1), starts).sum(rows)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which rows each of T sums adds up: any number, also none."""
+
+    columns: Tensor
+    """int64 [N], the rows of the first sum, in the order in which they are added, then those of the second, ..."""
+    starts: Tensor
+    """int64 [T + 1], where each sum begins in `columns`, and N."""
+
+    @classmethod
+    def below(cls, index: Tensor, limit: int) -> Choice:
+        """Of each row of `index` int64 [T, K] the entries below `limit`, of which there are `limit` in all."""
+        if index.numel() == limit:
+            return cls(index.reshape(-1), torch.arange(0, limit + 1, index.shape[1], device=index.device))
+        chosen = index < limit
+        flat = index.reshape(-1).index_select(0, _places(chosen.reshape(-1), limit))
+        return cls(flat, _starts(chosen.sum(1)))
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """rows [R, H] -> [T, H], computed as `gather_sum` says."""
+        tokens = self.starts.numel() - 1
+        if tokens == 0 or rows.shape[0] == 0:
+            assert self.columns.numel() == 0, f"{tokens} sums want rows, but there are none"
+            return rows.new_zeros((tokens, *rows.shape[1:]))
+        rows = rows.detach()  # embedding_bag prepares a backward of its own for what requires a gradient
+        if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16):
+            # embedding_bag takes a third of the time but rounds ties away from zero: 7 % of the sums of four BF16.
+            ones = torch.ones(self.columns.numel(), dtype=rows.dtype)
+            choice = _csr(self.starts, self.columns, ones, (tokens, rows.shape[0]))
+            return torch.sparse.mm(choice, rows, "sum")
+        return F.embedding_bag(self.columns, rows, self.starts[:-1], mode="sum")
+
+
+class FanOut:
+    """Rows that are copied to several of B places, sorted by place and within a place by row, and their sums back.
+
+    Args:
+        wanted: bool [A, B], whether place b gets a copy of row a.
+        copies: how many there are in all, given because asking the device for it would wait for the device.
+    """
+
+    def __init__(self, wanted: Tensor, copies: int) -> None:
+        rows, places = wanted.shape
+        by_place = wanted.t().reshape(-1)
+        self.row_of_copy = _places(by_place, copies) % max(rows, 1)
+        """int64 [copies]"""
+        number = (by_place.cumsum(0) - 1).view(places, rows).t().reshape(-1)
+        of_row = number.index_select(0, _places(wanted.reshape(-1), copies))
+        self.back = Choice(of_row, _starts(wanted.sum(1)))
+        """For each row its copies, by place."""
+
+
+def _places(chosen: Tensor, count: int) -> Tensor:
+    """Where the `count` True values of bool [N] are, ascending, without waiting for the device."""
+    if chosen.device.type == "cpu":
+        return chosen.nonzero().view(-1)
+    return torch.nonzero_static(chosen, size=count).view(-1)
+
+
+def _starts(sizes: Tensor) -> Tensor:
+    starts = sizes.new_zeros(sizes.numel() + 1)
+    torch.cumsum(sizes, 0, out=starts[1:])
+    return starts
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:

@@ -21,7 +21,7 @@ begin anew with each of `groups` (`group_rows`).
 """
 
 from .launch import RowGroups, group_rows
-from .message import message_bytes, unpack_message
+from ..message import message_bytes, unpack_message
 from .ops import (
     combine,
     combine_backward,

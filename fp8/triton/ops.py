@@ -11,7 +11,7 @@ from ...settings import UsageError
 from ..classes import SIDE
 from ..quantize import BlockQuantized
 from .launch import Launch, RowGroups, alignment, check, check_rows_quantized, same_device, tiles_down
-from .message import message_bytes, scale_start
+from ..message import message_bytes, scale_start
 
 _ROWS, _COLUMNS = (1, SIDE), (SIDE, 1)
 

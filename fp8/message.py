@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...settings import UsageError
-from ..classes import SIDE
-from ..quantize import BlockQuantized
+from ..settings import UsageError
+from .classes import SIDE
+from .quantize import BlockQuantized
 
 ALIGNMENT = 16  # bytes
 
@@ -31,6 +31,19 @@ def message_bytes(width: int) -> int:
     """Bytes of a message that holds a row of `width` values."""
     needed = scale_start(width) + 4 * -(-width // SIDE)
     return -(-needed // ALIGNMENT) * ALIGNMENT
+
+
+def pack_message(quantized: BlockQuantized) -> Tensor:
+    """A matrix `[R, K]` in E4M3 and tiles of (1, 128) as messages uint8 `[R, message_bytes(K)]`."""
+    assert quantized.tile == (1, SIDE) and quantized.fmt == "e4m3", quantized
+    rows, width = quantized.shape
+    message = quantized.data.new_empty((rows, message_bytes(width)), dtype=torch.uint8)
+    start, tiles = scale_start(width), quantized.scale.shape[1]
+    message[:, :width] = quantized.data.view(torch.uint8)
+    message[:, width:start] = 0
+    message[:, start : start + 4 * tiles] = quantized.scale.view(torch.uint8)
+    message[:, start + 4 * tiles :] = 0
+    return message
 
 
 def unpack_message(message: Tensor, width: int, pow2_scales: bool = True) -> BlockQuantized:

@@ -1,0 +1,114 @@
+"""Counts what this rank sends: bytes and messages by what they are for, by collective and by kind of link."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch.distributed as dist
+
+LinkKind = Literal["within", "between"]
+LINKS: tuple[LinkKind, ...] = ("within", "between")
+"""Inside a node and between nodes."""
+
+PURPOSES = {
+    "counts": "how many rows follow",
+    "dispatch": "tokens to their experts",
+    "combine": "the experts' outputs back",
+    "combine backward": "gradients to the experts",
+    "dispatch backward": "gradients back to the tokens",
+    "pipeline": "activations and gradients between stages",
+    "gradients": "sums of gradients over replicas",
+    "weights": "new weights to all replicas",
+    "experts": "experts that change their rank",
+    "statistics": "losses, loads and norms",
+}
+"""What is sent, in the order of reports."""
+
+
+@dataclass(frozen=True, order=True)
+class Kind:
+    """What a message counts as: a key of PURPOSES, the collective it belongs to, and the link it takes."""
+
+    purpose: str
+    collective: str
+    link: LinkKind
+
+
+@dataclass
+class Tally:
+    """Payload, without what a network's protocols add, and the messages that it is sent in."""
+
+    bytes: int = 0
+    messages: int = 0
+
+    def add(self, bytes: int, messages: int = 1) -> None:
+        self.bytes += bytes
+        self.messages += messages
+
+
+Traffic = dict[Kind, Tally]
+
+
+@dataclass
+class Meter:
+    """The messages that one rank sends, as it hands them to the collective library.
+
+    node_of: the node of every global rank.
+    """
+
+    node_of: Sequence[int]
+    traffic: Traffic = field(default_factory=dict)
+
+    def take(self) -> Traffic:
+        """What was counted since the last call."""
+        taken, self.traffic = self.traffic, {}
+        return taken
+
+    def count(self, purpose: str, collective: str, link: LinkKind, bytes: int, messages: int = 1) -> None:
+        assert purpose in PURPOSES, purpose
+        self.traffic.setdefault(Kind(purpose, collective, link), Tally()).add(bytes, messages)
+
+    def link(self, rank: int, other: int) -> LinkKind:
+        """Between two global ranks."""
+        return "within" if self.node_of[rank] == self.node_of[other] else "between"
+
+    def group(self, group: dist.ProcessGroup | None) -> GroupMeter:
+        """The same for the ranks of a group, numbered as in the group."""
+        if group is None:
+            return GroupMeter(self, 0, ("within",))
+        ranks = dist.get_process_group_ranks(group)
+        here = ranks[group.rank()]
+        return GroupMeter(self, group.rank(), tuple(self.link(here, other) for other in ranks))
+
+
+@dataclass(frozen=True)
+class GroupMeter:
+    """Counts what this rank sends in one group."""
+
+    meter: Meter
+    rank: int
+    links: tuple[LinkKind, ...]
+    """From this rank to each rank of the group."""
+
+    def all_to_all(self, purpose: str, splits: Iterable[int], unit: int) -> None:
+        """`splits` units of `unit` bytes for each rank of the group; nothing is sent where there are none."""
+        for rank, (link, units) in enumerate(zip(self.links, splits, strict=True)):
+            if units and rank != self.rank:
+                self.meter.count(purpose, "all_to_all", link, units * unit)
+
+    def send(self, purpose: str, target: int, bytes: int) -> None:
+        """To one rank of the group."""
+        self.meter.count(purpose, "send", self.links[target], bytes)
+
+    def ring(self, purpose: str, collective: str, piece: int, rounds: int = 1) -> None:
+        """A collective in which each rank passes pieces of `piece` bytes on to the next, once for each other rank.
+
+        Reduce-scatter and all-gather do so in one round, all-reduce in two. Libraries may take other ways between the
+        ranks; what each of them has to send at least is the same.
+        """
+        others = len(self.links) - 1
+        if others:
+            following = self.links[(self.rank + 1) % len(self.links)]
+            self.meter.count(purpose, collective, following, rounds * others * piece, rounds * others)

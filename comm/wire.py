@@ -1,0 +1,87 @@
+"""How rows of activations and gradients look while they travel: as they are, or in FP8 with their scales.
+
+Tokens to the experts, and gradients to them in the backward, may travel in E4M3 with one power of two as scale for
+each 128 values (V3 §3.3.3); what comes back is summed and keeps its format. A dispatcher quantises a token once,
+whatever the number of its experts, and in every layout, also where nothing leaves the rank: layout never changes the
+maths. T tokens, R rows, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..fp8.classes import TensorFormat
+from ..fp8.message import message_bytes, pack_message, unpack_message
+from ..fp8.quantize import BlockQuantized
+from ..fp8.recipe import Monitor, Quantizer
+
+Direction = Literal["forward", "backward"]
+
+WIRE_FORMAT = TensorFormat("e4m3", square=False, pow2=True)
+"""E4M3 in tiles of 1 x 128 with power-of-two scales: every value of it is a BF16 number."""
+
+
+class Rows(NamedTuple):
+    """Rows that have arrived."""
+
+    values: Tensor
+    """[R, H]"""
+    codes: BlockQuantized | None
+    """What they were quantised to, if they were; `values` is what it dequantises to, exactly."""
+
+
+class Wire(Protocol):
+    """Turns tokens into what travels, and what has arrived into rows."""
+
+    def encode(self, x: Tensor, direction: Direction) -> Tensor:
+        """x [T, H] -> a matrix of T rows of any type, to be copied row by row."""
+
+    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
+        """Rows of such a matrix, in any order -> [R, width] in `dtype`. A row of zero bytes is one of zeros."""
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        """Bytes of a row that travels."""
+
+
+class PlainWire:
+    """Rows travel as they are."""
+
+    def encode(self, x: Tensor, direction: Direction) -> Tensor:
+        return x
+
+    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
+        return Rows(rows if rows.dtype == dtype else rows.contiguous().view(dtype), None)
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        return width * dtype.itemsize
+
+
+class FP8Wire:
+    """Rows travel as messages of codes and scales, see `fp8/message.py`.
+
+    Args:
+        activation: what quantises tokens; its format is WIRE_FORMAT.
+        gradient: what quantises gradients in the backward of combine.
+    """
+
+    def __init__(self, activation: Quantizer | None = None, gradient: Quantizer | None = None) -> None:
+        monitor = Monitor()
+        self._quantizers: dict[Direction, Quantizer] = {
+            "forward": activation or Quantizer("dispatch.input", WIRE_FORMAT, monitor),
+            "backward": gradient or Quantizer("dispatch.gradient", WIRE_FORMAT, monitor),
+        }
+        for quantizer in self._quantizers.values():
+            assert quantizer.format == WIRE_FORMAT, quantizer
+
+    def encode(self, x: Tensor, direction: Direction) -> Tensor:
+        return pack_message(self._quantizers[direction].encode(x, 1))
+
+    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
+        codes = unpack_message(rows, width)
+        return Rows(codes.dequantize(dtype), codes)
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        return message_bytes(width)
