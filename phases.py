@@ -72,14 +72,16 @@ def drain(work: deque[Callable[[], None]]) -> None:
         work.popleft()()
 
 
-def run(phases: Generator[str, None, Result]) -> Result:
-    """Run phases one after another to their result."""
+def run(phases: Generator[str, None, Result], after: Callable[[], None] | None = None) -> Result:
+    """Run phases one after another to their result, calling `after` after each."""
     while True:
         try:
             next(phases)
         except StopIteration as end:
             result: Result = end.value
             return result
+        if after is not None:
+            after()
 
 
 class Chunk(Protocol):

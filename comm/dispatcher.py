@@ -6,7 +6,7 @@ T tokens of this rank, K top-k, H hidden, E experts of the layer, E_local of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -14,6 +14,17 @@ from torch import Tensor
 from ..fp8.quantize import BlockQuantized
 
 Result = TypeVar("Result")
+
+
+@dataclass
+class Incoming:
+    """What a gradient was quantised to on its way to the experts' outputs; taken once, None if it was not quantised."""
+
+    codes: BlockQuantized | None = None
+
+    def take(self) -> BlockQuantized | None:
+        codes, self.codes = self.codes, None
+        return codes
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Dispatched:
     tokens_per_expert: the same as counts, on the host.
     handle: what the dispatcher needs to bring the rows back.
     codes: what `x` was quantised to on its way, in the same order; None if it was not. `x` is what they dequantise to.
+    incoming: has the same of the gradient of the experts' outputs, once it has arrived in the backward.
     """
 
     x: Tensor
@@ -36,6 +48,7 @@ class Dispatched:
     tokens_per_expert: list[int]
     handle: Any
     codes: BlockQuantized | None = None
+    incoming: Incoming = field(default_factory=Incoming)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from .exchange import Exchange
 from .permute import Choice, order_by_expert, transpose_blocks
 from .routed import Arrived, Returned, RoutedDispatcher
 from .travel import Hops
+from .wire import Rows
 
 
 class FlatDispatcher(RoutedDispatcher):
@@ -92,13 +93,13 @@ class FlatRoute:
         yield
         return self._sums.sum(sent.wait())
 
-    def combine_backward(self, grad: Tensor) -> Hops[Tensor]:
+    def combine_backward(self, grad: Tensor) -> Hops[Rows]:
         dtype, width = grad.dtype, grad.shape[1]
         rows = self._wire.encode(grad, "backward").index_select(0, self._order.token_of_row)
         sent = self._send(rows, "combine backward")
         del grad, rows
         yield
-        return self._wire.decode(self._to_experts(sent.wait()), dtype, width).values
+        return self._wire.decode(self._to_experts(sent.wait()), dtype, width)
 
     def _to_experts(self, rows: Tensor) -> Tensor:
         """From the order of arrival to that of the experts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,7 +58,7 @@ class Meter:
     node_of: the node of every global rank.
     """
 
-    node_of: Sequence[int]
+    node_of: Mapping[int, int]
     traffic: Traffic = field(default_factory=dict)
 
     def take(self) -> Traffic:
@@ -102,13 +102,24 @@ class GroupMeter:
         """To one rank of the group."""
         self.meter.count(purpose, "send", self.links[target], bytes)
 
-    def ring(self, purpose: str, collective: str, piece: int, rounds: int = 1) -> None:
-        """A collective in which each rank passes pieces of `piece` bytes on to the next, once for each other rank.
+    def reduce_scatter(self, purpose: str, shard: int) -> None:
+        """Shards of `shard` bytes, one for each rank."""
+        self._ring(purpose, "reduce_scatter", shard, 1)
 
-        Reduce-scatter and all-gather do so in one round, all-reduce in two. Libraries may take other ways between the
-        ranks; what each of them has to send at least is the same.
+    def all_gather(self, purpose: str, shard: int) -> None:
+        """Shards of `shard` bytes, one from each rank."""
+        self._ring(purpose, "all_gather", shard, 1)
+
+    def all_reduce(self, purpose: str, whole: int) -> None:
+        """A tensor of `whole` bytes: a reduce-scatter and an all-gather."""
+        self._ring(purpose, "all_reduce", -(-whole // len(self.links)), 2)
+
+    def _ring(self, purpose: str, collective: str, shard: int, rounds: int) -> None:
+        """Each rank passes shards on to the next, one for each other rank, which is the least that it can send.
+
+        Libraries may take other ways between the ranks; from a rank's node to the next the ring is the shortest.
         """
         others = len(self.links) - 1
         if others:
             following = self.links[(self.rank + 1) % len(self.links)]
-            self.meter.count(purpose, collective, following, rounds * others * piece, rounds * others)
+            self.meter.count(purpose, collective, following, rounds * others * shard, rounds * others)

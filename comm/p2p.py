@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .meter import Meter
+
 
 class Wires:
     """Sends and receives of one pipeline rank.
@@ -19,15 +21,21 @@ class Wires:
     Args:
         rank: this pipeline rank.
         channels: by source and target the group of these two ranks.
+        meter: counts what is sent.
     """
 
-    def __init__(self, rank: int, channels: Mapping[tuple[int, int], dist.ProcessGroup]) -> None:
+    def __init__(
+        self, rank: int, channels: Mapping[tuple[int, int], dist.ProcessGroup], meter: Meter | None = None
+    ) -> None:
         self.rank = rank
         self._channels = channels
+        self._meters = {ways: meter.group(group) for ways, group in channels.items()} if meter is not None else {}
 
     def send(self, tensor: Tensor, target: int) -> Transit:
         """Start sending `tensor`, which must not change until the transit is over, to pipeline rank `target`."""
         whole = tensor.contiguous()
+        if self._meters:
+            self._meters[self.rank, target].send("pipeline", int(target > self.rank), whole.nbytes)
         # The group's own method: the checks of dist.isend take longer than all the rest, where every rank waits.
         return Transit(whole, self._group(self.rank, target).send([whole], int(target > self.rank), 0))
 

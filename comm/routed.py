@@ -14,6 +14,7 @@ recomputed only up to the last tensor its experts saved: the rows are not sent b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -24,10 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from ..fp8.quantize import BlockQuantized
 from ..settings import UsageError
-from .dispatcher import Dispatched, Pending
+from .dispatcher import Dispatched, Incoming, Pending
 from .meter import GroupMeter, Meter
 from .travel import Hops, Travel, Underway
-from .wire import PlainWire, Wire
+from .wire import PlainWire, Rows, Wire
+
+Way = Literal["out", "home"]
 
 
 class Arrived(NamedTuple):
@@ -70,7 +73,7 @@ class HoppingRoute(Protocol):
     def combine(self, y: Tensor) -> Hops[Tensor]:
         """y [R, H], back to the tokens and summed there: [T, H]."""
 
-    def combine_backward(self, grad: Tensor) -> Hops[Tensor]:
+    def combine_backward(self, grad: Tensor) -> Hops[Rows]:
         """The gradient of each token [T, H], to its experts: [R, H]."""
 
 
@@ -95,7 +98,7 @@ class RoutedDispatcher:
 
     hops = 1
     """All-to-alls, one after another, of each way."""
-    patience = {"out": 1, "home": 1}
+    patience: Mapping[Way, int] = {"out": 1, "home": 1}
     """See `Travel`, for ways to the experts and back."""
 
     def __init__(
@@ -145,7 +148,7 @@ class RoutedDispatcher:
         route = dispatched.handle
         rows = sum(route.tokens_per_expert)
         assert y.shape[0] == rows, f"{y.shape[0]} rows to combine, {rows} were dispatched"
-        passage = _Passage(route, self)
+        passage = _Passage(route, self, dispatched.incoming)
         ticket = _CombineStart.apply(y, passage)
         return Pending(ticket, lambda ticket: _CombineWait.apply(ticket, passage))
 
@@ -153,14 +156,15 @@ class RoutedDispatcher:
 class _Passage:
     """What a start and its wait share: the route, and what is under way in this direction of this pass."""
 
-    def __init__(self, route: HoppingRoute, dispatcher: RoutedDispatcher) -> None:
+    def __init__(self, route: HoppingRoute, dispatcher: RoutedDispatcher, incoming: Incoming | None = None) -> None:
         self.route = route
+        self.incoming = incoming or Incoming()
         self.needs_grad: tuple[bool, ...] = ()
         self.codes: BlockQuantized | None = None
         self._dispatcher = dispatcher
         self._travel: Travel[Any] | None = None
 
-    def begin(self, way: Literal["out", "home"], hops: Hops[Any]) -> None:
+    def begin(self, way: Way, hops: Hops[Any]) -> None:
         self._travel = Travel(hops, self._dispatcher.hops, self._dispatcher.patience[way])
         self._dispatcher.underway.add(self._travel)
 
@@ -229,8 +233,9 @@ class _CombineStart(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        grad_rows: Tensor = ctx.passage.wait()
-        return grad_rows, None
+        arrived: Rows = ctx.passage.wait()
+        ctx.passage.incoming.codes = arrived.codes
+        return arrived.values, None
 
 
 class _CombineWait(Function):

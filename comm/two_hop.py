@@ -14,8 +14,9 @@ this node, T tokens of this rank, P tokens it relays, A tokens that arrive, K to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,9 @@ from .exchange import Exchange
 from .expand import Expansion
 from .meter import Meter
 from .permute import FanOut
-from .routed import Arrived, Returned, RoutedDispatcher
+from .routed import Arrived, Returned, RoutedDispatcher, Way
 from .travel import Hops, Underway
-from .wire import Wire
+from .wire import Rows, Wire
 
 ALIGNMENT = 16  # bytes, of a message
 
@@ -80,7 +81,7 @@ class TwoHopDispatcher(RoutedDispatcher):
 
     hops = 2
     # To the experts the first hop takes long and the second needs it whole; on the way back it is the other way round.
-    patience = {"out": 2, "home": 1}
+    patience: Mapping[Way, int] = {"out": 2, "home": 1}
 
     def __init__(
         self,
@@ -219,7 +220,7 @@ class TwoHopRoute:
             partial = sums.sum(sent.wait())
         return partial
 
-    def combine_backward(self, grad: Tensor) -> Hops[Tensor]:
+    def combine_backward(self, grad: Tensor) -> Hops[Rows]:
         assert self._expansion is not None
         dtype, width = grad.dtype, grad.shape[1]
         rows = self._at.wire.encode(grad, "backward")
@@ -228,7 +229,7 @@ class TwoHopRoute:
             sent = self._exchange(rows.index_select(0, fan_out.row_of_copy), hop, "combine backward")
             yield
             rows = sent.wait()
-        return self._at.wire.decode(self._expansion.rows(rows), dtype, width).values
+        return self._at.wire.decode(self._expansion.rows(rows), dtype, width)
 
     def _fan_out(self, ids: Tensor) -> FanOut:
         """Which ranks of this node want each of the tokens [P, K] that this rank relays."""
@@ -274,7 +275,7 @@ def _splits(size: int, rows: dict[int, int]) -> list[int]:
 
 def _block_order(blocks: list[range], device: torch.device) -> Tensor | None:
     """An index that takes these blocks of rows in this order; None if they lie so already."""
-    if all(before.stop == after.start for before, after in zip(blocks, blocks[1:], strict=False)):
+    if all(before.stop == after.start for before, after in pairwise(blocks)):
         return None
     return torch.cat([torch.arange(block.start, block.stop) for block in blocks]).to(device, non_blocking=True)
 

@@ -13,15 +13,12 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..fp8.classes import TensorFormat
+from ..fp8.classes import WIRE_FORMAT
 from ..fp8.message import message_bytes, pack_message, unpack_message
 from ..fp8.quantize import BlockQuantized
 from ..fp8.recipe import Monitor, Quantizer
 
 Direction = Literal["forward", "backward"]
-
-WIRE_FORMAT = TensorFormat("e4m3", square=False, pow2=True)
-"""E4M3 in tiles of 1 x 128 with power-of-two scales: every value of it is a BF16 number."""
 
 
 class Rows(NamedTuple):

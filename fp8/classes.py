@@ -84,6 +84,9 @@ class TensorFormat:
         return f"{self.fmt} {'128x128' if self.square else '1x128'} {'pow2' if self.pow2 else 'fp32'}"
 
 
+WIRE_FORMAT = TensorFormat("e4m3", square=False, pow2=True)
+"""That of rows that travel between ranks in FP8: what V3 and the default recipe make of the experts' input."""
+
 Formats = Mapping[str, TensorFormat | None]
 """A format for every class; None leaves it in high precision."""
 

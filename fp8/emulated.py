@@ -83,7 +83,11 @@ class QuantizedWeight:
 
 
 class QuantizedFunction(torch.autograd.Function):
-    """A linear layer, grouped where there are offsets."""
+    """A linear layer, grouped where there are offsets.
+
+    `codes` are what x was quantised to by somebody before, and `incoming` in the backward gives those of the gradient;
+    x and gradient are what they dequantise to, so it is not done again.
+    """
 
     @staticmethod
     def forward(
@@ -96,19 +100,25 @@ class QuantizedFunction(torch.autograd.Function):
         rebuilt: bool,
         grad: bool,
         later: Callable[[Callable[[], Tensor]], Tensor | None],
+        codes: BlockQuantized | None = None,
+        incoming: Callable[[], BlockQuantized | None] | None = None,
     ) -> Tensor:
         recipe, rows = quantized.recipe, x.flatten(0, -2)
         keeps_input = kept is None and not rebuilt and grad and ctx.needs_input_grad[1]
-        if keeps_input and recipe.input.format is not None:
+        if codes is not None and recipe.input.makes(codes):
+            operand: Operand = codes if recipe.mode == "promoted" else rows
+            if keeps_input:
+                kept = _kept(codes, rows.shape, None)
+        elif keeps_input and recipe.input.format is not None:
             codes, values = recipe.input.encode_with_values(rows, 1, offsets, with_values=recipe.mode == "fast")
-            operand: Operand = codes if recipe.mode == "promoted" or values is None else values
+            operand = codes if recipe.mode == "promoted" or values is None else values
             kept = _kept(codes, rows.shape, None)
         else:
             operand = recipe.operand(recipe.input, rows, 1, offsets)
         if kept is None:
             kept = _as_fprop_saw_it(recipe.input, x)
         ctx.save_for_backward(*kept.tensors, *(() if offsets is None else (offsets,)))
-        ctx.weight, ctx.quantized, ctx.later = weight, quantized, later
+        ctx.weight, ctx.quantized, ctx.later, ctx.incoming = weight, quantized, later, incoming
         ctx.restore, ctx.grouped = kept.restore, offsets is not None
         y = _product(gemm.fprop, operand, quantized.operand(weight, 1), offsets, recipe, x.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -122,8 +132,12 @@ class QuantizedFunction(torch.autograd.Function):
         offsets, saved = (saved[-1], saved[:-1]) if ctx.grouped else (None, saved)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grad_x = grad_weight = None
+        codes = None if ctx.incoming is None else ctx.incoming()
         if needs_x:
-            dy = recipe.operand(recipe.gradient, rows, 1, offsets)
+            if codes is not None and recipe.gradient.makes(codes):
+                dy: Operand = codes if recipe.mode == "promoted" else rows
+            else:
+                dy = recipe.operand(recipe.gradient, rows, 1, offsets)
             grad_x = _product(gemm.dgrad, dy, quantized.operand(weight, 0), offsets, recipe, grad.dtype)
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
         if needs_weight:
@@ -135,7 +149,7 @@ class QuantizedFunction(torch.autograd.Function):
                 return _product(gemm.wgrad, dy, x, offsets, recipe, weight.dtype)
 
             grad_weight = ctx.later(compute)
-        return grad_x, grad_weight, None, None, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None, None, None, None
 
 
 def _as_fprop_saw_it(quantizer: Quantizer, x: Tensor) -> Kept:

@@ -20,6 +20,7 @@ from .emulated import Kept, QuantizedFunction, QuantizedWeight, keep
 from .recipe import LinearRecipe
 
 if TYPE_CHECKING:
+    from .quantize import BlockQuantized
     from .te.engine import Engine, GradientSink
 
 
@@ -79,8 +80,17 @@ class GroupedLinear(nn.Module):
         self._engine = _engine(recipe, num_groups)
 
     def forward(
-        self, x: Tensor, offsets: Tensor, kept: Kept | None = None, counts: Sequence[int] | None = None
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        kept: Kept | None = None,
+        counts: Sequence[int] | None = None,
+        codes: BlockQuantized | None = None,
+        incoming: Callable[[], BlockQuantized | None] | None = None,
     ) -> Tensor:
+        """`codes` are what x was quantised to before it came here, if it was, and `incoming`, called in the backward,
+        gives those of the gradient: then they are not quantised again, unless a backend does so, to the same values.
+        """
         if self._quantized is None:
             result: Tensor = _GroupedLinearFunction.apply(x, self.weight, offsets, self.weight_queue)
         elif self._engine is not None:
@@ -88,9 +98,9 @@ class GroupedLinear(nn.Module):
                 counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
             result = self._engine(x, self.weight, self.weight_queue, self.gradients, kept, False, counts)
         else:
-            grad = torch.is_grad_enabled()
+            grad, later = torch.is_grad_enabled(), _later(self.weight_queue, self.weight)
             result = QuantizedFunction.apply(
-                x, self.weight, self._quantized, offsets, kept, False, grad, _later(self.weight_queue, self.weight)
+                x, self.weight, self._quantized, offsets, kept, False, grad, later, codes, incoming
             )
         return result
 

@@ -38,6 +38,15 @@ class Quantizer:
     format: TensorFormat | None
     monitor: Monitor
 
+    def makes(self, codes: BlockQuantized) -> bool:
+        """Whether what it makes of a matrix whose rows a product contracts could be `codes`."""
+        format = self.format
+        return format is not None and (format.tile(1), format.fmt, format.pow2) == (
+            codes.tile,
+            codes.fmt,
+            codes.pow2_scales,
+        )
+
     def values(self, x: Tensor, contracted: int, offsets: Tensor | None = None) -> Tensor:
         """What the quantised x `[M, K]`, or stack of them, dequantises to; `offsets` as in `quantize`."""
         if self.format is None:

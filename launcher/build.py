@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..comm.flat import FlatDispatcher
 from ..comm.p2p import Wires
+from ..comm.routed import RoutedDispatcher
 from ..fp8.linear import GroupedLinear, Linear
 from ..fp8.recipe import Recipe
 from ..model.kernels import Kernels
@@ -31,6 +31,7 @@ from ..parallel.zero import ShardedOptimizer
 from ..placement import Placed
 from .backend import choose_recipe
 from .config import Config
+from .dispatch import make_dispatcher
 from .pipeline import make_schedule, make_split
 
 FEW_MICROBATCHES = (1, 2, 3)
@@ -51,6 +52,8 @@ class Model:
     """Any of the run's schedules, for its placement."""
     recipe: Recipe
     """What is quantised, and what was seen of it."""
+    dispatcher: RoutedDispatcher
+    """Of all chunks."""
 
     def placed(self) -> list[Placed]:
         """Every parameter of this rank once: the embedding, then stage by stage."""
@@ -125,25 +128,31 @@ def _any_schedule(config: Config) -> Schedule:
 def build_model(config: Config, groups: Groups, device: torch.device) -> Model:
     """This rank's chunks: its stages, without the experts of other ranks. Their weights are not set yet."""
     split, schedule, recipe = make_split(config), _any_schedule(config), choose_recipe(config, device)
+    dispatcher = make_dispatcher(config, groups, recipe, device)
     chunks: dict[int, Transformer] = {}
     for stage in sorted(schedule.placement[groups.coordinates.pp]):
-        chunks[stage] = _build_chunk(config, groups, device, recipe, split, stage)
+        chunks[stage] = _build_chunk(config, groups, device, recipe, dispatcher, split, stage)
     first, last = chunks.get(0), chunks.get(split.num_stages - 1)
     if first is not None and last is not None and hasattr(last, "embedding"):
         last.embedding = first.embedding
-    return Model(chunks, schedule, recipe)
+    return Model(chunks, schedule, recipe, dispatcher)
 
 
 def _build_chunk(
-    config: Config, groups: Groups, device: torch.device, recipe: Recipe, split: Split, stage: int
+    config: Config,
+    groups: Groups,
+    device: torch.device,
+    recipe: Recipe,
+    dispatcher: RoutedDispatcher,
+    split: Split,
+    stage: int,
 ) -> Transformer:
-    experts = config.model.n_routed_experts
-    per_rank = experts // groups.layout.ep
+    per_rank = config.model.n_routed_experts // groups.layout.ep
     mine = groups.coordinates.ep * per_rank
     with torch.device("meta"):
         chunk = Transformer(
             config.model,
-            FlatDispatcher(groups.ep, experts, recipe.alignment),
+            dispatcher,
             range(mine, mine + per_rank),
             recompute=config.train.recompute,
             kernels=Kernels.make(config.train.compile),
@@ -177,11 +186,12 @@ def build_executor(config: Config, model: Model, groups: Groups, device: torch.d
     batch = config.batch
     return Executor(
         model.chunks,
-        Wires(groups.coordinates.pp, groups.channels),
+        Wires(groups.coordinates.pp, groups.channels, groups.meter),
         find_order(config.parallel.overlap_order),
         torch.Size((batch.micro_sequences, batch.sequence_length, config.model.hidden_size)),
         DTYPES[config.precision.format],
         device,
+        model.dispatcher.underway.boundary,
     )
 
 

@@ -9,6 +9,7 @@ from ..parallel.schedule.catalogue import find_schedule, schedule_names
 from ..parallel.schedule.choose import example, option_faults, schedule_name
 from ..parallel.stages import sizes_fault
 from ..settings import Clash, UsageError
+from .dispatch import wire_clashes
 
 if TYPE_CHECKING:
     from .config import Config
@@ -22,6 +23,7 @@ def find_clashes(config: Config) -> list[Clash]:
         *_width_clashes(config),
         *_batch_clashes(config),
         *_schedule_clashes(config),
+        *wire_clashes(config),
     ]
 
 

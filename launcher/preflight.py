@@ -22,6 +22,7 @@ from ..settings import UsageError
 from .backend import backend_faults
 from .config import Config
 from .config_clashes import batch_sizes
+from .dispatch import routing_notes
 from .pipeline import make_schedule, microbatches, stage_costs
 from .plan_steps import Progress, total_steps
 
@@ -72,7 +73,7 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
         raise UsageError(faults[0] if len(faults) == 1 else _list("this run cannot start:", faults))
     assert layout is not None and data is not None
     checkpoint, progress = found if found is not None else (None, Progress())
-    notes = (*bubble_notes(config, layout), *config.optim.notes())
+    notes = (*bubble_notes(config, layout), *routing_notes(config, layout), *config.optim.notes())
     return Flight(config, layout, run_dir, total_steps(config), data, checkpoint, progress, notes)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -148,7 +147,7 @@ class Trainer:
             sums[0] += output.loss
         if self.groups.coordinates.pp == 0:  # every pipeline rank has the same sequences
             sums[1] = sum(int(batch.valid.sum()) for batch in batches) * self.config.batch.sequence_length
-        dist.all_reduce(sums, group=self.groups.world)
+        self.groups.sum(sums)
         return float(sums[0] / sums[1])
 
     def save(self, folder: Path) -> Path:
@@ -252,8 +251,8 @@ class Trainer:
             counts[part.first_moe : part.first_moe + len(part.counts)] += part.counts
         if self.model.recipe.monitor.infinite:  # where this step quantised an infinity, which then is a finite number
             losses.fill_(math.nan)
-        dist.all_reduce(losses, group=self.groups.world)
-        dist.all_reduce(counts, group=self.groups.world)
+        self.groups.sum(losses)
+        self.groups.sum(counts)
         return Totals(losses, counts)
 
     def _losses(self, totals: Totals, tokens: int, sequences: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..model.transformer import Transformer
 from ..parallel.groups import Groups
 from .build import DTYPES
 from .config import Config
+from .dispatch import make_wire
 from .plan_steps import Progress, steps_from
 from .trainer import Trainer
 from .verify_text import Text
@@ -161,8 +162,8 @@ def plain_gradients(config: Config, groups: Groups, text: Text) -> dict[str, Ten
     one micro-batch after another.
     """
     model = config.model
-    dispatcher = FlatDispatcher(groups.ep, model.n_routed_experts)
     experts, recipe = range(model.n_routed_experts), config.precision.make()
+    dispatcher = FlatDispatcher(groups.ep, model.n_routed_experts, wire=make_wire(config, recipe))
     network = Transformer(model, dispatcher, experts, kernels=Kernels.make(False), recipe=recipe)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(DTYPES[config.precision.format])

@@ -167,9 +167,8 @@ class DecoderBlock(nn.Module):
         """The routed experts on the rows that arrived: computation."""
         assert isinstance(self.mlp, MixtureOfExperts)
         with saved.hooks():
-            return self.mlp.experts(
-                dispatched.x, dispatched.weights, dispatched.offsets, saved, dispatched.tokens_per_expert
-            )
+            given = dispatched.x, dispatched.weights, dispatched.offsets, saved, dispatched.tokens_per_expert
+            return self.mlp.experts(*given, dispatched.codes, dispatched.incoming)
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         """Start returning the experts' outputs to their tokens: communication."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..comm.dispatcher import Dispatcher
+from ..comm.dispatcher import Dispatcher, Incoming
 from ..fp8.emulated import Kept
 from ..fp8.linear import GroupedLinear, Linear
+from ..fp8.quantize import BlockQuantized
 from ..fp8.recipe import LinearRecipe, Recipe
 from .config import ModelConfig
 from .kernels import Kernels, SwiGLUFunction, swiglu
@@ -43,12 +44,19 @@ class RoutedExperts(nn.Module):
         self.down = GroupedLinear(num_local, inner, hidden, recipe.linear("experts_down"))
 
     def forward(
-        self, x: Tensor, weights: Tensor, offsets: Tensor, saved: Saved, counts: Sequence[int] | None = None
+        self,
+        x: Tensor,
+        weights: Tensor,
+        offsets: Tensor,
+        saved: Saved,
+        counts: Sequence[int] | None = None,
+        codes: BlockQuantized | None = None,
+        incoming: Incoming | None = None,
     ) -> Tensor:
-        """`offsets` are the ends of the experts' rows, `counts` their numbers on the host."""
-        gate_up = self.gate_up(x, offsets, counts=counts)
+        """`offsets` are the ends of the experts' rows, `counts` their numbers on the host; more in `Dispatched`."""
+        gate_up = self.gate_up(x, offsets, counts=counts, codes=codes)
         activated, kept = _swiglu(gate_up, weights, self.down.keep(gate_up), self.kernels, saved)
-        return self.down(activated, offsets, kept, counts)
+        return self.down(activated, offsets, kept, counts, incoming=None if incoming is None else incoming.take)
 
 
 class MixtureOfExperts(nn.Module):

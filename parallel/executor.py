@@ -81,6 +81,7 @@ class Executor:
         wires: to the other pipeline ranks.
         order: in which the phases of an overlapped pair advance, see `overlap.py`.
         shape: of what passes between stages, `[B, S, H]`.
+        after_phase: called after each phase; dispatchers whose transfers have several hops go on there.
     """
 
     def __init__(
@@ -91,11 +92,13 @@ class Executor:
         shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device,
+        after_phase: Callable[[], None] | None = None,
     ) -> None:
         self.chunks = chunks
         self.wires = wires
         self.order = order
         self.buffer = shape, dtype, device
+        self.after_phase = after_phase
         self.watch: Watch | None = None
         self.timed = False
         """Whether a GPU is waited for around every action, so that `spans` are its times and not the host's."""
@@ -191,12 +194,12 @@ class _Run:
         if isinstance(action, Overlap):
             self._overlap(action)
         elif action.kind == "F":
-            self._end_forward(action, run(self._forward(action)))
+            self._end_forward(action, run(self._forward(action), self.executor.after_phase))
         elif action.kind == "W":
             drain(self._live.pop((action.stage, action.microbatch)).deferred)
         else:
             deferred = self._live[action.stage, action.microbatch].deferred if action.kind == "I" else None
-            gradient, _ = run(self._backward(action, deferred))
+            gradient, _ = run(self._backward(action, deferred), self.executor.after_phase)
             self._end_backward(action, gradient)
 
     def _overlap(self, action: Overlap) -> None:
@@ -205,9 +208,8 @@ class _Run:
         whole = backward.kind == "B"
         queue: deque[Callable[[], None]] = deque()
         deferred = queue if whole else self._live[backward.stage, backward.microbatch].deferred
-        made, (gradient, _) = run_pair(
-            self._forward(forward), self._backward(backward, deferred), queue, self.executor.order
-        )
+        sides = self._forward(forward), self._backward(backward, deferred)
+        made, (gradient, _) = run_pair(*sides, queue, self.executor.order, self.executor.after_phase)
         drain(queue)
         self._end_forward(forward, made)
         self._end_backward(backward, gradient)

@@ -12,8 +12,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.meter import Meter
 from .layout import Coordinates, Layout, holder_rounds
 
 
@@ -34,6 +36,8 @@ class Groups:
     """By source and target pipeline rank, this one among them: a group of just these two, for transfers that way."""
     shared: Mapping[tuple[str, tuple[int, ...]], DeviceMesh] = field(hash=False, compare=False)
     """By kind and holders: the ranks of several pipeline ranks that hold the same parameters, this one among them."""
+    meter: Meter = field(hash=False, compare=False)
+    """Counts what this rank sends in any of them."""
 
     @classmethod
     def create(
@@ -81,7 +85,8 @@ class Groups:
                     shared[kind, held] = make.mesh(kind, held)
                 else:
                     make.group([make.rank], "placeholder")  # see _Maker
-        return cls(layout, make.rank, world, mesh, dp_mesh, channels, shared)
+        meter = Meter({rank: layout.node(place) for place, rank in enumerate(make.members)})
+        return cls(layout, make.rank, world, mesh, dp_mesh, channels, shared, meter)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -106,6 +111,11 @@ class Groups:
     def dp(self) -> dist.ProcessGroup:
         """Ranks of this pipeline rank."""
         return self.dp_mesh.get_group("dp")
+
+    def sum(self, tensor: Tensor) -> None:
+        """Sum statistics over every rank of the grid, in place."""
+        self.meter.group(self.world).all_reduce("statistics", tensor.nbytes)
+        dist.all_reduce(tensor, group=self.world)
 
     def replicas(self, kind: str, holders: tuple[int, ...] | None = None) -> DeviceMesh:
         """One-dimensional mesh of the ranks that hold the same parameter: `dp`, or `edp` for experts.

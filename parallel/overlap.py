@@ -19,8 +19,9 @@ Result = TypeVar("Result")
 class Side(Generic[Result]):
     """One of the two generators, and the phase it has named but not run."""
 
-    def __init__(self, phases: Generator[str, None, Result]) -> None:
+    def __init__(self, phases: Generator[str, None, Result], after: Callable[[], None] | None) -> None:
         self._phases = phases
+        self._after = after
         self._result: list[Result] = []
         self.upcoming: str | None = None
         self.advance()
@@ -32,6 +33,8 @@ class Side(Generic[Result]):
         except StopIteration as end:
             self.upcoming = None
             self._result.append(end.value)
+        if self._after is not None:
+            self._after()
 
     @property
     def result(self) -> Result:
@@ -48,13 +51,14 @@ def run_pair(
     backward: Generator[str, None, Backward],
     weights: deque[Callable[[], None]],
     order: Sequence[str],
+    after: Callable[[], None] | None = None,
 ) -> tuple[Forward, Backward]:
     """Run both to their ends in the given order, over and over; returns their results.
 
     An entry runs its phase if that is the side's upcoming one, and is passed over otherwise. Phases that the order
-    does not name run where their side is next looked at. `W` drains `weights`.
+    does not name run where their side is next looked at. `W` drains `weights`. `after` is called after each phase.
     """
-    sides: dict[str, Side[Forward] | Side[Backward]] = {"F": Side(forward), "B": Side(backward)}
+    sides: dict[str, Side[Forward] | Side[Backward]] = {"F": Side(forward, after), "B": Side(backward, after)}
     known = {name: {entry[2:] for entry in order if entry.startswith(f"{name}.")} for name in sides}
     progress = True
     while progress:

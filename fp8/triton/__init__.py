@@ -20,8 +20,8 @@ them. They come as a BlockQuantized of shape `[M, N]` whose `data` is a view; `d
 begin anew with each of `groups` (`group_rows`).
 """
 
-from .launch import RowGroups, group_rows
 from ..message import message_bytes, unpack_message
+from .launch import RowGroups, group_rows
 from .ops import (
     combine,
     combine_backward,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...settings import UsageError
 from ..classes import SIDE
+from ..message import message_bytes, scale_start
 from ..quantize import BlockQuantized
 from .launch import Launch, RowGroups, alignment, check, check_rows_quantized, same_device, tiles_down
-from ..message import message_bytes, scale_start
 
 _ROWS, _COLUMNS = (1, SIDE), (SIDE, 1)
 

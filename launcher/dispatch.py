@@ -1,0 +1,109 @@
+"""Which dispatcher a run gets, and what its tokens look like on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..fp8.classes import WIRE_FORMAT
+from ..parallel.layout import Layout
+from ..settings import Clash
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..comm.routed import RoutedDispatcher
+    from ..comm.wire import Wire
+    from ..fp8.recipe import Recipe
+    from ..parallel.groups import Groups
+    from .config import Config
+
+
+def dispatcher_name(config: Config, layout: Layout, device_type: str) -> str:
+    """The dispatcher that `comm.dispatcher` means in this layout."""
+    asked = config.comm.dispatcher
+    if asked != "auto":
+        return asked
+    return "two-hop" if nodes_of_experts(layout) > 1 else "flat"
+
+
+def nodes_of_experts(layout: Layout) -> int:
+    """On how many nodes the experts of a layer lie, for the rank where these are most."""
+    return max(len({layout.node(rank) for rank in group}) for group in layout.ep_groups())
+
+
+def wire_format(config: Config) -> str:
+    """The format in which tokens reach their experts: fp8, bf16 or fp32."""
+    precision, asked = config.precision, config.comm.wire
+    if asked != "auto":
+        return asked
+    quantised = precision.formats().get("experts_up.input") == WIRE_FORMAT
+    return "fp8" if quantised else precision.format
+
+
+def make_dispatcher(config: Config, groups: Groups, recipe: Recipe, device: torch.device) -> RoutedDispatcher:
+    """The dispatcher of a rank, for all its layers. Raises UsageError where it cannot be had."""
+    from ..comm.flat import FlatDispatcher
+    from ..comm.two_hop import TwoHopDispatcher
+
+    layout = groups.layout
+    name = dispatcher_name(config, layout, device.type)
+    common = groups.ep, config.model.n_routed_experts, recipe.alignment, make_wire(config, recipe), groups.meter
+    if name == "flat":
+        return FlatDispatcher(*common)
+    group = next(group for group in layout.ep_groups() if groups.rank in group)
+    return TwoHopDispatcher(*common, nodes=[layout.node(rank) for rank in group])
+
+
+def make_wire(config: Config, recipe: Recipe) -> Wire:
+    """What travels: in FP8, what the recipe's experts make of it; a class in another format is quantised besides."""
+    from ..comm.wire import FP8Wire, PlainWire
+    from ..fp8.recipe import Quantizer
+
+    if wire_format(config) != "fp8":
+        return PlainWire()
+
+    def quantizer(name: str) -> Quantizer:
+        return Quantizer(name, WIRE_FORMAT, recipe.monitor)
+
+    return FP8Wire(quantizer("experts_up.input"), quantizer("experts_down.gradient"))
+
+
+def wire_clashes(config: Config) -> Iterator[Clash]:
+    """A wire that does not carry the activations."""
+    if config.comm.wire == "bf16" and config.precision.format == "fp32":
+        key = "high" if config.precision.recipe == "fp8" else "recipe"
+        message = f"would round activations, which are FP32 with precision.{key} fp32 (auto or fp8 work)"
+        yield Clash(("comm.wire", f"precision.{key}"), f"bf16 {message}")
+
+
+def routing_notes(config: Config, layout: Layout) -> tuple[str, ...]:
+    """What node-limited routing does not achieve in this layout; empty where it does or nothing crosses nodes."""
+    model, nodes = config.model, nodes_of_experts(layout)
+    if nodes == 1:
+        return ()
+    reach = nodes_a_token_reaches(config, layout)
+    if reach <= model.topk_group or model.topk_group == model.n_group:
+        return ()
+    return (
+        f"a token's experts can lie on {reach} of {nodes} nodes, though it is routed to {model.topk_group} groups "
+        f"(model.topk_group): {model.n_group} groups on {layout.ep} ranks of {layout.gpus_per_node} a node do not lie "
+        "on one node each",
+    )
+
+
+def nodes_a_token_reaches(config: Config, layout: Layout) -> int:
+    """The most nodes that the experts of one token can lie on, in the worst case of its groups."""
+    model = config.model
+    worst = 0
+    for group in layout.ep_groups():
+        first = group[0]
+        per_rank = model.n_routed_experts // layout.ep
+        of_group: list[set[int]] = [set() for _ in range(model.n_group)]
+        for expert in range(model.n_routed_experts):
+            node = layout.node(first + expert // per_rank)
+            of_group[expert // (model.n_routed_experts // model.n_group)].add(node)
+        spans = sorted(map(len, of_group), reverse=True)
+        nodes = len(set().union(*of_group))
+        worst = max(worst, min(sum(spans[: model.topk_group]), nodes, model.num_experts_per_tok))
+    return worst
