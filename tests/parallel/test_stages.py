@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from counterflow.parallel.stages import Split, balance, rank_loads, sizes_fault
 from counterflow.settings import UsageError
 
-COSTS = st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.7, 1.0, 2.5, 10.0]), min_size=1, max_size=9)
+# Sums of these are exact: `balance` compares exactly, and what only rounding sets apart is no tie to it.
+COSTS = st.lists(st.sampled_from([0.0, 0.125, 0.25, 0.375, 0.75, 1.0, 2.5, 10.0]), min_size=1, max_size=9)
 
 
 def every_split(num_layers: int, num_stages: int) -> Iterator[tuple[range, ...]]:
@@ -28,7 +29,7 @@ def stage_costs(split: tuple[range, ...], costs: list[float], first: float, last
 
 
 @settings(max_examples=300, deadline=None)
-@given(COSTS, st.sampled_from([0.0, 0.4, 3.0]), st.sampled_from([0.0, 1.3, 5.0]), st.data())
+@given(COSTS, st.sampled_from([0.0, 0.5, 3.0]), st.sampled_from([0.0, 1.25, 5.0]), st.data())
 def test_no_split_has_a_lighter_heaviest_stage_or_is_more_even(
     costs: list[float], first: float, last: float, data: st.DataObject
 ) -> None:
@@ -39,9 +40,9 @@ def test_no_split_has_a_lighter_heaviest_stage_or_is_more_even(
     mine = stage_costs(split.layers, costs, first, last)
     others = [stage_costs(other, costs, first, last) for other in every_split(len(costs), num_stages)]
     largest = min(map(max, others))
-    assert max(mine) == pytest.approx(largest)
-    as_light = [other for other in others if max(other) <= largest * (1 + 1e-9)]
-    assert sum(cost * cost for cost in mine) == pytest.approx(min(sum(c * c for c in other) for other in as_light))
+    assert max(mine) == largest
+    as_light = [other for other in others if max(other) == largest]
+    assert sum(cost * cost for cost in mine) == min(sum(c * c for c in other) for other in as_light)
 
 
 def test_equal_layers_go_evenly_with_the_longer_stages_last() -> None:
