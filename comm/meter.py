@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,19 +12,19 @@ LinkKind = Literal["within", "between"]
 LINKS: tuple[LinkKind, ...] = ("within", "between")
 """Inside a node and between nodes."""
 
-PURPOSES = {
-    "counts": "how many rows follow",
-    "dispatch": "tokens to their experts",
-    "combine": "the experts' outputs back",
-    "combine backward": "gradients to the experts",
-    "dispatch backward": "gradients back to the tokens",
-    "pipeline": "activations and gradients between stages",
-    "gradients": "sums of gradients over replicas",
-    "weights": "new weights to all replicas",
-    "experts": "experts that change their rank",
-    "statistics": "losses, loads and norms",
+PURPOSES: dict[str, tuple[str, ...]] = {
+    "counts": ("all_to_all",),  # how many rows follow
+    "dispatch": ("all_to_all",),  # tokens to their experts
+    "combine": ("all_to_all",),  # the experts' outputs back
+    "combine backward": ("all_to_all",),  # gradients to the experts
+    "dispatch backward": ("all_to_all",),  # gradients back to the tokens
+    "pipeline": ("send",),  # activations and gradients between stages
+    "gradients": ("reduce_scatter", "all_to_all"),  # their sums over replicas
+    "weights": ("all_gather",),  # new weights to all replicas
+    "experts": ("all_to_all",),  # those that change their rank
+    "statistics": ("all_reduce",),  # losses, loads, norms
 }
-"""What is sent, in the order of reports."""
+"""What is sent and by which collectives, in the order of reports."""
 
 
 @dataclass(frozen=True, order=True)
@@ -50,6 +50,26 @@ class Tally:
 
 Traffic = dict[Kind, Tally]
 
+KINDS = tuple(
+    Kind(purpose, collective, link)
+    for purpose, collectives in PURPOSES.items()
+    for collective in collectives
+    for link in LINKS
+)
+"""Every kind there is, so that ranks can add up their tallies without telling each other what they have."""
+
+
+def numbers_of(traffic: Traffic) -> list[int]:
+    """Bytes and messages of every kind in KINDS, one after the other."""
+    tallies = [traffic.get(kind, Tally()) for kind in KINDS]
+    return [number for tally in tallies for number in (tally.bytes, tally.messages)]
+
+
+def traffic_of(numbers: Sequence[int]) -> Traffic:
+    """The inverse of `numbers_of`, without kinds that nothing was sent of."""
+    tallies = zip(KINDS, numbers[::2], numbers[1::2], strict=True)
+    return {kind: Tally(bytes, messages) for kind, bytes, messages in tallies if messages}
+
 
 @dataclass
 class Meter:
@@ -67,7 +87,7 @@ class Meter:
         return taken
 
     def count(self, purpose: str, collective: str, link: LinkKind, bytes: int, messages: int = 1) -> None:
-        assert purpose in PURPOSES, purpose
+        assert collective in PURPOSES[purpose], (purpose, collective)
         self.traffic.setdefault(Kind(purpose, collective, link), Tally()).add(bytes, messages)
 
     def link(self, rank: int, other: int) -> LinkKind:

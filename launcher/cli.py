@@ -33,6 +33,7 @@ COMMANDS = (
     Command("config", "config_command", "print a configuration, resolved and explained"),
     Command("simulate", "simulate_command", "simulate a pipeline schedule: step time, bubbles, memory"),
     Command("audit", "audit_command", "audit FP8: train in FP8 and in BF16 and compare losses, gradients and tensors"),
+    Command("report", "report_command", "report what a run measured: losses, speed, balance, traffic"),
     Command("verify", "verify_command", "verify that a layout trains as a single process does"),
 )
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 
-def dispatcher_name(config: Config, layout: Layout, device_type: str) -> str:
+def dispatcher_name(config: Config, layout: Layout) -> str:
     """The dispatcher that `comm.dispatcher` means in this layout."""
     asked = config.comm.dispatcher
     if asked != "auto":
@@ -30,6 +30,13 @@ def dispatcher_name(config: Config, layout: Layout, device_type: str) -> str:
 def nodes_of_experts(layout: Layout) -> int:
     """On how many nodes the experts of a layer lie, for the rank where these are most."""
     return max(len({layout.node(rank) for rank in group}) for group in layout.ep_groups())
+
+
+def describe_dispatch(config: Config, layout: Layout) -> str:
+    """In words, for the header of a run."""
+    name, nodes = dispatcher_name(config, layout), nodes_of_experts(layout)
+    where = f"{layout.ep} rank{'s' * (layout.ep > 1)} on {nodes} node{'s' * (nodes > 1)}"
+    return f"{name}, {where}; tokens travel in {wire_format(config).upper()}"
 
 
 def wire_format(config: Config) -> str:
@@ -47,7 +54,7 @@ def make_dispatcher(config: Config, groups: Groups, recipe: Recipe, device: torc
     from ..comm.two_hop import TwoHopDispatcher
 
     layout = groups.layout
-    name = dispatcher_name(config, layout, device.type)
+    name = dispatcher_name(config, layout)
     common = groups.ep, config.model.n_routed_experts, recipe.alignment, make_wire(config, recipe), groups.meter
     if name == "flat":
         return FlatDispatcher(*common)

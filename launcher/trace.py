@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ from ..parallel.schedule.draw_text import number, share
 from ..parallel.schedule.measured import measured_costs
 from ..parallel.schedule.simulate import simulate
 from ..parallel.schedule.timeline import Span, Timeline
+from ..report.traffic import HEADER, Sent, traffic_table
 
 MILLISECONDS = 1e3
 ROUNDS = 5  # of barriers, after which all clocks are read at about the same moment
@@ -39,12 +41,13 @@ class PipelineTrace:
             f"{number(simulated.step_time)} ms with {share(simulated.bubble_fraction)}"
         )
 
-    def write(self, path: Path, step: int) -> None:
-        """Draw both as a page."""
+    def write(self, path: Path, step: int, traffic: Sequence[Sent] = ()) -> None:
+        """Draw both as a page, with what the step sent."""
         path.parent.mkdir(parents=True, exist_ok=True)
         timelines = [("measured", self.measured), ("simulated with the measured costs", self.simulated)]
         notes = ["Forward and backward of all micro-batches, without reading the batch and without the optimizer."]
-        path.write_text(draw_html(timelines, "ms", notes, title=f"Step {step}"), encoding="utf-8")
+        tables = [("Traffic of the step, all ranks", [HEADER, *traffic_table(traffic)])] if traffic else []
+        path.write_text(draw_html(timelines, "ms", notes, title=f"Step {step}", tables=tables), encoding="utf-8")
 
 
 def gather_trace(groups: Groups, schedule: Schedule, program: Program, spans: list[Span]) -> PipelineTrace | None:

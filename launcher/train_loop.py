@@ -15,9 +15,11 @@ from ..report.hardware import Peak, peak_tflops
 from ..report.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
 from ..report.progress import Progress as ProgressDisplay
 from ..report.summary import RunSummary, describe_run
+from ..report.traffic import mean_step
 from ..settings import UsageError
 from .build import DTYPES
 from .config import Config
+from .dispatch import describe_dispatch
 from .pipeline import describe_split
 from .preflight import Flight
 from .trace import PipelineTrace
@@ -50,7 +52,7 @@ def run_training(flight: Flight, groups: Groups, device: torch.device) -> None:
             if watch is not None:
                 watch.step(metrics)
                 if trace is not None:
-                    watch.trace(trace, flight.run_dir / "traces" / f"step-{step}.html", step)
+                    watch.trace(trace, flight.run_dir / "traces" / f"step-{step}.html", metrics)
             if last or step % config.checkpoint.every == 0:
                 path = trainer.save(flight.run_dir / "checkpoints")
                 logger.info("checkpoint %s written", path)
@@ -70,6 +72,7 @@ def summarise(flight: Flight) -> RunSummary:
         validation_loss_ema=evaluated[-1].validation_loss_ema if evaluated else None,
         unigram_entropy=flight.data.unigram_entropy,
         tokens_per_second=rates[len(rates) // 2],
+        traffic=tuple(mean_step([step.traffic for step in steps if step.traffic])),
         run_dir=str(flight.run_dir),
     )
 
@@ -92,6 +95,7 @@ class _Watch(ExitStack):
             active_parameters=counts.active,
             mtp_parameters=counts.mtp_module * config.model.num_nextn_predict_layers,
             layout="as drawn above",
+            dispatch=describe_dispatch(config, groups.layout),
             flop_convention=FLOP_CONVENTION,
             peak=peak,
             run_dir=str(flight.run_dir),
@@ -104,9 +108,9 @@ class _Watch(ExitStack):
         self._writer.write(metrics)
         self._display.update(metrics)
 
-    def trace(self, trace: PipelineTrace, path: Path, step: int) -> None:
-        trace.write(path, step)
-        self._display.note(f"step {step}: {trace.describe()}; drawn in {path}")
+    def trace(self, trace: PipelineTrace, path: Path, metrics: StepMetrics) -> None:
+        trace.write(path, metrics.step, metrics.traffic or ())
+        self._display.note(f"step {metrics.step}: {trace.describe()}; drawn in {path}")
 
 
 def _peak(config: Config, device: torch.device) -> Peak:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..checkpoint import store
+from ..comm.meter import numbers_of, traffic_of
 from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.open import Data
 from ..model.counts import flops_per_token
@@ -28,6 +29,7 @@ from ..parallel.groups import Groups
 from ..parallel.schedule.actions import Schedule, forward_only
 from ..report.hardware import Peak, memory_gib
 from ..report.metrics import StepMetrics, max_violation, utilization
+from ..report.traffic import Sent
 from .build import build_executor, build_model, build_optimizer, dp_rank
 from .config import Config
 from .diagnose import explain_non_finite
@@ -103,6 +105,7 @@ class Trainer:
             mtp_weight=mtp_weight,
             memory_gib=memory_gib(self.device).peak,
             step_seconds=seconds,
+            traffic=self._traffic(),
             **self._speed(tokens / seconds),
         )
 
@@ -266,6 +269,13 @@ class Trainer:
             "max_vio": mean_vio,
             "max_vio_worst": worst_vio,
         }
+
+    def _traffic(self) -> tuple[Sent, ...]:
+        """What all ranks sent since the last call. The sum of it is counted with the next step."""
+        numbers = torch.tensor(numbers_of(self.groups.meter.take()), dtype=torch.int64, device=self.device)
+        self.groups.sum(numbers)
+        traffic = traffic_of(numbers.tolist())
+        return tuple(Sent(**vars(kind), **vars(tally)) for kind, tally in traffic.items())
 
     def _speed(self, tokens_per_second: float) -> dict[str, Any]:
         mfu = None

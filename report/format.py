@@ -15,6 +15,14 @@ def format_count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def format_bytes(value: float) -> str:
+    """Bytes in at most nine characters: 987 B, 12.3 KiB, 671.0 MiB."""
+    for factor, suffix in ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")):
+        if abs(value) >= factor * 0.99995:
+            return f"{value / factor:.1f} {suffix}"
+    return f"{value:.0f} B"
+
+
 def format_duration(seconds: float) -> str:
     """1:05, 2:03:04 or 12d 03h; "--:--" when it is not known yet."""
     if not math.isfinite(seconds):

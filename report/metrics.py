@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .traffic import Sent, bytes_over
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,6 +49,7 @@ class StepMetrics(BaseModel):
     max_vio_worst: float | None = None  # the same of the worst layer
     memory_gib: float  # peak of the rank that writes
     step_seconds: float
+    traffic: tuple[Sent, ...] | None = None  # of all ranks in this step; None where it was not counted
     validation_loss: float | None = None  # on the steps that evaluate
     validation_loss_ema: float | None = None  # the same of the averaged weights, where there are any
 
@@ -183,4 +186,7 @@ def _write_scalars(events: Any, metrics: StepMetrics) -> None:
             value = getattr(metrics, field)
             if value is not None:
                 events.add_scalar(f"{group}/{field}", value, metrics.step)
+    if metrics.traffic is not None:
+        for link in ("within", "between"):
+            events.add_scalar(f"traffic/{link}_nodes_bytes", bytes_over(metrics.traffic, link), metrics.step)
     events.flush()  # so that after a kill the events reach as far as metrics.jsonl

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .format import format_count
 from .hardware import Peak
+from .traffic import Sent, describe_traffic
 
 
 def describe_run(
@@ -14,6 +15,7 @@ def describe_run(
     active_parameters: int,
     mtp_parameters: int,
     layout: str,
+    dispatch: str,
     flop_convention: str,
     peak: Peak,
     run_dir: str,
@@ -25,6 +27,7 @@ def describe_run(
     return {
         "model": model,
         "layout": layout,
+        "dispatch": dispatch,
         "MFU": flop_convention,
         "peak": f"{peak.tflops:.3g} TFLOP/s a rank, {peak.source}",
         "run": run_dir,
@@ -42,6 +45,7 @@ class RunSummary(BaseModel):
     validation_loss_ema: float | None = None  # of the averaged weights
     unigram_entropy: float | None  # of the validation data: the loss of a model that knows token frequencies only
     tokens_per_second: float  # of all ranks together
+    traffic: tuple[Sent, ...] = ()  # of all ranks in a mean step
     run_dir: str
 
     def rows(self) -> dict[str, str]:
@@ -52,4 +56,7 @@ class RunSummary(BaseModel):
             rows["averaged weights"] = f"{self.validation_loss_ema:.4f}, their validation loss"
         if self.unigram_entropy is not None:
             rows["unigram entropy"] = f"{self.unigram_entropy:.4f}, the loss of token frequencies alone"
-        return {**rows, "speed": f"{format_count(self.tokens_per_second)} tok/s", "run folder": self.run_dir}
+        rows["speed"] = f"{format_count(self.tokens_per_second)} tok/s"
+        if self.traffic:
+            rows["traffic"] = describe_traffic(self.traffic)
+        return {**rows, "run folder": self.run_dir}

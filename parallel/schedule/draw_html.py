@@ -45,12 +45,17 @@ LEGEND = (
 
 
 def draw_html(
-    timelines: Sequence[tuple[str, Timeline]], unit: str = "", notes: Sequence[str] = (), title: str = ""
+    timelines: Sequence[tuple[str, Timeline]],
+    unit: str = "",
+    notes: Sequence[str] = (),
+    title: str = "",
+    tables: Sequence[tuple[str, Sequence[Sequence[str]]]] = (),
 ) -> str:
     """A page that shows every (name, timeline), one under the other on the same scale of time.
 
     `unit` is that of all times, "" where they are relative. `notes` are sentences to stand under the title, which is
-    made from the names where `title` is empty. The same input gives the same text. The file needs no network.
+    made from the names where `title` is empty. `tables` are a heading and rows of text each, the first the columns'
+    names, to stand under the pictures. The same input gives the same text. The file needs no network.
     """
     assert timelines, "there is no timeline to draw"
     title = title or ("Pipeline schedule " + timelines[0][0] if len(timelines) == 1 else "Pipeline schedules compared")
@@ -76,7 +81,7 @@ script-src 'unsafe-inline'">
 {"".join(f"<p>{escape(note)}</p>" for note in notes)}
 {_bar()}
 <noscript><p>The pictures are drawn by a script, which this browser does not run. The numbers are below.</p></noscript>
-{"".join(sections)}
+{"".join(sections)}{"".join(_table(heading, rows) for heading, rows in tables)}
 <div class="tip" id="tip" hidden></div>
 <div class="spoken" id="spoken" aria-live="polite"></div>
 <script type="application/json" id="data">{_embedded(data)}</script>
@@ -84,6 +89,17 @@ script-src 'unsafe-inline'">
 </body>
 </html>
 """
+
+
+def _table(heading: str, rows: Sequence[Sequence[str]]) -> str:
+    columns, *rest = rows
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rest
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<section><h2>{escape(heading)}</h2><div class="table">{table}</div></section>'
 
 
 def _embedded(data: dict[str, Any]) -> str:
