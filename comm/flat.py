@@ -85,13 +85,13 @@ class FlatRoute:
         if grad_weights is not None:
             slots, order = self._order.row_of_slot, self._order.slot_of_row[: self._rows_sent]
             grad_weights = grad_weights.new_zeros(slots.numel()).index_copy_(0, order, grad_weights).view(slots.shape)
-        return Returned(None if grad_rows is None else self._sums.sum(grad_rows), grad_weights)
+        return Returned(None if grad_rows is None else self._sum(grad_rows), grad_weights)
 
     def combine(self, y: Tensor) -> Hops[Tensor]:
         sent = self._send_back(y, "combine")
         del y
         yield
-        return self._sums.sum(sent.wait())
+        return self._sum(sent.wait())
 
     def combine_backward(self, grad: Tensor) -> Hops[Rows]:
         dtype, width = grad.dtype, grad.shape[1]
@@ -100,6 +100,10 @@ class FlatRoute:
         del grad, rows
         yield
         return self._wire.decode(self._to_experts(sent.wait()), dtype, width)
+
+    def _sum(self, rows: Tensor) -> Tensor:
+        """For each token the sum of its rows that have come back, by slot."""
+        return self._sums.sum(rows)
 
     def _to_experts(self, rows: Tensor) -> Tensor:
         """From the order of arrival to that of the experts."""

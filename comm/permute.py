@@ -96,7 +96,7 @@ class Choice:
             return cls(index.reshape(-1), torch.arange(0, limit + 1, index.shape[1], device=index.device))
         chosen = index < limit
         flat = index.reshape(-1).index_select(0, _places(chosen.reshape(-1), limit))
-        return cls(flat, _starts(chosen.sum(1)))
+        return cls(flat, starts_of(chosen.sum(1)))
 
     def sum(self, rows: Tensor) -> Tensor:
         """rows [R, H] -> [T, H], computed as `gather_sum` says."""
@@ -128,18 +128,17 @@ class FanOut:
         """int64 [copies]"""
         number = (by_place.cumsum(0) - 1).view(places, rows).t().reshape(-1)
         of_row = number.index_select(0, _places(wanted.reshape(-1), copies))
-        self.back = Choice(of_row, _starts(wanted.sum(1)))
+        self.back = Choice(of_row, starts_of(wanted.sum(1)))
         """For each row its copies, by place."""
 
 
 def _places(chosen: Tensor, count: int) -> Tensor:
     """Where the `count` True values of bool [N] are, ascending, without waiting for the device."""
-    if chosen.device.type == "cpu":
-        return chosen.nonzero().view(-1)
     return torch.nonzero_static(chosen, size=count).view(-1)
 
 
-def _starts(sizes: Tensor) -> Tensor:
+def starts_of(sizes: Tensor) -> Tensor:
+    """Where consecutive pieces of these sizes, int64 [N], begin, and where the last ends: int64 [N + 1]."""
     starts = sizes.new_zeros(sizes.numel() + 1)
     torch.cumsum(sizes, 0, out=starts[1:])
     return starts

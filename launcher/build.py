@@ -125,10 +125,15 @@ def _any_schedule(config: Config) -> Schedule:
     return example(config.parallel.schedule, config.parallel.pp, config.parallel.schedule_options)
 
 
-def build_model(config: Config, groups: Groups, device: torch.device) -> Model:
-    """This rank's chunks: its stages, without the experts of other ranks. Their weights are not set yet."""
+def build_model(
+    config: Config, groups: Groups, device: torch.device, partial_sums: Sequence[int] | None = None
+) -> Model:
+    """This rank's chunks: its stages, without the experts of other ranks. Their weights are not set yet.
+
+    `partial_sums` are the `nodes` of `make_dispatcher`.
+    """
     split, schedule, recipe = make_split(config), _any_schedule(config), choose_recipe(config, device)
-    dispatcher = make_dispatcher(config, groups, recipe, device)
+    dispatcher = make_dispatcher(config, groups, recipe, device, partial_sums)
     chunks: dict[int, Transformer] = {}
     for stage in sorted(schedule.placement[groups.coordinates.pp]):
         chunks[stage] = _build_chunk(config, groups, device, recipe, dispatcher, split, stage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..fp8.classes import WIRE_FORMAT
@@ -48,18 +48,38 @@ def wire_format(config: Config) -> str:
     return "fp8" if quantised else precision.format
 
 
-def make_dispatcher(config: Config, groups: Groups, recipe: Recipe, device: torch.device) -> RoutedDispatcher:
-    """The dispatcher of a rank, for all its layers. Raises UsageError where it cannot be had."""
+def make_dispatcher(
+    config: Config, groups: Groups, recipe: Recipe, device: torch.device, nodes: Sequence[int] | None = None
+) -> RoutedDispatcher:
+    """The dispatcher of a rank, for all its layers. Raises UsageError where it cannot be had.
+
+    With `nodes`, that of a process by itself which adds up as ranks on these nodes would, see `AloneDispatcher`.
+    """
+    from ..comm.alone import AloneDispatcher
     from ..comm.flat import FlatDispatcher
     from ..comm.two_hop import TwoHopDispatcher
 
     layout = groups.layout
     name = dispatcher_name(config, layout)
-    common = groups.ep, config.model.n_routed_experts, recipe.alignment, make_wire(config, recipe), groups.meter
+    experts, wire = config.model.n_routed_experts, make_wire(config, recipe)
+    if nodes is not None:
+        return AloneDispatcher(experts, nodes, recipe.alignment, wire)
+    common = groups.ep, experts, recipe.alignment, wire, groups.meter
     if name == "flat":
         return FlatDispatcher(*common)
-    group = next(group for group in layout.ep_groups() if groups.rank in group)
-    return TwoHopDispatcher(*common, nodes=[layout.node(rank) for rank in group])
+    return TwoHopDispatcher(*common, nodes=nodes_of_group(layout, groups.rank))
+
+
+def nodes_of_group(layout: Layout, rank: int) -> list[int]:
+    """The node of each rank of the expert parallel group of `rank`."""
+    return next([layout.node(member) for member in group] for group in layout.ep_groups() if rank in group)
+
+
+def partial_sums_of(config: Config, layout: Layout) -> list[int] | None:
+    """What `make_dispatcher` is given for a single process to add up as this layout does; None if as any other."""
+    if dispatcher_name(config, layout) == "flat":
+        return None
+    return nodes_of_group(layout, 0)
 
 
 def make_wire(config: Config, recipe: Recipe) -> Wire:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,17 @@ class Trainer:
     """A model, its optimizer and its data at one point of a run."""
 
     def __init__(
-        self, config: Config, groups: Groups, device: torch.device, data: Data, peak: Peak | None = None
+        self,
+        config: Config,
+        groups: Groups,
+        device: torch.device,
+        data: Data,
+        peak: Peak | None = None,
+        partial_sums: Sequence[int] | None = None,
     ) -> None:
+        """`partial_sums`: see `build_model`."""
         self.config, self.groups, self.device, self.data, self.peak = config, groups, device, data, peak
-        self.model = build_model(config, groups, device)
+        self.model = build_model(config, groups, device, partial_sums)
         self.optimizer = build_optimizer(config, self.model, groups)
         self.executor = build_executor(config, self.model, groups, device)
         self.progress = Progress()

@@ -20,6 +20,7 @@ from ..parallel.groups import Groups
 from ..parallel.layout import Layout
 from .build import make_groups
 from .config import Config
+from .dispatch import partial_sums_of
 from .explain import plain
 from .pipeline import microbatches
 from .plan_steps import Progress, steps_from
@@ -154,7 +155,8 @@ def _attempt(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text, 
     """One seed. Rank 0 runs the single process first, then all run the grid, step by step."""
     config, steps = shrunk.config, shrunk.config.train.steps
     assert steps is not None
-    alone = None if single is None else Alone(shrunk.alone(), single, text, steps)
+    partial_sums = partial_sums_of(config, groups.layout)
+    alone = None if single is None else Alone(shrunk.alone(), single, text, steps, partial_sums)
     attempt = None
     if alone is not None:
         closest = min(step.choices.closest() for step in alone.steps)

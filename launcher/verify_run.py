@@ -5,7 +5,7 @@ L MoE layers, E experts, K top-k, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..comm.flat import FlatDispatcher
 from ..data.loader import Loader
 from ..model.kernels import Kernels
 from ..model.naming import initialise, placements
@@ -23,7 +22,7 @@ from ..model.transformer import Transformer
 from ..parallel.groups import Groups
 from .build import DTYPES
 from .config import Config
-from .dispatch import make_wire
+from .dispatch import make_dispatcher
 from .plan_steps import Progress, steps_from
 from .trainer import Trainer
 from .verify_text import Text
@@ -132,12 +131,18 @@ class Watched:
 
 
 class Alone(Watched):
-    """The single process: every step of it, with plain autograd's gradients of the first."""
+    """The single process: every step of it, with plain autograd's gradients of the first.
 
-    def __init__(self, config: Config, groups: Groups, text: Text, steps: int) -> None:
-        super().__init__(Trainer(config, groups, torch.device("cpu"), text.data(config)))
+    `partial_sums` as in `build_model`: where the layout rounds partial sums of what experts make, so does this.
+    """
+
+    def __init__(
+        self, config: Config, groups: Groups, text: Text, steps: int, partial_sums: Sequence[int] | None
+    ) -> None:
+        trainer = Trainer(config, groups, torch.device("cpu"), text.data(config), partial_sums=partial_sums)
+        super().__init__(trainer)
         self.steps: list[Step] = []
-        self.formula = plain_gradients(config, groups, text)
+        self.formula = plain_gradients(config, groups, text, partial_sums)
         for _ in range(steps):
             before, choices = self.state(), Choices()
             self.steps.append(Step(before, self.step(choices), choices))
@@ -155,7 +160,9 @@ class Alone(Watched):
         return {name: tensor.to_local().clone() for name, tensor in optimizer.state().items()}
 
 
-def plain_gradients(config: Config, groups: Groups, text: Text) -> dict[str, Tensor]:
+def plain_gradients(
+    config: Config, groups: Groups, text: Text, partial_sums: Sequence[int] | None = None
+) -> dict[str, Tensor]:
     """Gradients of the first step by plain autograd on the whole model, by global name, FP32.
 
     Neither schedule nor executor, cut graph, recomputation nor optimizer takes part, only the model's own forward on
@@ -163,7 +170,7 @@ def plain_gradients(config: Config, groups: Groups, text: Text) -> dict[str, Ten
     """
     model = config.model
     experts, recipe = range(model.n_routed_experts), config.precision.make()
-    dispatcher = FlatDispatcher(groups.ep, model.n_routed_experts, wire=make_wire(config, recipe))
+    dispatcher = make_dispatcher(config, groups, recipe, torch.device("cpu"), partial_sums)
     network = Transformer(model, dispatcher, experts, kernels=Kernels.make(False), recipe=recipe)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(DTYPES[config.precision.format])

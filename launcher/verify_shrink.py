@@ -93,6 +93,8 @@ def shrink(config: Config, nproc: int | None = None, steps: int = 2) -> Shrunk:
         edits.set("train.compile", False, "compiling takes minutes")
     edits.quietly("train.device", "cpu")
     edits.quietly("comm.backend", "gloo")
+    if config.comm.dispatcher == "deepep":
+        edits.set("comm.dispatcher", "two-hop", "what DeepEP does, on CPUs")
     edits.quietly("log.tensorboard", False)
     small = Config.model_validate(edits.tree)
     node = small.parallel.gpus_per_node

@@ -122,8 +122,11 @@ def assert_close_to_dense(found: dict[str, Tensor], expected: dict[str, Tensor],
 
 
 @contextmanager
-def recorded_all_to_alls() -> Iterator[list[tuple[str, Any]]]:
-    """A list that gets ("launch", (sent, received)) and ("wait", None) for each all-to-all."""
+def recorded_all_to_alls(splits: bool = False) -> Iterator[list[tuple[str, Any]]]:
+    """A list that gets ("launch", (sent, received)) and ("wait", None) for each all-to-all.
+
+    With `splits` a launch also says how many rows are for each rank, and which rank this is.
+    """
     original = exchange.begin_all_to_all
     events: list[tuple[str, Any]] = []
 
@@ -137,7 +140,8 @@ def recorded_all_to_alls() -> Iterator[list[tuple[str, Any]]]:
                 work.wait()
 
     def recorded(received: Tensor, sent: Tensor, *args: Any) -> list[Any]:
-        events.append(("launch", (sent, received)))
+        more = (args[1], args[2].rank()) if splits else ()
+        events.append(("launch", (sent, received, *more)))
         return [Works(original(received, sent, *args))]
 
     with mock.patch.object(exchange, "begin_all_to_all", recorded):

@@ -1,0 +1,175 @@
+"""Two-hop dispatch against flat dispatch, in every shape of nodes, and what it launches when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from counterflow.comm.alone import AloneDispatcher
+from counterflow.comm.flat import FlatDispatcher
+from counterflow.comm.travel import Underway
+from counterflow.comm.two_hop import Nodes, TwoHopDispatcher
+from counterflow.comm.wire import FP8Wire
+from counterflow.tests.comm.layer import (
+    Case,
+    assert_close_to_dense,
+    count_launches,
+    dense_reference,
+    make_case,
+    outputs_and_gradients,
+    recorded_all_to_alls,
+    run_experts,
+)
+from counterflow.tests.comm.routings import random_routing
+from counterflow.tests.pool import Pool, Worker
+
+FOUR = [[0, 0, 1, 1], [0, 1, 2, 3], [0, 0, 0, 0], [0, 0, 0, 1], [3, 7, 7, 7], [0, 1, 1, 2]]
+"""Nodes of four ranks: even, one rank each, one node, uneven, numbered from anywhere."""
+SUMS = ("out", "x")
+"""What is added up in another order; everything else is copied."""
+
+
+def _compare(worker: Worker, seeds: range) -> None:
+    for seed in seeds:
+        case = random_routing(seed, worker.world_size)
+        experts, alignment = len(case.up), 1 + 3 * (seed % 2)
+        nodes = FOUR[seed % len(FOUR)]
+        flat = FlatDispatcher(dist.group.WORLD, experts, alignment)
+        hops = TwoHopDispatcher(dist.group.WORLD, experts, alignment, nodes=nodes)
+        expected = outputs_and_gradients(case, worker.rank, worker.world_size, flat)
+        found = outputs_and_gradients(case, worker.rank, worker.world_size, hops)
+        for name, value in expected.items():
+            if name not in SUMS:
+                assert torch.equal(found[name], value), f"routing {seed}: {name}"
+        assert_close_to_dense(found, {name: expected[name].double() for name in SUMS}, 1e-6, f"routing {seed}")
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_two_hops_equal_flat_for_200_random_routings(part: int, pool: Pool) -> None:
+    pool.run(_compare, 4, range(50 * part, 50 * part + 50))
+
+
+def test_rows_arrive_as_flat_sorts_them(pool: Pool) -> None:
+    def compare(worker: Worker) -> None:
+        for seed in range(20):
+            case = random_routing(seed, 4)
+            given = case.x[worker.rank], case.expert_ids[worker.rank], case.weights[worker.rank]
+            flat = FlatDispatcher(dist.group.WORLD, len(case.up), 4).dispatch(*given)
+            hops = TwoHopDispatcher(dist.group.WORLD, len(case.up), 4, nodes=FOUR[seed % 6]).dispatch(*given)
+            assert torch.equal(hops.x, flat.x) and torch.equal(hops.weights, flat.weights), seed
+            assert torch.equal(hops.offsets, flat.offsets) and hops.tokens_per_expert == flat.tokens_per_expert, seed
+
+    pool.run(compare, 4)
+
+
+@pytest.mark.parametrize("nodes", [[0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2, 3, 3]])
+def test_two_hops_equal_the_dense_layer_on_eight_ranks(nodes: list[int], pool: Pool) -> None:
+    def compare(worker: Worker) -> None:
+        for seed in range(10):
+            case = random_routing(seed, 8)
+            hops = TwoHopDispatcher(dist.group.WORLD, len(case.up), nodes=nodes)
+            found = outputs_and_gradients(case, worker.rank, 8, hops)
+            assert_close_to_dense(found, dense_reference(case, worker.rank, 8), 1e-6, f"routing {seed}")
+
+    pool.run(compare, 8)
+
+
+def _one_process(case: Case, dtype: torch.dtype) -> Case:
+    def whole(parts: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(parts)]
+
+    grads = [part.to(dtype) for part in case.grads]
+    return Case([part.to(dtype) for part in whole(case.x)], whole(case.expert_ids), whole(case.weights),
+                case.up.to(dtype), case.down.to(dtype), whole(grads))  # fmt: skip
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_process_that_rounds_partial_sums_has_the_same_bits(dtype: torch.dtype, fp8: bool, pool: Pool) -> None:
+    """What dispatch and combine make of copies and scaled rows, so that no matrix product blurs it."""
+
+    def round_trip(worker: Worker, alone: bool) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for seed in range(0, 40, 3):
+            case = random_routing(seed, 4, dtype)
+            nodes, wire = FOUR[seed % len(FOUR)], FP8Wire() if fp8 else None
+            mine = _one_process(case, dtype) if alone else case
+            x = mine.x[worker.rank].clone().requires_grad_()
+            dispatcher = (
+                AloneDispatcher(len(case.up), nodes, wire=wire)
+                if alone
+                else TwoHopDispatcher(dist.group.WORLD, len(case.up), wire=wire, nodes=nodes)
+            )
+            dispatched = dispatcher.dispatch(x, mine.expert_ids[worker.rank], mine.weights[worker.rank])
+            y = (dispatched.x.float() * dispatched.weights[:, None]).to(dtype)
+            out = dispatcher.combine(y, dispatched)
+            out.backward(mine.grads[worker.rank])
+            assert x.grad is not None
+            found.append((out.detach(), x.grad))
+        return found
+
+    (one,) = pool.run(round_trip, 1, True)
+    many = pool.run(round_trip, 4, False)
+    for number, (out, grad) in enumerate(one):
+        assert torch.equal(torch.cat([rank[number][0] for rank in many]), out), number
+        assert torch.equal(torch.cat([rank[number][1] for rank in many]), grad), number
+
+
+def test_partial_sums_are_rounded_where_they_travel() -> None:
+    """Three experts on two nodes: 1 + 2^-8 + 2^-8 is 1 if BF16 rounds after each, and 1 + 2^-7 if the small ones meet
+    first; the fixed order is ranks of a node, then nodes."""
+    ids, weights = torch.tensor([[0, 1, 2]]), torch.ones(1, 3)
+    values = torch.tensor([[1.0], [2.0**-8], [2.0**-8]], dtype=torch.bfloat16)
+    for nodes, expected in (([0, 0, 1], 1.0), ([0, 1, 1], 1.0 + 2.0**-7)):
+        dispatcher = AloneDispatcher(3, nodes)
+        dispatched = dispatcher.dispatch(torch.zeros(1, 1, dtype=torch.bfloat16), ids, weights)
+        assert dispatcher.combine(values, dispatched).item() == expected, nodes
+
+
+def test_a_hop_is_launched_when_enough_phases_have_passed(pool: Pool) -> None:
+    def watch(worker: Worker) -> list[int]:
+        underway = Underway()
+        case = make_case(0, [5, 9, 2, 7], 8, 2, torch.float32)
+        dispatcher = TwoHopDispatcher(dist.group.WORLD, 8, underway=underway, nodes=[0, 0, 1, 1])
+        x = case.x[worker.rank].requires_grad_()
+        with recorded_all_to_alls() as events:
+            launched = []
+
+            def phases(count: int) -> None:
+                for _ in range(count):
+                    launched.append(count_launches(events))
+                    underway.boundary()
+                launched.append(count_launches(events))
+
+            pending = dispatcher.begin_dispatch(x, case.expert_ids[worker.rank], case.weights[worker.rank])
+            phases(4)  # counts, first hop; the second after two phases more
+            dispatched = pending.wait()
+            returning = dispatcher.begin_combine(run_experts(dispatched, *_local(case, worker)), dispatched)
+            phases(3)  # the way back goes on after one
+            out = returning.wait()
+            launched.append(count_launches(events))
+            out.sum().backward()  # nobody advances: each waits for its two hops
+            launched.append(count_launches(events))
+        return launched
+
+    assert pool.run(watch, 4) == [[2, 2, 2, 3, 3, 4, 4, 5, 5, 5, 9]] * 4
+
+
+def _local(case: Case, worker: Worker) -> tuple[Tensor, Tensor]:
+    per_rank = len(case.up) // worker.world_size
+    here = slice(worker.rank * per_rank, (worker.rank + 1) * per_rank)
+    return case.up[here], case.down[here]
+
+
+def test_relays_have_the_senders_local_index() -> None:
+    nodes = Nodes.make([4, 4, 4, 5, 5, 9, 9, 9, 9])
+    assert nodes.of == (0, 0, 0, 1, 1, 2, 2, 2, 2)
+    assert [nodes.relay(2, node) for node in range(3)] == [2, 3, 7]  # two ranks only on the second node
+    assert [nodes.relay(8, node) for node in range(3)] == [0, 4, 8]
+    for rank in range(9):
+        assert nodes.relay(rank, nodes.of[rank]) == rank
+    for node in range(3):
+        clients = [source for relay in nodes.members(node) for source in nodes.clients(relay)]
+        assert sorted(clients) == list(range(9)), "every rank has one relay on every node"
