@@ -17,7 +17,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,29 @@ def joined(mbit: float) -> Iterator[Link]:
                 _run(*f"ip netns exec {namespace} sh -c".split(), f"echo {value} > /proc/sys/net/ipv4/{setting}")
         link.limit(mbit)
         yield link
+
+
+def run_at_both_ends(link: Link, arguments: Sequence[str], ranks: int = 1) -> None:
+    """Run Python on `arguments` with `--rank R` in `ranks` processes at each end of the link: the ends' ranks follow
+    one another. One that fails ends the others, and SystemExit is raised."""
+    environment = ["env", f"GLOO_SOCKET_IFNAME={link.interface}", "OMP_NUM_THREADS=1", "TORCH_CPP_LOG_LEVEL=ERROR"]
+    command = [*environment, sys.executable, "-P", *arguments, "--rank"]
+    run_together([[*link.inside(rank // ranks), *command, str(rank)] for rank in range(2 * ranks)])
+
+
+def run_together(commands: Iterable[Sequence[str]]) -> None:
+    """Run all commands at the same time; the first that fails ends the others, and SystemExit is raised."""
+    running = [subprocess.Popen(command) for command in commands]
+    try:
+        while any(one.poll() is None for one in running) and not any(one.poll() for one in running):
+            time.sleep(0.1)
+    finally:
+        for one in running:
+            if one.poll() is None:
+                one.terminate()
+            one.wait()
+    if any(one.returncode for one in running):
+        raise SystemExit("one of the processes failed; what it said is above")
 
 
 def bytes_sent() -> int:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import deque
@@ -37,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from counterflow.benchmarks.namespaces import Link, bytes_sent, joined
+from counterflow.benchmarks.namespaces import bytes_sent, joined, run_at_both_ends
 from counterflow.comm import flat
 from counterflow.comm.exchange import Exchange
 from counterflow.model.config import ModelConfig
@@ -211,8 +210,10 @@ def exchanges(tally: Tally, blocking: bool = False) -> Iterator[None]:
     """Within it every all-to-all counts what it sends and, if `blocking`, is waited for where it is launched."""
 
     class Watched(Exchange):
-        def __init__(self, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> None:
-            super().__init__(rows, send, receive, group)
+        def __init__(
+            self, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None, *counted: Any
+        ) -> None:
+            super().__init__(rows, send, receive, group, *counted)
             if group is not None:
                 away = sum(send) - send[group.rank()]
                 tally.sent += away * rows[:1].numel() * rows.element_size()
@@ -348,23 +349,6 @@ def _named(order: str) -> str | list[str]:
     return order.split(",") if "." in order else order
 
 
-def start(link: Link) -> None:
-    """Run this program at both ends of the link; an end that fails ends the other."""
-    command = [sys.executable, "-P", *sys.argv, "--address", link.addresses[0]]
-    environment = ["env", f"GLOO_SOCKET_IFNAME={link.interface}", "OMP_NUM_THREADS=1", "TORCH_CPP_LOG_LEVEL=ERROR"]
-    ends = [subprocess.Popen([*link.inside(end), *environment, *command, "--rank", str(end)]) for end in range(2)]
-    try:
-        while any(end.poll() is None for end in ends) and not any(end.poll() for end in ends):
-            time.sleep(0.1)
-    finally:
-        for end in ends:
-            if end.poll() is None:
-                end.terminate()
-            end.wait()
-    if any(end.returncode for end in ends):
-        raise SystemExit("a process at one end of the link failed; what it said is above")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
@@ -387,7 +371,7 @@ def main() -> None:
         for order in args.order:
             find_order(_named(order))
         with joined(args.mbit) as link:
-            start(link)
+            run_at_both_ends(link, [*sys.argv, "--address", link.addresses[0]])
     except UsageError as error:
         parser.exit(2, f"{error}\n")
 
