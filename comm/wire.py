@@ -8,6 +8,7 @@ maths. T tokens, R rows, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -62,9 +63,16 @@ class FP8Wire:
     Args:
         activation: what quantises tokens; its format is WIRE_FORMAT.
         gradient: what quantises gradients in the backward of combine.
+        fused: makes messages of x BF16 [T, H] in one go, such as `pack_on_gpu`; it notes no infinities, and where
+            somebody observes what is quantised the quantizers are asked.
     """
 
-    def __init__(self, activation: Quantizer | None = None, gradient: Quantizer | None = None) -> None:
+    def __init__(
+        self,
+        activation: Quantizer | None = None,
+        gradient: Quantizer | None = None,
+        fused: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         monitor = Monitor()
         self._quantizers: dict[Direction, Quantizer] = {
             "forward": activation or Quantizer("dispatch.input", WIRE_FORMAT, monitor),
@@ -72,9 +80,13 @@ class FP8Wire:
         }
         for quantizer in self._quantizers.values():
             assert quantizer.format == WIRE_FORMAT, quantizer
+        self._fused = fused
 
     def encode(self, x: Tensor, direction: Direction) -> Tensor:
-        return pack_message(self._quantizers[direction].encode(x, 1))
+        quantizer = self._quantizers[direction]
+        if self._fused is not None and quantizer.monitor.observer is None and x.dtype == torch.bfloat16:
+            return self._fused(x)
+        return pack_message(quantizer.encode(x, 1))
 
     def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
         codes = unpack_message(rows, width)
@@ -82,3 +94,11 @@ class FP8Wire:
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         return message_bytes(width)
+
+
+def pack_on_gpu(x: Tensor) -> Tensor:
+    """x BF16 [T, H] as messages, by the fused kernel: neither values nor scales lie in memory in between."""
+    from ..fp8.triton import quantize_for_dispatch
+
+    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    return quantize_for_dispatch(x.contiguous(), rows, x.shape[0])

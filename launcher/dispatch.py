@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..fp8.classes import WIRE_FORMAT
@@ -61,7 +62,7 @@ def make_dispatcher(
 
     layout = groups.layout
     name = dispatcher_name(config, layout)
-    experts, wire = config.model.n_routed_experts, make_wire(config, recipe)
+    experts, wire = config.model.n_routed_experts, make_wire(config, recipe, device.type)
     if nodes is not None:
         return AloneDispatcher(experts, nodes, recipe.alignment, wire)
     common = groups.ep, experts, recipe.alignment, wire, groups.meter
@@ -82,9 +83,9 @@ def partial_sums_of(config: Config, layout: Layout) -> list[int] | None:
     return nodes_of_group(layout, 0)
 
 
-def make_wire(config: Config, recipe: Recipe) -> Wire:
+def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> Wire:
     """What travels: in FP8, what the recipe's experts make of it; a class in another format is quantised besides."""
-    from ..comm.wire import FP8Wire, PlainWire
+    from ..comm.wire import FP8Wire, PlainWire, pack_on_gpu
     from ..fp8.recipe import Quantizer
 
     if wire_format(config) != "fp8":
@@ -93,7 +94,8 @@ def make_wire(config: Config, recipe: Recipe) -> Wire:
     def quantizer(name: str) -> Quantizer:
         return Quantizer(name, WIRE_FORMAT, recipe.monitor)
 
-    return FP8Wire(quantizer("experts_up.input"), quantizer("experts_down.gradient"))
+    fused = pack_on_gpu if device_type == "cuda" and find_spec("triton") is not None else None
+    return FP8Wire(quantizer("experts_up.input"), quantizer("experts_down.gradient"), fused)
 
 
 def wire_clashes(config: Config) -> Iterator[Clash]:

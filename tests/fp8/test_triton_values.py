@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from counterflow.comm.permute import gather_sum, order_by_expert
+from counterflow.comm.wire import FP8Wire
 from counterflow.fp8.quantize import BlockQuantized, quantize
 from counterflow.fp8.triton import group_rows, message_bytes, unpack_message
 from counterflow.tests.fp8 import triton_worker
@@ -190,6 +191,15 @@ def test_a_message_holds_each_tokens_codes_and_scales(run: Callable[..., Any], w
     start = -(-width // 16) * 16
     used = start + 4 * -(-width // 128)
     assert not message[:, width:start].any() and not message[:, used:].any()
+
+
+@needs_triton
+@pytest.mark.parametrize("width", [200, 512])
+def test_the_wire_packs_the_same_messages_on_a_gpu(run: Callable[..., Any], width: int) -> None:
+    """What `pack_on_gpu` calls, against what the wire does on a CPU."""
+    x = numbers(24, width, width, special=False)
+    message = run("quantize_for_dispatch", x, torch.arange(24).unsqueeze(1), 24)
+    assert torch.equal(message, FP8Wire().encode(x, "forward"))
 
 
 @needs_triton
