@@ -75,8 +75,11 @@ def open_text(config: Config) -> Data:
 
 
 def make_trainer(config: Config, world_size: int, ep: int, ranks: Sequence[int] | None = None) -> Trainer:
-    """A trainer on a grid of `world_size` ranks, on which every rank calls this; pp is the configuration's."""
-    groups = make_groups(config, Layout(world_size, config.parallel.pp, ep), "cpu", ranks)
+    """A trainer on a grid of `world_size` ranks, on which every rank calls this; pp is the configuration's, and so are
+    the ranks of a node if it says how many."""
+    node = config.parallel.gpus_per_node
+    layout = Layout(world_size, config.parallel.pp, ep, 8 if node == "auto" else node)
+    groups = make_groups(config, layout, "cpu", ranks)
     return Trainer(config, groups, torch.device("cpu"), open_text(config))
 
 

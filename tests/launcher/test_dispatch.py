@@ -1,0 +1,89 @@
+"""What `comm` asks for: what is chosen, what is refused with what would work, and what is noted."""
+
+from __future__ import annotations
+
+import pytest
+
+from counterflow.launcher.config import Config
+from counterflow.launcher.dispatch import (
+    describe_dispatch,
+    dispatcher_name,
+    nodes_a_token_reaches,
+    partial_sums_of,
+    routing_notes,
+    wire_format,
+)
+from counterflow.launcher.load import ConfigError, load_config
+from counterflow.parallel.layout import Layout
+
+
+def config(*overrides: str, name: str = "tiny") -> Config:
+    return load_config(name, list(overrides))
+
+
+def refused(*overrides: str, name: str = "tiny") -> str:
+    with pytest.raises(ConfigError) as caught:
+        config(*overrides, name=name)
+    return "\n".join(str(fault) for fault in caught.value.faults)
+
+
+def test_experts_that_the_group_does_not_divide_are_refused() -> None:
+    said = refused("parallel.ep=3", "parallel.dp=3")
+    assert "parallel.ep: 3 does not divide model.n_routed_experts 8 (nearest: 2 or 4)" in said
+
+
+def test_a_node_limit_below_what_top_k_needs_is_refused() -> None:
+    said = refused("model.num_experts_per_tok=5")
+    assert "model.num_experts_per_tok: 5 is above the 4 experts in 2 of 4 groups of 8 experts" in said
+
+
+def test_a_wire_that_does_not_carry_the_activations_is_refused() -> None:
+    said = refused("comm.wire=bf16")
+    assert "comm.wire: bf16 would round activations, which are FP32 with precision.recipe fp32" in said
+    assert "auto or fp8 work" in said
+    said = refused("comm.wire=bf16", "precision.recipe=fp8", "precision.high=fp32")
+    assert "precision.high fp32" in said
+    assert config("comm.wire=fp8").comm.wire == "fp8"
+
+
+def test_other_names_are_refused_with_those_there_are() -> None:
+    assert "auto, flat, two-hop or deepep" in refused("comm.dispatcher=twohop")
+    assert "auto, fp8 or bf16" in refused("comm.wire=e4m3")
+    assert "multiple of 2" in refused("comm.sms=21")
+
+
+def test_auto_takes_two_hops_where_a_layers_experts_lie_on_several_nodes() -> None:
+    tiny = config()
+    assert dispatcher_name(tiny, Layout(8, ep=8, gpus_per_node=8)) == "flat"
+    assert dispatcher_name(tiny, Layout(8, ep=8, gpus_per_node=4)) == "two-hop"
+    assert dispatcher_name(tiny, Layout(6, ep=2, gpus_per_node=3)) == "two-hop", "the second group spans nodes"
+    assert dispatcher_name(config("comm.dispatcher=flat"), Layout(8, ep=8, gpus_per_node=4)) == "flat"
+    v3 = config(name="deepseek-v3-671b")
+    layout = Layout(2048, pp=16, ep=64, gpus_per_node=8)
+    assert describe_dispatch(v3, layout) == "two-hop, 64 ranks on 8 nodes; tokens travel in FP8"
+    assert partial_sums_of(v3, layout) == [rank // 8 for rank in range(64)]
+    assert partial_sums_of(tiny, Layout(8, ep=8, gpus_per_node=8)) is None
+
+
+def test_auto_sends_what_the_recipe_quantises_anyhow() -> None:
+    assert wire_format(config()) == "fp32"
+    assert wire_format(config("precision.recipe=bf16")) == "bf16"
+    assert wire_format(config("precision.recipe=fp8")) == "fp8"
+    assert wire_format(config("precision.recipe=fp8", "precision.scales=v3")) == "fp8", "V3 has powers of two here"
+    high = "precision.classes={experts_up.input: {format: high}}"
+    assert wire_format(config("precision.recipe=fp8", high)) == "bf16"
+    assert wire_format(config("precision.recipe=fp8", "comm.wire=bf16")) == "bf16"
+    assert wire_format(config("precision.recipe=bf16", "comm.wire=fp8")) == "fp8"
+
+
+def test_groups_that_do_not_lie_on_a_node_each_are_noted() -> None:
+    v3 = config(name="deepseek-v3-671b")
+    on_eight = Layout(2048, pp=16, ep=64, gpus_per_node=8)
+    assert nodes_a_token_reaches(v3, on_eight) == 4 and routing_notes(v3, on_eight) == ()
+    on_four = Layout(2048, pp=16, ep=64, gpus_per_node=4)
+    assert nodes_a_token_reaches(v3, on_four) == 8
+    (note,) = routing_notes(v3, on_four)
+    assert "8 of 16 nodes" in note and "4 groups (model.topk_group)" in note
+    assert routing_notes(v3, Layout(2048, pp=16, ep=64, gpus_per_node=64)) == (), "nothing crosses"
+    # A node of five ranks is a matter of where groups of eight begin.
+    assert nodes_a_token_reaches(v3, Layout(64, ep=64, gpus_per_node=5)) == 8
