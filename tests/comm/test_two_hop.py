@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from counterflow.comm.alone import AloneDispatcher
 from counterflow.comm.flat import FlatDispatcher
@@ -161,6 +166,64 @@ def _local(case: Case, worker: Worker) -> tuple[Tensor, Tensor]:
     per_rank = len(case.up) // worker.world_size
     here = slice(worker.rank * per_rank, (worker.rank + 1) * per_rank)
     return case.up[here], case.down[here]
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: scalars that are read, and results whose size depends on data."""
+
+    WAITS = ("_local_scalar_dense", "nonzero.", "masked_select", "unique", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self._lists = mock.patch.object(torch.Tensor, "tolist", self._to_list(torch.Tensor.tolist))
+
+    def _to_list(self, original: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def to_list(tensor: Tensor) -> Any:  # a CPU reads its memory, and dispatches nothing
+            self.seen.append("tolist")
+            return original(tensor)
+
+        return to_list
+
+    def __enter__(self) -> HostWaits:
+        self._lists.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._lists.stop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        kwargs = kwargs or {}
+        waits = name.startswith(self.WAITS)
+        if name.startswith("repeat_interleave"):
+            waits = kwargs.get("output_size") is None
+        if waits:
+            self.seen.append(name)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_the_host_waits_for_the_counts_alone(alignment: int, pool: Pool) -> None:
+    def count(worker: Worker) -> list[list[str]]:
+        found = []
+        for dispatcher in (
+            FlatDispatcher(dist.group.WORLD, 8, alignment),
+            TwoHopDispatcher(dist.group.WORLD, 8, alignment, nodes=[0, 0, 1, 1]),
+        ):
+            case = random_routing(20, 4)
+            x, weights = case.x[worker.rank].requires_grad_(), case.weights[worker.rank].requires_grad_()
+            ids = case.expert_ids[worker.rank] % 8
+            ids = ids[:, :1]  # one choice each, so that no expert comes twice
+            with HostWaits() as waits:
+                dispatched = dispatcher.dispatch(x, ids, weights[:, :1])
+                dispatcher.combine(2 * dispatched.x, dispatched).sum().backward()
+            found.append(waits.seen)
+        return found
+
+    assert pool.run(count, 4) == [[["tolist"]] * 2] * 4
 
 
 def test_relays_have_the_senders_local_index() -> None:
