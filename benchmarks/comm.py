@@ -239,9 +239,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, default=1, help="of each node")
     parser.add_argument("--groups", type=int, help="groups of experts; by default one a node")
     parser.add_argument("--limit", type=int, help="groups that a token may use; by default all")
-    parser.add_argument(
-        "--sides", nargs="+", default=list(SIDES), choices=SIDES, help="the first is what others are compared with"
-    )
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="compared with the first")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--mbit", type=float, help="rate of a link between two network namespaces, Mbit/s")
     parser.add_argument("--train", action="store_true", help="training steps of a small model, BF16")

@@ -15,7 +15,15 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from counterflow.launcher import audit_command, cli, config_command, simulate_command, train_command, verify_command
+from counterflow.launcher import (
+    audit_command,
+    cli,
+    config_command,
+    report_command,
+    simulate_command,
+    train_command,
+    verify_command,
+)
 from counterflow.launcher.config import Config, TrainConfig
 from counterflow.launcher.failures import BAD_USAGE, FAILED
 from counterflow.launcher.load import load_config
@@ -51,7 +59,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
         parsed.append(args)
         return 0
 
-    for module in (audit_command, train_command, config_command, simulate_command, verify_command):
+    for module in (audit_command, train_command, config_command, report_command, simulate_command, verify_command):
         monkeypatch.setattr(module, "run", note)
 
     def words_to_meaning(words: list[str]) -> argparse.Namespace:
@@ -97,6 +105,8 @@ def test_commands_parse_and_what_they_set_exists(pages: dict[str, str], parse: P
         if len(words) == 1:  # a command's name in running text
             continue
         args = parse(words)
+        if not hasattr(args, "config"):  # about a run that there is
+            continue
         assert {override.partition("=")[0] for override in args.overrides} <= KEYS, words
         if args.config in shipped():
             load_config(args.config, args.overrides)

@@ -166,7 +166,7 @@ def test_tensorboard_shows_every_measured_number_once_across_a_resume(tmp_path: 
 
 def test_every_field_has_its_place_in_tensorboard() -> None:
     placed = [field for fields in GROUPS.values() for field in fields]
-    assert sorted([*placed, "step"]) == sorted(StepMetrics.model_fields)
+    assert sorted([*placed, "step", "traffic"]) == sorted(StepMetrics.model_fields)
 
 
 def test_without_tensorboard_a_warning_says_what_to_install_and_metrics_go_on(

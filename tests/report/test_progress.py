@@ -191,6 +191,7 @@ def test_header_names_sizes_layout_convention_and_peak_within_80_columns(clock: 
         active_parameters=counts.active,
         mtp_parameters=counts.trained - counts.total,
         layout="2048 ranks on 256 nodes: pp 16 x edp 2 x ep 64 (dp 128)",
+        dispatch="two-hop, 64 ranks on 8 nodes; tokens travel in FP8",
         flop_convention=FLOP_CONVENTION,
         peak=Peak(0.2134, "measured with a 2048-cubed bfloat16 matmul"),
         run_dir="runs/deepseek-v3-671b",
