@@ -1,13 +1,15 @@
 """How much communication an overlapped pair exposes, on a real network between two processes.
 
-    sudo .venv/bin/python -P benchmarks/overlap.py [--rounds 9] [--ratios 0.5 1.0] [--order …] [--matmul]
+    sudo .venv/bin/python -P benchmarks/overlap.py [--rounds 9] [--ratios 0.5 1.0] [--order …] [--matmul] [--two-hop]
 
 Two processes in two network namespaces, joined by a link of limited rate, hold a chunk of 4 MoE layers with EP 2 and
 run the forward of one micro-batch with the backward of another, as the pipeline does. Every all-to-all moves real
 tensors over the link. Computation is emulated by waiting, as a GPU leaves its host free: the project's own blocks run
 at small widths, and each part of them (attention, shared expert, routed experts; forward, backward for input, backward
 for weights) waits besides for its share of the time that DeepSeek's published trace shows. With --matmul the parts
-multiply matrices instead, on the cores that also move the packets.
+multiply matrices instead, on the cores that also move the packets. With --two-hop tokens travel by the dispatcher of
+that name, with an FP8 wire; the processes are nodes of one rank, so that the second hop sends nothing but has to be
+launched.
 
     exposed = (T_pair - T_compute) / T_communication,    T_communication = T_blocking - T_compute
 
@@ -38,7 +40,11 @@ from torch import Tensor, nn
 
 from counterflow.benchmarks.namespaces import bytes_sent, joined, run_at_both_ends
 from counterflow.comm import flat
+from counterflow.comm import two_hop as two_hops
 from counterflow.comm.exchange import Exchange
+from counterflow.comm.routed import RoutedDispatcher
+from counterflow.comm.travel import Underway
+from counterflow.comm.wire import FP8Wire
 from counterflow.model.config import ModelConfig
 from counterflow.model.naming import initialise
 from counterflow.model.router import Router
@@ -146,8 +152,12 @@ class EvenRouter(Router):
         return (first + torch.arange(TOP_K) * step) % EXPERTS
 
 
-def make_chunk(work: Work, group: dist.ProcessGroup | None) -> Transformer:
+def make_chunk(work: Work, group: dist.ProcessGroup | None, underway: Underway, two_hop: bool) -> Transformer:
     """Four MoE layers from the middle of a model, their compute paced; without a group all experts are here."""
+    dispatcher: RoutedDispatcher = flat.FlatDispatcher(group, EXPERTS)
+    if two_hop:
+        nodes = range(1 if group is None else group.size())
+        dispatcher = two_hops.TwoHopDispatcher(group, EXPERTS, wire=FP8Wire(), underway=underway, nodes=nodes)
     config = ModelConfig(
         **WIDTHS,
         vocab_size=2,
@@ -161,9 +171,7 @@ def make_chunk(work: Work, group: dist.ProcessGroup | None) -> Transformer:
     )
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     local = range(rank * EXPERTS // size, (rank + 1) * EXPERTS // size)
-    chunk = Transformer(
-        config, flat.FlatDispatcher(group, EXPERTS), local, part=Part(range(LAYERS), first=False, last=False)
-    )
+    chunk = Transformer(config, dispatcher, local, part=Part(range(LAYERS), first=False, last=False))
     initialise(chunk, seed=0)
     for block in chunk.layers.values():
         gate = EvenRouter(config)
@@ -178,8 +186,9 @@ def make_chunk(work: Work, group: dist.ProcessGroup | None) -> Transformer:
 class Pairs:
     """A chunk and the micro-batch whose backward is next: the forward of one pair is the backward of the following."""
 
-    def __init__(self, chunk: Transformer) -> None:
-        self.chunk = chunk
+    def __init__(self, work: Work, group: dist.ProcessGroup | None, two_hop: bool) -> None:
+        self.underway = Underway()
+        self.chunk = make_chunk(work, group, self.underway, two_hop)
         tokens, valid = torch.zeros(1, TOKENS + 1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
         self.batch = MicroBatch(tokens, valid, Weights(balance=0.0))
         self.x = torch.randn(1, TOKENS, WIDTHS["hidden_size"])
@@ -194,7 +203,7 @@ class Pairs:
         before, self._tape = self._tape, Tape()
         weights: deque[Callable[[], None]] = deque()
         backward = before.backward(self.x, self.chunk.weight_queue, weights if defer else None)
-        run_pair(self._forward(), backward, weights, order)
+        run_pair(self._forward(), backward, weights, order, self.underway.boundary)
         drain(weights)
 
 
@@ -220,16 +229,16 @@ def exchanges(tally: Tally, blocking: bool = False) -> Iterator[None]:
             if blocking:
                 self.wait()
 
-    with mock.patch.object(flat, "Exchange", Watched):
+    with mock.patch.object(flat, "Exchange", Watched), mock.patch.object(two_hops, "Exchange", Watched):
         yield
 
 
 class Sides:
     """What is timed, by name."""
 
-    def __init__(self, work: Work, group: dist.ProcessGroup, orders: dict[str, tuple[str, ...]]) -> None:
+    def __init__(self, work: Work, group: dist.ProcessGroup, orders: dict[str, tuple[str, ...]], two_hop: bool) -> None:
         self.group, self.work = group, work
-        self.here, self.apart = Pairs(make_chunk(work, None)), Pairs(make_chunk(work, group))
+        self.here, self.apart = Pairs(work, None, two_hop), Pairs(work, group, two_hop)
         half = TOKENS * TOP_K // 2
         self.rows, self.splits = torch.randn(2 * half, WIDTHS["hidden_size"]), [half, half]
         self.steps: dict[str, tuple[Callable[[], None], bool]] = {
@@ -336,7 +345,8 @@ def serve(args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", store=store, rank=args.rank, world_size=2)
     work = Work(args.matmul)
     assert dist.group.WORLD is not None
-    sides = Sides(work, dist.group.WORLD, {order: find_order(_named(order)) for order in args.order})
+    orders = {order: find_order(_named(order)) for order in args.order}
+    sides = Sides(work, dist.group.WORLD, orders, args.two_hop)
     for ratio in args.ratios:
         measured = measure(sides, ratio, args.rounds)
         if args.rank == 0:
@@ -360,6 +370,7 @@ def main() -> None:
         help="v3 (the default), or phases separated by commas, as parallel.overlap_order takes them; may be repeated",
     )
     parser.add_argument("--matmul", action="store_true", help="multiply matrices instead of waiting")
+    parser.add_argument("--two-hop", action="store_true", help="the two-hop dispatcher with an FP8 wire")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     args = parser.parse_args()
