@@ -99,7 +99,7 @@ def _table(heading: str, rows: Sequence[Sequence[str]]) -> str:
         for row in rest
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<section><h2>{escape(heading)}</h2><div class="table">{table}</div></section>'
+    return f'<section><h2>{escape(heading)}</h2><div class="table words">{table}</div></section>'
 
 
 def _embedded(data: dict[str, Any]) -> str:

@@ -49,6 +49,7 @@ details { margin-top: 4px; font-size: 13px; } summary { color: var(--soft); curs
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 2px 14px 2px 0; text-align: right; font-weight: 400; white-space: nowrap; }
+.words th:first-child, .words th:nth-child(2), .words td:nth-child(2) { text-align: left; }
 thead th { color: var(--soft); border-bottom: 1px solid var(--line); }
 .spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (max-width: 600px) { body { padding-top: 16px; } h1 { font-size: 19px; } .keys { display: none; }
