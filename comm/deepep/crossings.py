@@ -36,7 +36,7 @@ class Crossings:
     def __init__(self, expert_ids: Tensor, rank: int, ranks: int, nodes: int, per_rank: int) -> None:
         place = torch.div(expert_ids, per_rank, rounding_mode="floor").masked_fill(expert_ids < 0, ranks).long()
         wanted = torch.zeros(place.shape[0], ranks + 1, dtype=torch.bool, device=place.device)
-        wanted = wanted.scatter_(1, place, True)[:, :ranks].view(place.shape[0], nodes, -1)
+        wanted = wanted.scatter_(1, place, True)[:, :ranks].view(place.shape[0], nodes, ranks // nodes)
         to_node, to_rank = wanted.any(2).sum(0), wanted.sum(0)
         self._node, self._index = divmod(rank, ranks // nodes)
         self._on_device: Tensor | None = torch.cat((to_node[:, None], to_rank), 1)
