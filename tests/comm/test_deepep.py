@@ -103,8 +103,8 @@ def _compare(worker: Worker, peers: int, seeds: range) -> None:
 
 # 200 routings; any twenty in a row hold every special case.
 LAYOUTS = [
-    (4, 2, range(100)),
-    (2, 1, range(100, 140)),
+    (4, 2, range(60)),
+    (2, 1, range(60, 140)),
     (4, 4, range(140, 160)),
     (8, 2, range(160, 180)),
     (8, 4, range(180, 200)),
