@@ -82,20 +82,11 @@ class FP8Wire:
             assert quantizer.format == WIRE_FORMAT, quantizer
         self._fused = fused
 
-    def quantize(self, x: Tensor, direction: Direction) -> BlockQuantized:
-        """x [T, H] -> what `encode` makes messages of, for who sends codes and scales by themselves."""
-        return self._quantizers[direction].encode(x, 1)
-
-    def encode(self, x: Tensor, direction: Direction) -> Tensor:
-    def quantize(self, x: Tensor, direction: Direction) -> BlockQuantized:
-        """x [T, H] -> what `encode` makes messages of, for who sends codes and scales by themselves."""
-        return self._quantizers[direction].encode(x, 1)
-
     def encode(self, x: Tensor, direction: Direction) -> Tensor:
         quantizer = self._quantizers[direction]
         if self._fused is not None and quantizer.monitor.observer is None and x.dtype == torch.bfloat16:
             return self._fused(x)
-        return pack_message(self.quantize(x, direction))
+        return pack_message(quantizer.encode(x, 1))
 
     def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
         codes = unpack_message(rows, width)

@@ -137,10 +137,12 @@ def test_in_bf16_and_fp8_the_bits_are_two_hops_and_experts_get_the_codes(pool: P
             assert differing(outputs_and_gradients(case, worker.rank, 4, ours, layer), expected) == [], name
             one, other = arrived
             assert torch.equal(one.offsets, other.offsets) and one.tokens_per_expert == other.tokens_per_expert
-            assert (one.codes is None) == (not fp8)
+            for ours_in, theirs_in in ((one.codes, other.codes), (one.incoming.take(), other.incoming.take())):
+                assert (ours_in is None) == (theirs_in is None) == (not fp8)
+                if fp8:
+                    assert torch.equal(ours_in.data.view(torch.uint8), theirs_in.data.view(torch.uint8))
+                    assert torch.equal(ours_in.scale, theirs_in.scale)
             if fp8:
-                assert torch.equal(one.codes.data.view(torch.uint8), other.codes.data.view(torch.uint8))
-                assert torch.equal(one.codes.scale, other.codes.scale)
                 assert torch.equal(one.codes.dequantize(torch.bfloat16), one.x)
 
     pool.run(compare, 4)
