@@ -30,6 +30,7 @@ from counterflow.tests.comm.layer import (
     run_experts,
 )
 from counterflow.tests.comm.routings import TOKENS, random_routing
+from counterflow.tests.comm.test_two_hop import HostWaits
 from counterflow.tests.pool import Pool, Worker
 
 HIDDEN, INNER = 256, 4  # the smallest rows that the library's kernels sum
@@ -219,6 +220,40 @@ def test_only_the_gradients_that_are_needed_are_made(pool: Pool, generation: Gen
             assert_close_to_dense(found[0], found[1], 1e-6, name)
 
     pool.run(compare, 2)
+
+
+class Apart:
+    """A buffer of the library whose own waits for the device are not seen."""
+
+    def __init__(self, buffer: Any, waits: HostWaits) -> None:
+        self._buffer, self._waits = buffer, waits
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
+            before = len(self._waits.seen)
+            result = getattr(self._buffer, name)(*args, **named)
+            del self._waits.seen[before:]
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_beside_the_library_the_host_waits_for_nothing_but_the_meter(pool: Pool, generation: Generation) -> None:
+    def count(worker: Worker) -> list[list[str]]:
+        found = []
+        for meter in (None, Meter([0, 0, 1, 1])):
+            case = random_routing(20, 4, torch.bfloat16, HIDDEN, INNER)
+            made = dispatcher(generation, len(case.up), 2, None, 16, meter)
+            x, weights = case.x[worker.rank].requires_grad_(), case.weights[worker.rank].requires_grad_()
+            with HostWaits() as waits:
+                made.buffer._buffer = Apart(made.buffer._buffer, waits)
+                dispatched = made.dispatch(x, case.expert_ids[worker.rank], weights)
+                made.combine(2 * dispatched.x, dispatched).sum().backward()
+            found.append(waits.seen)
+        return found
+
+    assert pool.run(count, 4) == [[[], ["tolist"]]] * 4
 
 
 def test_a_route_keeps_none_of_the_rows(pool: Pool) -> None:
