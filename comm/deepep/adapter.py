@@ -1,0 +1,187 @@
+"""Token dispatch by DeepEP's kernels, as one more `RoutedDispatcher`.
+
+What arrives at a rank is one row a token, whatever the number of its experts there, with their local numbers; rows of
+experts are made of it and summed again here, as in the second hop of `comm/two_hop.py`.
+
+    dispatch            dispatch                                  new handle
+    dispatch backward   combine of the rows' gradients, with those of the gate weights
+    combine             combine, a plain sum
+    combine backward    dispatch with the handle: the CPU waits for nothing
+
+T tokens of this rank, K top-k, H hidden, A tokens that arrive, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...fp8.classes import SIDE, WIRE_FORMAT
+from ...fp8.message import unpack_message
+from ...fp8.quantize import BlockQuantized
+from ...settings import UsageError
+from ..expand import Expansion
+from ..meter import Meter
+from ..routed import Arrived, Returned, RoutedDispatcher
+from ..travel import Hops, Underway
+from ..wire import Direction, FP8Wire, Rows, Wire
+from .buffers import Buffer, Payload
+from .crossings import BESIDES, Crossings
+
+
+class DeepEPDispatcher(RoutedDispatcher):
+    """Token dispatch by DeepEP; see `RoutedDispatcher`.
+
+    Rows are BF16. Their sums are those of `comm/two_hop.py`, up to the order in which DeepEP adds ranks and nodes.
+
+    Args:
+        group: the expert parallel group, of at least two ranks.
+        buffer: DeepEP's memory for this group, from `open_buffer`.
+        nodes: the node of each rank of the group, ascending, for the meter; by default all are on one.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_experts: int,
+        alignment: int = 1,
+        wire: Wire | None = None,
+        meter: Meter | None = None,
+        underway: Underway | None = None,
+        *,
+        buffer: Buffer,
+        nodes: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(group, num_experts, alignment, wire, meter, underway)
+        self.buffer = buffer
+        self.rank, self.ranks = group.rank(), group.size()
+        self.nodes = len(set(nodes)) if nodes is not None else 1
+        assert nodes is None or len(nodes) == self.ranks, f"{len(nodes)} nodes for {self.ranks} ranks"
+        assert self.ranks % self.nodes == 0, f"{self.ranks} ranks cannot be shared evenly by {self.nodes} nodes"
+
+    def begin_route(self, expert_ids: Tensor) -> DeepEPRoute:
+        return DeepEPRoute(expert_ids, self)
+
+
+class DeepEPRoute:
+    """Where the tokens of one dispatch go."""
+
+    tokens_per_expert: list[int]
+    offsets: Tensor
+
+    def __init__(self, expert_ids: Tensor, dispatcher: DeepEPDispatcher) -> None:
+        self._at = dispatcher
+        most = dispatcher.buffer.tokens
+        if most is not None and expert_ids.shape[0] > most:
+            raise UsageError(
+                f"a rank dispatches {expert_ids.shape[0]} tokens, and DeepEP's buffer was made for {most} a rank"
+            )
+        self._expert_ids = expert_ids.to(dispatcher.buffer.ids).contiguous()
+        self._layout = dispatcher.buffer.begin(self._expert_ids, dispatcher.num_experts)
+        self._crossings: Crossings | None = None
+        if dispatcher.meter is not None:
+            per_rank = dispatcher.num_experts // dispatcher.ranks
+            self._crossings = Crossings(expert_ids, dispatcher.rank, dispatcher.ranks, dispatcher.nodes, per_rank)
+        self._handle: Any = None
+        self._expansion: Expansion | None = None
+        self._arrival: Tensor | None = None
+
+    def complete(self) -> None:
+        """Nothing: DeepEP sends the counts with the tokens, and waits for them in its dispatch."""
+
+    def dispatch(self, x: Tensor, weights: Tensor) -> Hops[Arrived]:
+        at, dtype, width = self._at, x.dtype, x.shape[1]
+        payload = self._payload(x, "forward")
+        sent = at.buffer.dispatch(payload, self._expert_ids, weights.contiguous(), at.num_experts, self._layout)
+        self._layout, self._handle = None, sent.handle
+        self._count("dispatch", _row_bytes(payload) + self._expert_ids.shape[1] * BESIDES)
+        del x, weights, payload
+        yield
+        payload, local_ids, arrived_weights, self._arrival = sent.launched.wait()
+        if self._arrival is not None:
+            local_ids = local_ids.index_select(0, self._arrival)
+            arrived_weights = arrived_weights.index_select(0, self._arrival)
+        expansion = self._expand(local_ids, sent.tokens_per_expert)
+        values, codes = self._rows(payload, dtype, width)
+        return Arrived(values, expansion.weights(arrived_weights), codes)
+
+    def dispatch_backward(self, rows: Tensor | None, weights: Tensor | None) -> Hops[Returned]:
+        assert self._expansion is not None
+        slots = None if weights is None else self._by_arrival(self._expansion.slots(weights)).contiguous()
+        if rows is not None:
+            partial = self._by_arrival(self._expansion.sum(rows))
+        else:  # it combines no weights without rows
+            assert slots is not None
+            partial = slots.new_zeros((slots.shape[0], self._width), dtype=self._dtype)
+        wanted = rows is not None
+        unit = _row_bytes(partial) + (0 if slots is None else slots.shape[1] * slots.element_size())
+        del rows, weights
+        launched = self._at.buffer.combine(partial.contiguous(), self._handle, slots)
+        self._count("dispatch backward", unit)
+        yield
+        sums, sums_of_weights = launched.wait()
+        return Returned(sums if wanted else None, sums_of_weights)
+
+    def combine(self, y: Tensor) -> Hops[Tensor]:
+        assert self._expansion is not None
+        partial = self._by_arrival(self._expansion.sum(y)).contiguous()
+        del y
+        launched = self._at.buffer.combine(partial, self._handle, None)
+        self._count("combine", _row_bytes(partial))
+        yield
+        return launched.wait()[0]
+
+    def combine_backward(self, grad: Tensor) -> Hops[Rows]:
+        dtype, width = grad.dtype, grad.shape[1]
+        # The same format as forward: between nodes the handle's tables depend on the size of a row.
+        payload = self._payload(grad, "backward")
+        del grad
+        launched = self._at.buffer.dispatch_again(payload, self._handle)
+        self._count("combine backward", _row_bytes(payload))
+        yield
+        return self._rows(launched.wait(), dtype, width)
+
+    def _payload(self, x: Tensor, direction: Direction) -> Payload:
+        self._width, self._dtype = x.shape[1], x.dtype
+        if not isinstance(self._at.wire, FP8Wire):
+            return x.contiguous()
+        # By way of a message, for a fused kernel makes it without asking the device, and taking it apart is one copy.
+        codes = unpack_message(self._at.wire.encode(x, direction), x.shape[1])
+        return codes.data.contiguous(), codes.scale.contiguous()
+
+    def _rows(self, payload: Payload, dtype: torch.dtype, width: int) -> Rows:
+        """The experts' rows of the tokens that have arrived; zeros, with scales of zero, where they are aligned."""
+        assert self._expansion is not None
+        if isinstance(payload, Tensor):
+            return Rows(self._expansion.rows(payload), None)
+        data, scale = payload
+        data = self._expansion.rows(data.view(torch.uint8)).view(data.dtype)  # not all indexing knows FP8
+        codes = BlockQuantized(data, self._expansion.rows(scale), (1, SIDE), WIRE_FORMAT.fmt, width, WIRE_FORMAT.pow2)
+        return Rows(codes.dequantize(dtype), codes)
+
+    def _expand(self, local_ids: Tensor, rows_per_expert: list[int]) -> Expansion:
+        counts = torch.tensor(rows_per_expert).to(local_ids.device, non_blocking=True)
+        made = Expansion(local_ids, counts, rows_per_expert, self._at.alignment, self._arrival)
+        self._expansion = made
+        self.tokens_per_expert, self.offsets = made.aligned.tokens_per_expert, made.aligned.offsets
+        return made
+
+    def _by_arrival(self, rows: Tensor) -> Tensor:
+        """From the order of (source rank, token) to that of arrival."""
+        if self._arrival is None:
+            return rows
+        return torch.empty_like(rows).index_copy_(0, self._arrival, rows)
+
+    def _count(self, purpose: str, unit: int) -> None:
+        if self._crossings is not None:
+            assert self._at.meter is not None
+            self._crossings.count(self._at.meter, purpose, unit)
+
+
+def _row_bytes(payload: Payload) -> int:
+    parts = (payload,) if isinstance(payload, Tensor) else payload
+    return sum(part.shape[1] * part.element_size() for part in parts)
