@@ -128,6 +128,9 @@ class RoutedDispatcher:
         """Launch the exchange of counts."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Give back what it holds beside memory, at the end of a run that went well; every rank of the group does."""
+
     def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
         return self.begin_dispatch(x, expert_ids, weights).wait()
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..fp8.classes import WIRE_FORMAT
 from ..parallel.layout import Layout
-from ..settings import Clash
+from ..settings import Clash, UsageError
 
 if TYPE_CHECKING:
     import torch
 
+    from ..comm.deepep.library import Job
     from ..comm.routed import RoutedDispatcher
     from ..comm.wire import Wire
     from ..fp8.recipe import Recipe
@@ -20,12 +22,59 @@ if TYPE_CHECKING:
     from .config import Config
 
 
-def dispatcher_name(config: Config, layout: Layout) -> str:
-    """The dispatcher that `comm.dispatcher` means in this layout."""
+logger = logging.getLogger(__name__)
+
+
+def dispatcher_name(config: Config, layout: Layout, device_type: str = "cpu") -> str:
+    """The dispatcher that `comm.dispatcher` means in this layout, on this kind of device."""
     asked = config.comm.dispatcher
     if asked != "auto":
         return asked
+    if device_type == "cuda" and layout.ep > 1:
+        missing = deepep_faults_of(config, layout, device_type)
+        if not missing:
+            return "deepep"
+        logger.info("without DeepEP: %s", "; ".join(missing))
     return "two-hop" if nodes_of_experts(layout) > 1 else "flat"
+
+
+def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
+    """What the run would have DeepEP carry."""
+    import torch
+
+    from ..comm.deepep.library import Job
+
+    batch, model = config.batch, config.model
+    return Job(
+        nodes_of_group(layout, rank),
+        model.hidden_size,
+        model.num_experts_per_tok,
+        batch.micro_sequences * batch.sequence_length,
+        torch.bfloat16 if config.precision.format == "bf16" else torch.float32,
+        fp8=wire_format(config) == "fp8",
+        sms=config.comm.sms,
+    )
+
+
+def deepep_faults_of(config: Config, layout: Layout, device_type: str) -> list[str]:
+    """Why DeepEP cannot carry this run, each with what would work; empty if it can."""
+    if layout.ep == 1:
+        return ["DeepEP moves tokens between ranks, and with parallel.ep 1 none moves; comm.dispatcher flat works"]
+    from ..comm.deepep.library import deepep_faults
+
+    return deepep_faults(deepep_job(config, layout), device_type)
+
+
+def dispatch_faults(config: Config, layout: Layout) -> list[str]:
+    """What keeps a dispatcher that was asked for from being had, as far as this process can know."""
+    if config.comm.dispatcher != "deepep":
+        return []
+    import torch
+
+    device = config.train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [f"comm.dispatcher is deepep: {fault}" for fault in deepep_faults_of(config, layout, device)]
 
 
 def nodes_of_experts(layout: Layout) -> int:
@@ -33,9 +82,9 @@ def nodes_of_experts(layout: Layout) -> int:
     return max(len({layout.node(rank) for rank in group}) for group in layout.ep_groups())
 
 
-def describe_dispatch(config: Config, layout: Layout) -> str:
+def describe_dispatch(config: Config, layout: Layout, device_type: str = "cpu") -> str:
     """In words, for the header of a run."""
-    name, nodes = dispatcher_name(config, layout), nodes_of_experts(layout)
+    name, nodes = dispatcher_name(config, layout, device_type), nodes_of_experts(layout)
     where = f"{layout.ep} rank{'s' * (layout.ep > 1)} on {nodes} node{'s' * (nodes > 1)}"
     return f"{name}, {where}; tokens travel in {wire_format(config).upper()}"
 
@@ -61,14 +110,25 @@ def make_dispatcher(
     from ..comm.two_hop import TwoHopDispatcher
 
     layout = groups.layout
-    name = dispatcher_name(config, layout)
+    name = dispatcher_name(config, layout, device.type)
     experts, wire = config.model.n_routed_experts, make_wire(config, recipe, device.type)
     if nodes is not None:
         return AloneDispatcher(experts, nodes, recipe.alignment, wire)
     common = groups.ep, experts, recipe.alignment, wire, groups.meter
     if name == "flat":
         return FlatDispatcher(*common)
-    return TwoHopDispatcher(*common, nodes=nodes_of_group(layout, groups.rank))
+    of_ranks = nodes_of_group(layout, groups.rank)
+    if name == "two-hop":
+        return TwoHopDispatcher(*common, nodes=of_ranks)
+    from ..comm.deepep.adapter import DeepEPDispatcher
+    from ..comm.deepep.buffers import open_buffer
+    from ..comm.deepep.library import find_library
+
+    faults = deepep_faults_of(config, layout, device.type)
+    if faults:
+        raise UsageError("\n".join(f"comm.dispatcher is deepep: {fault}" for fault in faults))
+    buffer = open_buffer(find_library(), groups.ep, deepep_job(config, layout, groups.rank))
+    return DeepEPDispatcher(*common, buffer=buffer, nodes=of_ranks)
 
 
 def nodes_of_group(layout: Layout, rank: int) -> list[int]:
@@ -99,7 +159,11 @@ def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> Wire:
 
 
 def wire_clashes(config: Config) -> Iterator[Clash]:
-    """A wire that does not carry the activations."""
+    """A wire, or a dispatcher, that does not carry the activations."""
+    if config.comm.dispatcher == "deepep" and config.precision.format == "fp32":
+        key = "high" if config.precision.recipe == "fp8" else "recipe"
+        message = f"carries BF16 and FP8, and activations are FP32 with precision.{key} fp32"
+        yield Clash(("comm.dispatcher", f"precision.{key}"), f"deepep {message} (auto, flat and two-hop carry them)")
     if config.comm.wire == "bf16" and config.precision.format == "fp32":
         key = "high" if config.precision.recipe == "fp8" else "recipe"
         message = f"would round activations, which are FP32 with precision.{key} fp32 (auto or fp8 work)"

@@ -22,7 +22,7 @@ from ..settings import UsageError
 from .backend import backend_faults
 from .config import Config
 from .config_clashes import batch_sizes
-from .dispatch import routing_notes
+from .dispatch import dispatch_faults, routing_notes
 from .pipeline import make_schedule, microbatches, stage_costs
 from .plan_steps import Progress, total_steps
 
@@ -65,6 +65,7 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
         faults += batch_faults or _schedule_faults(config, layout)
     faults += _vocabulary_faults(config)
     faults += backend_faults(config)
+    faults += dispatch_faults(config, layout) if layout is not None else []
     data = _collect(faults, lambda: _open_data(config))
     run_dir = Path(config.run.dir).expanduser() / config.run.name
     faults += _folder_faults(run_dir)

@@ -56,6 +56,7 @@ def run_training(flight: Flight, groups: Groups, device: torch.device) -> None:
             if last or step % config.checkpoint.every == 0:
                 path = trainer.save(flight.run_dir / "checkpoints")
                 logger.info("checkpoint %s written", path)
+        trainer.model.dispatcher.close()
 
 
 def summarise(flight: Flight) -> RunSummary:
@@ -95,7 +96,7 @@ class _Watch(ExitStack):
             active_parameters=counts.active,
             mtp_parameters=counts.mtp_module * config.model.num_nextn_predict_layers,
             layout="as drawn above",
-            dispatch=describe_dispatch(config, groups.layout),
+            dispatch=describe_dispatch(config, groups.layout, groups.mesh.device_type),
             flop_convention=FLOP_CONVENTION,
             peak=peak,
             run_dir=str(flight.run_dir),

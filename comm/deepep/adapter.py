@@ -63,6 +63,9 @@ class DeepEPDispatcher(RoutedDispatcher):
         assert nodes is None or len(nodes) == self.ranks, f"{len(nodes)} nodes for {self.ranks} ranks"
         assert self.ranks % self.nodes == 0, f"{self.ranks} ranks cannot be shared evenly by {self.nodes} nodes"
 
+    def close(self) -> None:
+        self.buffer.close()
+
     def begin_route(self, expert_ids: Tensor) -> DeepEPRoute:
         return DeepEPRoute(expert_ids, self)
 

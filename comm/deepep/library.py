@@ -133,7 +133,7 @@ def _faults_of(job: Job) -> list[str]:
     faults = []
     if job.dtype != torch.bfloat16:
         faults.append(
-            f"DeepEP carries BF16 and FP8, and activations are {job.dtype}; precision.format bf16 makes them BF16"
+            f"DeepEP carries BF16 and FP8, and activations are {job.dtype}; precision.recipe bf16 makes them BF16"
         )
     if job.sms < 2 or job.sms % 2:
         faults.append(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from counterflow.launcher.cli import main
 from counterflow.launcher.config import Config
 from counterflow.launcher.dispatch import (
     describe_dispatch,
+    dispatch_faults,
     dispatcher_name,
     nodes_a_token_reaches,
     partial_sums_of,
@@ -44,6 +46,35 @@ def test_a_wire_that_does_not_carry_the_activations_is_refused() -> None:
     said = refused("comm.wire=bf16", "precision.recipe=fp8", "precision.high=fp32")
     assert "precision.high fp32" in said
     assert config("comm.wire=fp8").comm.wire == "fp8"
+
+
+def test_deepep_that_cannot_carry_the_run_is_refused_with_what_works() -> None:
+    said = refused("comm.dispatcher=deepep")
+    assert "comm.dispatcher: deepep carries BF16 and FP8, and activations are FP32" in said
+    assert "auto, flat and two-hop carry them" in said
+    bf16 = "precision.recipe=bf16", "parallel.ep=2", "comm.dispatcher=deepep"
+    (absent,) = dispatch_faults(config(*bf16, "train.device=cpu"), Layout(2, ep=2))
+    assert "this run's device is cpu" in absent and "comm.dispatcher two-hop needs neither it nor a GPU" in absent
+    found = dispatch_faults(config(*bf16, "train.device=cuda"), Layout(2, ep=2))
+    assert any("DeepEP is not installed" in fault and "two-hop" in fault for fault in found)
+    (alone,) = dispatch_faults(config("precision.recipe=bf16", "comm.dispatcher=deepep"), Layout(1))
+    assert "comm.dispatcher flat works" in alone
+    assert dispatch_faults(config(), Layout(2, ep=2)) == []
+
+
+def test_a_run_that_asks_for_deepep_in_vain_does_not_start(capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ["precision.recipe=bf16", "comm.dispatcher=deepep", "train.device=cpu"]
+    assert main(["train", "tiny", *(word for override in asked for word in ("--set", override))]) == 2
+    assert "comm.dispatcher is deepep" in capfd.readouterr().err
+
+
+def test_a_gpu_without_deepep_falls_back_and_one_with_it_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16, two_nodes = config("precision.recipe=bf16"), Layout(8, ep=8, gpus_per_node=4)
+    assert dispatcher_name(bf16, two_nodes, "cuda") == "two-hop"
+    monkeypatch.setattr("counterflow.launcher.dispatch.deepep_faults_of", lambda *_: [])
+    assert dispatcher_name(bf16, two_nodes, "cuda") == "deepep"
+    assert dispatcher_name(bf16, two_nodes, "cpu") == "two-hop"
+    assert dispatcher_name(bf16, Layout(1), "cuda") == "flat"
 
 
 def test_other_names_are_refused_with_those_there_are() -> None:
