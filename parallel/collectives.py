@@ -44,17 +44,18 @@ def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: dist.ProcessGroup)
 
     FP32 pieces go by reduce-scatter. Others are exchanged as they are and added up here, in FP32 and in the order of
     the ranks: a reduce-scatter in BF16 would round every partial sum on its way, and with many ranks lose small
-    contributions altogether. The bytes are the same, since either way each element crosses R - 1 times in its format.
+    contributions altogether. Either way a rank sends R - 1 of its R pieces in all.
 
     On CPUs FP32 pieces are exchanged too: gloo's reduce-scatter is an all-reduce inside and sends twice the bytes.
     """
     what = f"the reduction of gradients over {_ranks(group)}"
-    with telling(what):
-        if pieces.dtype == torch.float32 and pieces.device.type != "cpu":
+    if pieces.dtype == torch.float32 and pieces.device.type != "cpu":
+        with telling(what):
             work = _reduce_scatter(into, pieces.view(-1), group=group, async_op=True)
-            assert work is not None
-            return Collective(what, [work], pieces, lambda: into)
-        received, rows = torch.empty_like(pieces), [1] * len(pieces)
+        assert work is not None
+        return Collective(what, [work], pieces, lambda: into)
+    received, rows = torch.empty_like(pieces), [1] * len(pieces)
+    with telling(what):
         works = begin_all_to_all(received, pieces, rows, rows, group)
     return Collective(what, works, pieces, lambda: _add_up(received, into))
 
