@@ -29,6 +29,7 @@ class Bucket:
         self.mesh = groups.replicas(plan.replicas, plan.holders)
         self.group = self.mesh.get_group()
         self.rank = self.mesh.get_local_rank()
+        self._meter = groups.meter.group(self.group)
         parameter = plan.slots[0].placed.parameter
         self.dtype, device = parameter.dtype, parameter.device
         self.gradient = torch.zeros(plan.numel, dtype=torch.float32, device=device)
@@ -81,7 +82,7 @@ class Bucket:
             return
         pieces = self.gradient.new_empty(self.plan.ranks, self.plan.shard_numel, dtype=self._format)
         self.plan.to_shards(self.gradient, pieces)
-        self._reducing = begin_reduce_scatter(pieces, self.shard_gradient, self.group)
+        self._reducing = begin_reduce_scatter(pieces, self.shard_gradient, self.group, self._meter)
 
     @torch.no_grad()
     def finish_reduce(self) -> None:
@@ -101,7 +102,7 @@ class Bucket:
         if self.plan.ranks == 1:
             self.plan.from_shards(shard.unsqueeze(0))
         else:
-            self._gathering = begin_all_gather(shard, self.group)
+            self._gathering = begin_all_gather(shard, self.group, self._meter)
         return self._gathering is not None
 
     @torch.no_grad()

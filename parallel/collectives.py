@@ -1,4 +1,4 @@
-"""Every collective of the sharded optimizer: what is launched, on which group, and how many bytes a rank hands over.
+"""What the sharded optimizer sends: every collective on gradients and weights is launched, and counted, here.
 
 Of R ranks with shards of S elements, each sends (R - 1) S elements in a reduction, in the format in which gradients
 travel, and as many in an all-gather, in the format of the weights.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..comm.exchange import begin_all_to_all
 from ..comm.failure import telling
+from ..comm.meter import GroupMeter
 
 # As of torch 2.13 these have new names, and the old ones warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -39,7 +40,7 @@ class Collective:
         return self._result()
 
 
-def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: dist.ProcessGroup) -> Collective:
+def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: dist.ProcessGroup, meter: GroupMeter) -> Collective:
     """Sum the ranks' pieces for this one: row r of `pieces` `[R, S]` goes to rank r; `into` `[S]`, FP32, gets the sum.
 
     FP32 pieces go by reduce-scatter. Others are exchanged as they are and added up here, in FP32 and in the order of
@@ -49,31 +50,29 @@ def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: dist.ProcessGroup)
     On CPUs FP32 pieces are exchanged too: gloo's reduce-scatter is an all-reduce inside and sends twice the bytes.
     """
     what = f"the reduction of gradients over {_ranks(group)}"
+    shard = pieces.shape[1] * pieces.element_size()
     if pieces.dtype == torch.float32 and pieces.device.type != "cpu":
+        meter.reduce_scatter("gradients", shard)
         with telling(what):
             work = _reduce_scatter(into, pieces.view(-1), group=group, async_op=True)
         assert work is not None
         return Collective(what, [work], pieces, lambda: into)
     received, rows = torch.empty_like(pieces), [1] * len(pieces)
+    meter.all_to_all("gradients", rows, shard)
     with telling(what):
         works = begin_all_to_all(received, pieces, rows, rows, group)
     return Collective(what, works, pieces, lambda: _add_up(received, into))
 
 
-def begin_all_gather(shard: Tensor, group: dist.ProcessGroup) -> Collective:
+def begin_all_gather(shard: Tensor, group: dist.ProcessGroup, meter: GroupMeter) -> Collective:
     """Every rank's `shard` `[S]` on every rank, as `[R, S]`. It must stay as it is until the wait."""
     gathered = shard.new_empty(group.size(), shard.numel())
+    meter.all_gather("weights", shard.nbytes)
     what = f"the all-gather of weights over {_ranks(group)}"
     with telling(what):
         work = _all_gather(gathered.view(-1), shard, group=group, async_op=True)
     assert work is not None
     return Collective(what, [work], shard, lambda: gathered)
-
-
-def all_reduce(numbers: Tensor, group: dist.ProcessGroup) -> None:
-    """Sum a few `numbers` over the ranks, in place."""
-    with telling(f"the sum of the gradients' norms over {_ranks(group)}"):
-        dist.all_reduce(numbers, group=group)
 
 
 def _add_up(pieces: Tensor, into: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 from ..placement import Placed
 from .adamw import Update, adamw
 from .bucket import Bucket, check_agreement
-from .collectives import all_reduce
 from .config import OptimConfig
 from .ema import Ema
 from .groups import Groups
@@ -154,7 +153,7 @@ class ShardedOptimizer:
             bucket.finish_reduce()
         parts = [torch.linalg.vector_norm(bucket.shard_gradient, dtype=torch.float64) for bucket in self._buckets]
         squares = torch.stack(parts).square().sum()
-        all_reduce(squares, self.groups.world)
+        self.groups.sum(squares)
         return float(squares.sqrt())
 
     @torch.no_grad()

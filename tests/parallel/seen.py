@@ -62,15 +62,15 @@ def recorded() -> Iterator[Seen]:
     seen = Seen()
     reduce, gather = bucket.begin_reduce_scatter, bucket.begin_all_gather
 
-    def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: Any) -> Collective:
+    def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: Any, meter: Any) -> Collective:
         others = (len(pieces) - 1) * pieces.shape[1] * pieces.element_size()
         number = seen.note("reduce", group, pieces.numel(), others)
-        return seen.told(reduce(pieces, into, group), number)
+        return seen.told(reduce(pieces, into, group, meter), number)
 
-    def begin_all_gather(shard: Tensor, group: Any) -> Collective:
+    def begin_all_gather(shard: Tensor, group: Any, meter: Any) -> Collective:
         others = (group.size() - 1) * shard.numel() * shard.element_size()
         number = seen.note("gather", group, group.size() * shard.numel(), others)
-        return seen.told(gather(shard, group), number)
+        return seen.told(gather(shard, group, meter), number)
 
     with (
         patch.object(bucket, "begin_reduce_scatter", begin_reduce_scatter),

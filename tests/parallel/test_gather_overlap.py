@@ -156,10 +156,10 @@ def _late(of: int, wait: Callable[[], None]) -> Any:
     """A replacement for `begin_all_gather` that waits before its launch number `of`."""
     begin, launched = bucket.begin_all_gather, iter(range(1000))
 
-    def begin_all_gather(shard: Tensor, group: dist.ProcessGroup) -> Collective:
+    def begin_all_gather(shard: Tensor, group: dist.ProcessGroup, meter: Any) -> Collective:
         if next(launched) == of:
             wait()
-        return begin(shard, group)
+        return begin(shard, group, meter)
 
     return patch.object(bucket, "begin_all_gather", begin_all_gather)
 

@@ -89,20 +89,24 @@ def test_small_contributions_are_not_lost_beside_a_large_one(pool: Pool) -> None
     assert pool.run(_small_after_large, 8) == [(1 + 7 / 512, 1.0)] * 8
 
 
-def _bytes(worker: Worker, ep: int, reduce: str, dtype: torch.dtype) -> tuple[int, int, Seen]:
-    """Elements of what dp and edp share, and what is launched in a step."""
+def _bytes(worker: Worker, ep: int, reduce: str, dtype: torch.dtype) -> tuple[int, int, Seen, dict[str, int]]:
+    """Elements of what dp and edp share, what is launched in a step, and the bytes that the meter counts."""
     groups = Groups.create(Layout(worker.world_size, 1, ep), "cpu")
     dense, experts = nn.Parameter(torch.empty(16, 5, dtype=dtype)), nn.Parameter(torch.empty(2, 8, 3, dtype=dtype))
     mine = range(2 * groups.coordinates.ep, 2 * groups.coordinates.ep + 2)
     placed = [Placed(dense, ("dense",)), Placed(experts, tuple(f"experts.{e}" for e in mine), "edp")]
     optimizer = ShardedOptimizer(placed, groups, optim(reduce))
     optimizer.initialise(initial)
+    groups.meter.take()
     with recorded() as seen:
         optimizer.begin_step({dense: 1, experts: 1})
         (dense.sum() + experts.sum()).backward()
         optimizer.step(1e-2, optimizer.reduce_gradients(), blocking=False)
         optimizer.finish_gathers()
-    return dense.numel(), experts.numel(), seen
+    counted: dict[str, int] = {}
+    for kind, tally in groups.meter.take().items():
+        counted[kind.purpose] = counted.get(kind.purpose, 0) + tally.bytes
+    return dense.numel(), experts.numel(), seen, counted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["weights-fp32", "weights-bf16"])
@@ -110,11 +114,13 @@ def _bytes(worker: Worker, ep: int, reduce: str, dtype: torch.dtype) -> tuple[in
 def test_bytes_are_those_of_the_formats(pool: Pool, world: int, ep: int, dtype: torch.dtype) -> None:
     edp, sent = world // ep, {}
     for reduce, width in (("fp32", 4), ("bf16", 2)):
-        for dense, experts, seen in pool.run(_bytes, world, ep, reduce, dtype):
+        for dense, experts, seen, counted in pool.run(_bytes, world, ep, reduce, dtype):
             elements = [dense * (world - 1) // world, experts * (edp - 1) // edp]
             assert [launch.sent for launch in seen.of("gather")] == [dtype.itemsize * n for n in elements]
             assert [launch.sent for launch in seen.of("reduce")] == [width * n for n in reversed(elements)]
             sent[reduce] = sum(launch.sent for launch in seen.of("reduce"))
+            assert counted["gradients"] == sent[reduce]
+            assert counted["weights"] == sum(launch.sent for launch in seen.of("gather"))
     assert sent["fp32"] == 2 * sent["bf16"] > 0
 
 

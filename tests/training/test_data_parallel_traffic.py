@@ -109,10 +109,10 @@ def _rank_1_is_late(worker: Worker, config: Config) -> tuple[bool, float]:
     total = trainer.optimizer.num_buckets
     begin, launched = bucket.begin_all_gather, iter(range(1, total + 1))
 
-    def begin_late(shard: Tensor, group: dist.ProcessGroup) -> Collective:
+    def begin_late(shard: Tensor, group: dist.ProcessGroup, meter: Any) -> Collective:
         if next(launched, None) == total:
             dist.recv(token, 0, group=world)
-        return begin(shard, group)
+        return begin(shard, group, meter)
 
     def tell(*_: Any) -> None:
         nonlocal ran
