@@ -178,6 +178,8 @@ def build_optimizer(config: Config, model: Model, groups: Groups) -> ShardedOpti
     backend = model.recipe.backend
     update = adamw if backend is None else FusedAdamW(backend.library)
     optimizer = ShardedOptimizer(model.placed(), groups, config.optim, update)
+    for chunk in model.chunks.values():
+        chunk.before_use = optimizer.wait_for
     for _, module in model.modules():
         if isinstance(module, Linear | GroupedLinear):
             module.gradients = optimizer  # for products that add to its buffers themselves

@@ -90,12 +90,14 @@ class Trainer:
         depth = max(1, self.config.model.num_nextn_predict_layers)
         weights = Weights(1 / tokens, mtp_weight / depth / tokens, train.balance_loss / sequences)
 
+        if timed:
+            self.optimizer.finish_gathers()  # the trace is of the pipeline alone
         self.executor.timed = timed
         totals = self._sum(self.forward_backward(micro_batches, weights))
         norm = self.optimizer.reduce_gradients()
         if not math.isfinite(norm) or not bool(totals.losses.isfinite().all()):  # equal on all ranks: all stop
             raise explain_non_finite(self, micro_batches, weights)
-        self.optimizer.step(lr, norm)
+        self.optimizer.step(lr, norm, blocking=not self.config.optim.overlap_gather)
         for layer, router in self.model.routers():
             update_bias(router.bias, totals.counts[layer], speed)
 
@@ -140,6 +142,7 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean next-token loss, in nats a token, over the held-out sequences."""
+        self.optimizer.finish_gathers()
         for chunk in self.model.chunks.values():
             chunk.eval()
         batches = list(

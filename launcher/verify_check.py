@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..fp8.config import PrecisionConfig
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
 from .build import make_groups
@@ -35,9 +34,9 @@ from .verify_compare import (
     compare_gradients,
     compare_numbers,
     compare_state,
+    label,
     merge,
     moved_choices,
-    precision_name,
     tolerances,
 )
 from .verify_run import Alone, Seen, Watched
@@ -90,9 +89,10 @@ class Moved:
 
 @dataclass
 class Outcome:
-    """What was found in one precision."""
+    """What was found in one set of formats."""
 
     recipe: str
+    """The formats, as `label` names them."""
     tolerances: Tolerances
     attempts: list[Attempt]
     microbatches: tuple[int, ...]
@@ -118,21 +118,23 @@ def verify_ranks(shrunk: Shrunk, groups: Groups) -> list[Outcome]:
     if groups.rank == 0:
         single = make_groups(shrunk.alone(), Layout(1), "cpu", [dist.get_global_rank(groups.world, 0)])
     outcomes = []
-    for precision in _precisions(shrunk.config.precision):
-        outcomes.append(_verify(_with(shrunk, precision=precision), groups, single, text))
+    for changes in _formats(shrunk.config):
+        outcomes.append(_verify(_with(shrunk, **changes), groups, single, text))
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _precisions(given: PrecisionConfig) -> list[dict[str, Any]]:
-    """Changes to the configured precision: none, and those that make it FP32.
+def _formats(config: Config) -> list[dict[str, dict[str, Any]]]:
+    """Changes to the configured formats, by section: none, and those that make them FP32.
 
     With FP8 that is all that is not quantised. Scales are powers of two there, since with others what shares a tile
     changes the numbers, and ranks share tiles otherwise than the single process.
     """
-    close: dict[str, Any] = {"recipe": "fp32"}
-    if given.recipe == "fp8":
-        close = {"high": "fp32", "scales": "pow2", "classes": {}}
-    return [{}] if all(getattr(given, key) == value for key, value in close.items()) else [{}, close]
+    precision: dict[str, Any] = {"recipe": "fp32"}
+    if config.precision.recipe == "fp8":
+        precision = {"high": "fp32", "scales": "pow2", "classes": {}}
+    close = {"precision": precision, "optim": {"reduce": "fp32"}}
+    same = all(getattr(getattr(config, name), key) == close[name][key] for name in close for key in close[name])
+    return [{}] if same else [{}, close]
 
 
 def _verify(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text) -> Outcome | None:
@@ -148,7 +150,7 @@ def _verify(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text) -
     if single is None:
         return None
     made = [attempt for attempt in attempts if attempt is not None]
-    return Outcome(precision_name(config), bounds, made, tuple(_microbatches(shrunk)), text.origin)
+    return Outcome(label(config), bounds, made, tuple(_microbatches(shrunk)), text.origin)
 
 
 def _attempt(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text, bounds: Tolerances) -> Attempt | None:

@@ -42,6 +42,10 @@ TOLERANCES = {
     "fp8": Tolerances(loss=1e-3, gradient=1e-1, weight=1e-6, moment=1e-5, tie=1e-2),
     "fp8 on fp32": Tolerances(loss=1e-5, gradient=1e-3, weight=1e-6, moment=1e-5, tie=1e-4),
 }
+BF16_REDUCE = 2e-2
+"""Where gradients travel in BF16: each rank's sum of its micro-batches is rounded by up to 2^-9 of an element, and
+3.5e-3 of a tensor's largest value was seen, 8e-3 with weights in BF16."""
+
 BF16_MOMENT = 1e-2
 """Where moments are kept in BF16, a last bit of FP32 may turn into one of BF16."""
 
@@ -52,9 +56,17 @@ def precision_name(config: Config) -> str:
     return "fp8 on fp32" if precision.recipe == "fp8" and precision.high == "fp32" else precision.recipe
 
 
+def label(config: Config) -> str:
+    """Which of a configuration's runs this is: the formats that it computes in and adds up gradients from."""
+    name = precision_name(config)
+    return f"{name}, reduce bf16" if config.optim.reduce == "bf16" else name
+
+
 def tolerances(config: Config) -> Tolerances:
     """What is allowed in the configuration's formats."""
     bounds = TOLERANCES[precision_name(config)]
+    if config.optim.reduce == "bf16":
+        bounds = replace(bounds, gradient=max(bounds.gradient, BF16_REDUCE))
     return replace(bounds, moment=BF16_MOMENT) if config.optim.moments == "bf16" else bounds
 
 

@@ -104,6 +104,7 @@ class Watched:
         with _routers_watched(trainer, choices) as counts:
             metrics = trainer.step()
         optimizer = trainer.optimizer
+        optimizer.finish_gathers()
         placed = trainer.model.placed()
         return Seen(
             rank=trainer.groups.rank,

@@ -5,7 +5,7 @@ B sequences, S tokens of a sequence, D depth of multi-token prediction, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,8 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(
             MTPModule(config, block(config.num_hidden_layers + depth), kernels, recipe) for depth in range(depths)
         )
+        self.before_use: Callable[..., None] = _nothing_to_wait_for
+        """Called with modules and parameters before the forward reads them: their weights may still be arriving."""
         self.weight_queue = WeightQueue()
         for module in self.modules():
             if isinstance(module, Linear | GroupedLinear):
@@ -165,11 +167,13 @@ class Transformer(nn.Module):
         if self.part.first:
             assert x is None
             yield tape.phase("embedding")
+            self.before_use(self.embedding)
             x = tape.cut(EmbeddingFunction.apply(batch.tokens[:, :length], self.embedding))
         assert x is not None
         turns, routings = self._turns(length, x.device), []
         for layer, block in self.layers.items():
             assert isinstance(block, DecoderBlock)
+            self.before_use(block)
             x, routing = yield from block.phases(x, turns, batch.valid, tape, batch.weights.balance)
             routings.append(routing)
             if self.part.last or int(layer) + 1 < self.part.layers.stop:
@@ -196,6 +200,7 @@ class Transformer(nn.Module):
         norm: nn.Module = self.norm
         for depth in range(len(modules) + 1):
             yield tape.phase("head")
+            self.before_use(norm, self.head)
             hidden = norm(x, Keep())
             loss = self._head_loss(hidden, targets[:, depth + 1 : length + depth + 1])
             losses.append(tape.seed(loss, weights.mtp if depth else weights.token))
@@ -203,6 +208,7 @@ class Transformer(nn.Module):
                 return losses
             module = modules[depth]
             assert isinstance(module, MTPModule)
+            self.before_use(module, self.embedding)
             embedded = EmbeddingFunction.apply(batch.tokens[:, depth + 1 : length + depth + 1], self.embedding)
             x = tape.cut(module.join(hidden, embedded))
             x, routing = yield from module.block.phases(x, turns, batch.valid, tape, weights.balance)
@@ -218,6 +224,7 @@ class Transformer(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits `[B, S, V]` of tokens `[B, S]`, whole: for evaluation and sampling, not for training."""
+        self.before_use(self)
         valid = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         x = EmbeddingFunction.apply(tokens, self.embedding)
         for block in self.layers.values():
@@ -237,3 +244,7 @@ class Transformer(nn.Module):
 
     def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy_sum(hidden.flatten(0, 1), self.head, labels.flatten())
+
+
+def _nothing_to_wait_for(*users: nn.Module | nn.Parameter) -> None:
+    """Of weights that are in place."""

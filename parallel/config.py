@@ -120,7 +120,22 @@ class OptimConfig(Section):
         gt=0,
         lt=1,
     )
-    bucket_mb: float = key(256.0, "gradients reduced in one collective, FP32", unit="MiB", gt=0)
+    bucket_mb: float = key(
+        256.0,
+        "gradients reduced in one collective, and weights gathered in one, counted by the FP32 sums of gradients",
+        unit="MiB",
+        gt=0,
+    )
+    reduce: Literal["fp32", "bf16"] = key(
+        "fp32",
+        "format in which gradients travel between replicas: bf16 halves the bytes, and rounds what a rank has added up "
+        "over its micro-batches. The ranks are added up in FP32 either way",
+    )
+    overlap_gather: bool = key(
+        True,
+        "whether new weights are gathered during the next step's first forward; false waits for them at the end of a "
+        "step",
+    )
 
     def notes(self) -> tuple[str, ...]:
         """Sentences for the user on what works, but not as well as it looks."""

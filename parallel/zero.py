@@ -1,10 +1,11 @@
 """The sharded optimizer (ZeRO-1): each rank keeps master weights and moments of its rows only.
 
 Gradients of every micro-batch are added up in FP32. A step sums them over the replicas by reduce-scatter, so a rank
-receives the rows it owns; updates those; and gathers the new weights of the others. Which ranks take part follows
-from the parameter's placement alone, also where several pipeline ranks hold it, and every row of every parameter is
-owned exactly once in the whole grid: the global gradient norm is a plain sum over all ranks, with no list of
-exceptions, and a second copy of a stage costs no second optimizer state.
+receives the rows it owns; updates those; and gathers the new weights of the others. Both go bucket by bucket: the
+reductions begin in the midst of the last backward, and the weights may still arrive during the next forward. Which
+ranks take part follows from the parameter's placement alone, also where several pipeline ranks hold it, and every row
+of every parameter is owned exactly once in the whole grid: the global gradient norm is a plain sum over all ranks, with
+no list of exceptions, and a second copy of a stage costs no second optimizer state.
 """
 
 from __future__ import annotations
@@ -13,114 +14,18 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-from ..placement import Placed, Replicas
+from ..placement import Placed
 from .adamw import Update, adamw
+from .bucket import Bucket, check_agreement
 from .config import OptimConfig
 from .ema import Ema
 from .groups import Groups
-from .shards import Plan, plan_buckets
-
-# As of torch 2.13 these have new names, and the old ones warn.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class _Bucket:
-    """Gradients, and this rank's shard of the state, of the parameters of one plan."""
-
-    def __init__(self, plan: Plan, groups: Groups, moments: torch.dtype) -> None:
-        self.plan = plan
-        self.mesh = groups.replicas(plan.replicas, plan.holders)
-        self.group = self.mesh.get_group()
-        self.rank = self.mesh.get_local_rank()
-        parameter = plan.slots[0].placed.parameter
-        self.dtype, device = parameter.dtype, parameter.device
-        self.gradient = torch.zeros(plan.numel, dtype=torch.float32, device=device)
-        self.master = torch.zeros(plan.shard_numel, dtype=torch.float32, device=device)
-        self.exp_avg = torch.zeros(plan.shard_numel, dtype=moments, device=device)
-        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
-        # With a single owner the shard is the bucket; otherwise reduce-scatter fills it.
-        alone = plan.ranks == 1
-        self.shard_gradient = self.gradient if alone else torch.zeros_like(self.master)
-        self._left: list[int | None] = [None] * len(plan.slots)
-        self._reduced = False
-        self._reducing: tuple[dist.Work, Tensor] | None = None
-
-    def begin(self, expected: Mapping[nn.Parameter, int]) -> None:
-        """Forget the gradients; see `ShardedOptimizer.begin_step`."""
-        self.finish_reduce()  # of a step that an error ended
-        self.gradient.zero_()
-        self._left = [expected.get(slot.placed.parameter) for slot in self.plan.slots]
-        self._reduced = False
-
-    @property
-    def final(self) -> bool:
-        """Whether each of the parameters has had as many gradients as were announced."""
-        return not any(left is None or left for left in self._left)
-
-    def accumulate(self, index: int, gradient: Tensor) -> None:
-        """Add a gradient of the parameter in slot `index`."""
-        self.count(index)
-        accumulated = self.plan.slots[index].in_bucket(self.gradient)
-        accumulated.add_(gradient.view_as(accumulated))
-
-    def count(self, index: int) -> None:
-        """One more gradient of the parameter in slot `index`."""
-        name, left = self.plan.slots[index].placed.names[0], self._left[index]
-        assert not self._reduced, f"{name} got a gradient after its gradients were reduced"
-        assert left != 0, f"{name} got a gradient more than was announced for this step"
-        if left is not None:
-            self._left[index] = left - 1
-
-    @torch.no_grad()
-    def start_reduce(self) -> None:
-        """Start to sum over the replicas; nothing may be added from here on."""
-        self._reduced = True
-        if self.plan.ranks == 1:
-            return
-        by_rank = self.gradient.new_empty(self.plan.ranks, self.plan.shard_numel)
-        self.plan.to_shards(self.gradient, by_rank)
-        work = _reduce_scatter(self.shard_gradient, by_rank.view(-1), group=self.group, async_op=True)
-        assert work is not None
-        self._reducing = work, by_rank  # by_rank must live until the work is done
-
-    def finish_reduce(self) -> None:
-        if self._reducing is not None:
-            self._reducing[0].wait()
-            self._reducing = None
-
-    def publish(self, weights: Tensor | None = None) -> None:
-        """Give every replica the master weights, or other `weights` of this rank's rows, in the parameters' format."""
-        shard = (self.master if weights is None else weights).to(self.master.device, self.dtype)
-        if self.plan.ranks == 1:
-            self.plan.from_shards(shard.unsqueeze(0))
-            return
-        gathered = shard.new_empty(self.plan.ranks, self.plan.shard_numel)
-        _all_gather(gathered.view(-1), shard, group=self.group)
-        self.plan.from_shards(gathered)
-
-    def views(self, flat: Tensor) -> Iterator[tuple[str, DTensor]]:
-        """Each global tensor of a sharded quantity by name, as the DTensor whose local part lies in `flat`."""
-        mesh = self.mesh
-        if flat.device.type != mesh.device_type:
-            # On the GPUs' mesh a DTensor of CPU memory would be a copy on the GPU.
-            mesh = DeviceMesh.from_group(self.group, flat.device.type, mesh_dim_names=mesh.mesh_dim_names)
-        for slot in self.plan.slots:
-            shape = torch.Size(slot.placed.shape)
-            stride = (slot.columns, 1)[-len(shape) :]
-            owned = len(slot.owned(self.rank))
-            for name, rows in zip(slot.placed.names, slot.in_shard(flat), strict=True):
-                local = rows[:owned].view(owned, *shape[1:])
-                yield name, DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+from .shards import plan_buckets
 
 
 class ShardedOptimizer:
@@ -133,7 +38,6 @@ class ShardedOptimizer:
 
         `update` does what `adamw` does, on this machine's devices.
         """
-        moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
         self.config = config
         self.groups = groups
         self._update = update
@@ -142,14 +46,15 @@ class ShardedOptimizer:
             lambda item: groups.replicas(item.replicas, item.holders).size(),
             int(config.bucket_mb * 2**20 / 4),
         )
-        _check_agreement(plans, groups)
-        self._buckets = [_Bucket(plan, groups, moments) for plan in plans]
+        check_agreement(plans, groups)
+        self._buckets = [Bucket(plan, groups, config) for plan in plans]
         self.ema = None
         """The moving average of the master weights; None where the configuration asks for none."""
         if config.ema_decay is not None:
             self.ema = Ema([bucket.master for bucket in self._buckets], config.ema_decay)
         self._averaged = False
-        self._to_reduce: deque[_Bucket] = deque(reversed(self._buckets))
+        self._to_reduce: deque[Bucket] = deque(reversed(self._buckets))
+        self._arriving: set[int] = set()
         self._places = {
             slot.placed.parameter: (b, s)
             for b, bucket in enumerate(self._buckets)
@@ -166,6 +71,7 @@ class ShardedOptimizer:
 
         A moving average begins anew.
         """
+        self.finish_gathers()
         if self.ema is not None:
             self.ema.finish()
         for bucket in self._buckets:
@@ -205,7 +111,7 @@ class ShardedOptimizer:
 
     @property
     def num_buckets(self) -> int:
-        """Reductions in a step."""
+        """Reductions in a step, and all-gathers."""
         return len(self._buckets)
 
     def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
@@ -236,45 +142,85 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def reduce_gradients(self) -> float:
-        """Sum gradients over the replicas; returns the norm over every parameter of the model, each counted once."""
+        """Sum gradients over the replicas; returns the norm over every parameter of the model, each counted once.
+
+        After it the parameters are those of the last step, used or not.
+        """
         while self._to_reduce:
             self._to_reduce.popleft().start_reduce()
+        self.finish_gathers()  # of what no micro-batch has used
         for bucket in self._buckets:
             bucket.finish_reduce()
         parts = [torch.linalg.vector_norm(bucket.shard_gradient, dtype=torch.float64) for bucket in self._buckets]
         squares = torch.stack(parts).square().sum()
-        dist.all_reduce(squares, group=self.groups.world)
+        self.groups.sum(squares)
         return float(squares.sqrt())
 
     @torch.no_grad()
-    def step(self, lr: float, gradient_norm: float) -> None:
-        """Clip by the global norm, update the owned rows and publish the new weights."""
+    def step(self, lr: float, gradient_norm: float, blocking: bool = True) -> None:
+        """Clip by the global norm, update the owned rows and publish the new weights.
+
+        With `blocking` False it returns while they are on their way: who does that calls `wait_for` before a forward
+        uses a parameter. Until then it is NaN, and a gradient for it is refused. All-gathers are launched here, and
+        all of them, in the order in which a forward needs the buckets, which is one order on all ranks as that of the
+        reductions is; so whatever the next step launches comes after them on every rank, and waits launch nothing.
+        """
+        self.finish_gathers()
         if self.ema is not None:
             self.ema.release()
         clip = self.config.clip_norm
         scale = clip / gradient_norm if clip is not None and gradient_norm > clip else 1.0
         self.steps += 1
         now = Update(lr, self.steps, scale)
-        for bucket in self._buckets:
+        for index, bucket in enumerate(self._buckets):
             decay = self.config.weight_decay if bucket.plan.decayed else 0.0
             self._update(
                 bucket.master, bucket.shard_gradient, bucket.exp_avg, bucket.exp_avg_sq, self.config, decay, now
             )
+            if not blocking and bucket.start_gather():
+                bucket.invalidate()
+                self._arriving.add(index)
         if self.ema is not None:
             self.ema.update()
-        self.publish()
+        if blocking:
+            self.publish()
+
+    def wait_for(self, *users: nn.Module | nn.Parameter) -> None:
+        """Wait until the parameters among or within `users` have the weights of the last step."""
+        if not self._arriving:
+            return
+        for user in users:
+            for parameter in user.parameters() if isinstance(user, nn.Module) else (user,):
+                self._arrive(self._places[parameter][0])
+
+    def finish_gathers(self) -> None:
+        """Wait until all parameters have the weights of the last step: before anything but a forward touches them, or
+        the state."""
+        for index in sorted(self._arriving):
+            self._arrive(index)
 
     @torch.no_grad()
     def publish(self) -> None:
         """Refresh the parameters of all replicas from the master weights."""
-        for bucket in self._buckets:
-            bucket.publish()
+        self._publish([None] * len(self._buckets))
+
+    def _publish(self, shards: Sequence[Tensor | None]) -> None:
+        self.finish_gathers()
+        for bucket, shard in zip(self._buckets, shards, strict=True):
+            bucket.start_gather(shard)
+            bucket.finish_gather()  # one at a time: what is received takes memory
+
+    def _arrive(self, index: int) -> None:
+        if index in self._arriving:
+            self._arriving.remove(index)
+            self._buckets[index].finish_gather()
 
     def state(self) -> dict[str, DTensor]:
         """Views of master weights and moments, as `weights.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`.
 
         Until the next step they may be written to; `publish` then makes the parameters match.
         """
+        self.finish_gathers()  # FP32 weights are sent from where the masters are
         if self.ema is not None:
             self.ema.finish()
         fields = {"weights": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -299,9 +245,7 @@ class ShardedOptimizer:
         the run, and a collective here would wait for ranks that never come.
         """
         assert self.ema is not None, "there is no average: optim.ema_decay is null"
-        with torch.no_grad():
-            for bucket, shard in zip(self._buckets, self.ema.shards(), strict=True):
-                bucket.publish(shard)
+        self._publish(self.ema.shards())
         self._averaged = True
         yield
         self._averaged = False
@@ -338,26 +282,3 @@ class ShardedOptimizer:
     def _named(self, field: str) -> Iterable[tuple[str, DTensor]]:
         for bucket in self._buckets:
             yield from bucket.views(getattr(bucket, field))
-
-
-def _check_agreement(plans: Sequence[Plan], groups: Groups) -> None:
-    """See to it that replicas plan the same buckets in the same order: others would be summed without an error.
-
-    Every rank asks each of its groups in an order that all share, also one it has no parameter for.
-    """
-    own = (groups.coordinates.pp,)
-    kinds: list[Replicas] = ["dp", "edp"]
-    for holders in sorted({own, *(held for _, held in groups.shared)}):
-        for kind in kinds:
-            group = groups.replicas(kind, holders).get_group()
-            mine = [
-                (slot.placed.names, slot.placed.shape, plan.decayed, place)
-                for plan in plans
-                if (plan.replicas, plan.holders) == (kind, holders)
-                for place, slot in enumerate(plan.slots)
-            ]
-            theirs: list[Any] = [None] * group.size()
-            dist.all_gather_object(theirs, mine, group=group)
-            for rank, other in zip(dist.get_process_group_ranks(group), theirs, strict=True):
-                for ours, its in zip_longest(mine, other):
-                    assert ours == its, f"{kind} of pipeline ranks {holders}: here {ours}, on rank {rank} {its}"

@@ -22,7 +22,7 @@ from counterflow.launcher.load import load_config
 from counterflow.launcher.load_source import shipped
 from counterflow.launcher.trainer import Trainer
 from counterflow.launcher.verify_check import Attempt, Moved, Outcome, verify_ranks
-from counterflow.launcher.verify_compare import TOLERANCES, Difference, moved_choices, parameter_class
+from counterflow.launcher.verify_compare import BF16_REDUCE, TOLERANCES, Difference, moved_choices, parameter_class
 from counterflow.launcher.verify_report import body, heading, to_json
 from counterflow.launcher.verify_run import Choices, Seen, Step
 from counterflow.launcher.verify_shrink import Shrunk, shrink
@@ -135,6 +135,7 @@ def _stale_copy(groups: Groups) -> None:
         parameter = next(p for n, p in self.model.parameters() if n.endswith(".gate.weight"))
         before = parameter.detach().clone()
         metrics = step(self)
+        self.optimizer.finish_gathers()
         if dist.get_world_size(self.groups.world) == 4 and groups.rank == 3:
             parameter.data.copy_(before)
         return metrics
@@ -261,6 +262,16 @@ def test_fp8_is_verified_with_all_else_in_fp32_too(pool: Pool) -> None:
     )
     outcomes, *_ = pool.run(verified, 4, shrink(config, None, 4))
     assert [(outcome.recipe, outcome.agrees) for outcome in outcomes] == [("fp8", True), ("fp8 on fp32", True)]
+
+
+def test_gradients_that_travel_in_bf16_are_verified_in_fp32_too(pool: Pool) -> None:
+    _, shrunk = small("optim.reduce=bf16")
+    outcomes, *_ = pool.run(verified, 4, shrunk)
+    assert [(outcome.recipe, outcome.agrees) for outcome in outcomes] == [("fp32, reduce bf16", True), ("fp32", True)]
+    rounded, exact = (
+        max(each.error for each in outcome.last.differences if each.quantity == "gradient") for outcome in outcomes
+    )
+    assert 1e-4 < rounded < BF16_REDUCE and exact < 1e-5
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from counterflow.parallel import zero
 from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
 from counterflow.parallel.zero import ShardedOptimizer
 from counterflow.placement import Placed
 from counterflow.tests.gather import gathered
+from counterflow.tests.parallel.seen import Launch, recorded
 from counterflow.tests.parallel.staged import CASES, Case, Part, initial, mirrored, plain, rounded_gradients
 from counterflow.tests.pool import Pool, Worker
 
@@ -31,20 +28,6 @@ def optim(elements: int) -> OptimConfig:
     return OptimConfig.model_validate(
         {"lr": 1e-2, "moments": "fp32", "clip_norm": 2.0, "bucket_mb": elements * 4 / 2**20}
     )
-
-
-@contextmanager
-def recorded() -> Iterator[list[tuple[tuple[int, ...], int]]]:
-    """Every reduction that this rank starts: ranks of its group, and elements."""
-    started: list[tuple[tuple[int, ...], int]] = []
-    real = zero._reduce_scatter
-
-    def reduce_scatter(output: Tensor, given: Tensor, **keys: Any) -> Any:
-        started.append((tuple(dist.get_process_group_ranks(keys["group"])), given.numel()))
-        return real(output, given, **keys)
-
-    with patch.object(zero, "_reduce_scatter", reduce_scatter):
-        yield started
 
 
 def stage_of(item: Placed) -> int:
@@ -69,7 +52,7 @@ def _opposite_orders(worker: Worker, case: Case) -> dict[bool, dict[str, Any]]:
         optimizer = ShardedOptimizer(part.placed, groups, optim(1))
         optimizer.initialise(initial)
         found: dict[str, Any] = {"early": [], "buckets": optimizer.num_buckets, "norms": []}
-        with recorded() as found["started"]:
+        with recorded() as seen:
             for step in range(STEPS):
                 if overlapped:
                     optimizer.begin_step(part.expected())
@@ -81,7 +64,7 @@ def _opposite_orders(worker: Worker, case: Case) -> dict[bool, dict[str, Any]]:
                 found["norms"].append(optimizer.reduce_gradients())
                 found[f"gradients {step}"] = {n: t.to_local().clone() for n, t in optimizer.reduced_gradients().items()}
                 optimizer.step(1e-2, found["norms"][-1])
-        runs[overlapped] = {**found, "published": part.published()}
+        runs[overlapped] = {**found, "started": seen.of("reduce"), "published": part.published()}
     return runs
 
 
@@ -90,10 +73,10 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def assert_same_order(ranks: list[list[tuple[tuple[int, ...], int]]]) -> None:
+def assert_same_order(ranks: list[list[Launch]]) -> None:
     """All members of a group start its reductions in one order."""
-    for group in {members for started in ranks for members, _ in started}:
-        orders = {tuple(size for members, size in ranks[rank] if members == group) for rank in group}
+    for group in {launch.ranks for started in ranks for launch in started}:
+        orders = {tuple(launch for launch in ranks[rank] if launch.ranks == group) for rank in group}
         assert len(orders) == 1, (group, orders)
 
 
@@ -126,13 +109,13 @@ def _at_random(worker: Worker, case: Case, seed: int) -> dict[bool, dict[str, An
         waiting = {index: part.micro_batches(item) for index, item in enumerate(part.placed)}
         turns = [index for index, batches in waiting.items() for _ in batches]
         draw.shuffle(turns)
-        with recorded() as started:
+        with recorded() as seen:
             optimizer.begin_step(announced if overlapped else None)
             for index in turns:
                 part.accumulate(part.placed[index], waiting[index].pop(0), gradients)
             norm = optimizer.reduce_gradients()
         reduced = {name: tensor.to_local() for name, tensor in optimizer.reduced_gradients().items()}
-        runs[overlapped] = {"norm": norm, "reduced": reduced, "started": started}
+        runs[overlapped] = {"norm": norm, "reduced": reduced, "started": seen.launches}
     return runs
 
 

@@ -133,6 +133,7 @@ def _evaluations(worker: Worker, config: Config, ep: int) -> tuple[dict[str, flo
     for _ in range(4):
         first.step()
         second.step()
+    first.optimizer.finish_gathers()
     before = [item.parameter.detach().clone() for item in first.model.placed()]
     losses = first.validate()
     unmoved = all(map(torch.equal, before, [item.parameter for item in first.model.placed()]))

@@ -1,0 +1,158 @@
+"""Gradients, and this rank's shard of weights and moments, of parameters that travel in one collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from ..placement import Replicas
+from .collectives import Collective, begin_all_gather, begin_reduce_scatter
+from .config import OptimConfig
+from .groups import Groups
+from .shards import Plan
+
+FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Bucket:
+    """The parameters of one plan: their sums of gradients, and the shard of the state that this rank owns."""
+
+    def __init__(self, plan: Plan, groups: Groups, config: OptimConfig) -> None:
+        self.plan = plan
+        self.mesh = groups.replicas(plan.replicas, plan.holders)
+        self.group = self.mesh.get_group()
+        self.rank = self.mesh.get_local_rank()
+        self._meter = groups.meter.group(self.group)
+        parameter = plan.slots[0].placed.parameter
+        self.dtype, device = parameter.dtype, parameter.device
+        self.gradient = torch.zeros(plan.numel, dtype=torch.float32, device=device)
+        self.master = torch.zeros(plan.shard_numel, dtype=torch.float32, device=device)
+        self.exp_avg = torch.zeros(plan.shard_numel, dtype=FORMATS[config.moments], device=device)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        # With a single owner the shard is the bucket; otherwise the reduction fills it.
+        alone = plan.ranks == 1
+        self.shard_gradient = self.gradient if alone else torch.zeros_like(self.master)
+        self._format = FORMATS[config.reduce]
+        self._left: list[int | None] = [None] * len(plan.slots)
+        self._reduced = False
+        self._reducing: Collective | None = None
+        self._gathering: Collective | None = None
+
+    # Gradients
+
+    def begin(self, expected: Mapping[nn.Parameter, int]) -> None:
+        """Forget the gradients; see `ShardedOptimizer.begin_step`."""
+        self.finish_reduce()  # of a step that an error ended
+        self.gradient.zero_()
+        self._left = [expected.get(slot.placed.parameter) for slot in self.plan.slots]
+        self._reduced = False
+
+    @property
+    def final(self) -> bool:
+        """Whether each of the parameters has had as many gradients as were announced."""
+        return not any(left is None or left for left in self._left)
+
+    def accumulate(self, index: int, gradient: Tensor) -> None:
+        """Add a gradient of the parameter in slot `index`."""
+        self.count(index)
+        accumulated = self.plan.slots[index].in_bucket(self.gradient)
+        accumulated.add_(gradient.view_as(accumulated))
+
+    def count(self, index: int) -> None:
+        """One more gradient of the parameter in slot `index`."""
+        name, left = self.plan.slots[index].placed.names[0], self._left[index]
+        assert self._gathering is None, f"{name} was used, and nobody waited for its new weights"
+        assert not self._reduced, f"{name} got a gradient after its gradients were reduced"
+        assert left != 0, f"{name} got a gradient more than was announced for this step"
+        if left is not None:
+            self._left[index] = left - 1
+
+    @torch.no_grad()
+    def start_reduce(self) -> None:
+        """Start to sum over the replicas; nothing may be added from here on."""
+        self._reduced = True
+        if self.plan.ranks == 1:
+            return
+        pieces = self.gradient.new_empty(self.plan.ranks, self.plan.shard_numel, dtype=self._format)
+        self.plan.to_shards(self.gradient, pieces)
+        self._reducing = begin_reduce_scatter(pieces, self.shard_gradient, self.group, self._meter)
+
+    @torch.no_grad()
+    def finish_reduce(self) -> None:
+        reducing, self._reducing = self._reducing, None
+        if reducing is not None:
+            reducing.wait()
+
+    # Weights
+
+    @torch.no_grad()
+    def start_gather(self, weights: Tensor | None = None) -> bool:
+        """Start to give every replica the master weights, or other `weights` of this rank's rows, in the parameters'
+        format. True if `finish_gather` has yet to bring them; until then this rank's rows may not change.
+        """
+        assert self._gathering is None, "the last weights are still on their way"
+        shard = (self.master if weights is None else weights).to(self.master.device, self.dtype)
+        if self.plan.ranks == 1:
+            self.plan.from_shards(shard.unsqueeze(0))
+        else:
+            self._gathering = begin_all_gather(shard, self.group, self._meter)
+        return self._gathering is not None
+
+    @torch.no_grad()
+    def invalidate(self) -> None:
+        """Make the parameters NaN: what reads them before `finish_gather` cannot go on unnoticed with old weights."""
+        for slot in self.plan.slots:
+            slot.placed.parameter.detach().fill_(torch.nan)
+
+    @torch.no_grad()
+    def finish_gather(self) -> None:
+        """Wait for the weights that `start_gather` has sent for, and write the parameters."""
+        gathering, self._gathering = self._gathering, None
+        if gathering is not None:
+            self.plan.from_shards(gathering.wait())
+
+    # State
+
+    def views(self, flat: Tensor) -> Iterator[tuple[str, DTensor]]:
+        """Each global tensor of a sharded quantity by name, as the DTensor whose local part lies in `flat`."""
+        mesh = self.mesh
+        if flat.device.type != mesh.device_type:
+            # On the GPUs' mesh a DTensor of CPU memory would be a copy on the GPU.
+            mesh = DeviceMesh.from_group(self.group, flat.device.type, mesh_dim_names=mesh.mesh_dim_names)
+        for slot in self.plan.slots:
+            shape = torch.Size(slot.placed.shape)
+            stride = (slot.columns, 1)[-len(shape) :]
+            owned = len(slot.owned(self.rank))
+            for name, rows in zip(slot.placed.names, slot.in_shard(flat), strict=True):
+                local = rows[:owned].view(owned, *shape[1:])
+                yield name, DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def check_agreement(plans: Sequence[Plan], groups: Groups) -> None:
+    """See to it that replicas plan the same buckets in the same order: others would be summed without an error.
+
+    Every rank asks each of its groups in an order that all share, also one it has no parameter for.
+    """
+    own = (groups.coordinates.pp,)
+    kinds: list[Replicas] = ["dp", "edp"]
+    for holders in sorted({own, *(held for _, held in groups.shared)}):
+        for kind in kinds:
+            group = groups.replicas(kind, holders).get_group()
+            mine = [
+                (slot.placed.names, slot.placed.shape, plan.decayed, place)
+                for plan in plans
+                if (plan.replicas, plan.holders) == (kind, holders)
+                for place, slot in enumerate(plan.slots)
+            ]
+            theirs: list[Any] = [None] * group.size()
+            dist.all_gather_object(theirs, mine, group=group)
+            for rank, other in zip(dist.get_process_group_ranks(group), theirs, strict=True):
+                for ours, its in zip_longest(mine, other):
+                    assert ours == its, f"{kind} of pipeline ranks {holders}: here {ours}, on rank {rank} {its}"
