@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..comm.dispatcher import Dispatcher, Incoming
@@ -60,13 +61,18 @@ class RoutedExperts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The parts of DeepSeekMoE (V3 §2.1.2); the block runs them in phases. `local_experts` are global numbers."""
+    """The parts of DeepSeekMoE (V3 §2.1.2); the block runs them in phases.
+
+    `local_experts` are the global numbers of the experts this rank holds, in the order of their weights. The router
+    chooses experts; the dispatcher is told places, which `place` translates them to.
+    """
 
     def __init__(
         self, config: ModelConfig, experts: Sequence[int], dispatcher: Dispatcher, kernels: Kernels, recipe: Recipe
     ) -> None:
         super().__init__()
         self.local_experts = tuple(experts)
+        self._place_of_expert: Tensor | None = None
         self.dispatcher = dispatcher
         self.gate = Router(config)
         self.experts = RoutedExperts(config, len(self.local_experts), kernels, recipe)
@@ -75,6 +81,21 @@ class MixtureOfExperts(nn.Module):
             inner = config.n_shared_experts * config.moe_intermediate_size
             up, down = recipe.linear("shared_up"), recipe.linear("shared_down")
             self.shared = FeedForward(config.hidden_size, inner, kernels, up, down)
+
+    def place(self, expert_ids: Tensor) -> Tensor:
+        """The places of experts `[T, K]`: rank of the group x experts a rank + place on that rank. An expert's place is
+        its number until `hold` says otherwise; -1, a token that goes nowhere, stays -1."""
+        return expert_ids if self._place_of_expert is None else self._place_of_expert[expert_ids]
+
+    def hold(self, placement: Sequence[int], rank: int) -> None:
+        """From now on place p of the layer holds expert `placement[p]`, and this is rank `rank` of the group. Whoever
+        calls it sees to it that the weights do too."""
+        each = len(self.local_experts)
+        self.local_experts = tuple(placement[rank * each : (rank + 1) * each])
+        numbers = torch.tensor(placement)
+        places = torch.cat((torch.argsort(numbers), torch.tensor([-1])))  # an index of -1 finds the last
+        moved = bool((numbers[1:] < numbers[:-1]).any())
+        self._place_of_expert = places.to(self.gate.weight.device) if moved else None
 
 
 def _swiglu(

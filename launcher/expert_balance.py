@@ -1,0 +1,169 @@
+"""Keeps the ranks of an expert parallel group evenly loaded: measures, places experts anew, moves them.
+
+Between two steps, every `parallel.expert_placement.every` of them. All ranks see the same loads, so all arrive at the
+same placement without a word. L MoE layers (MTP modules last), E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..parallel.expert_moves import move_experts
+from ..parallel.expert_placement import (
+    Placement,
+    contiguous,
+    imbalance,
+    loads_of_ranks,
+    place_experts,
+    places_of,
+)
+from ..parallel.groups import Groups
+from ..parallel.layout import Layout
+from ..parallel.zero import ShardedOptimizer
+from .build import Model
+from .config import Config
+
+logger = logging.getLogger(__name__)
+
+LOADS, PLACEMENT = "expert_loads", "expert_placement"
+"""Keys of a checkpoint's progress."""
+
+
+class ExpertBalance:
+    """Where the experts of a run are, and the loads that decide where they will be."""
+
+    def __init__(
+        self, config: Config, groups: Groups, model: Model, optimizer: ShardedOptimizer, device: torch.device
+    ) -> None:
+        asked, architecture = config.parallel.expert_placement, config.model
+        layers = architecture.num_hidden_layers - architecture.first_k_dense_replace
+        layers += architecture.num_nextn_predict_layers
+        experts = architecture.n_routed_experts
+        self._groups, self._model, self._optimizer = groups, model, optimizer
+        limited = architecture.topk_group < architecture.n_group  # else groups mean nothing
+        self._num_groups = architecture.n_group if limited else 1
+        self._num_nodes = nodes_of_a_group(groups.layout)
+        self._every = asked.every if groups.layout.ep > 1 and layers else None
+        self._gain = asked.gain
+        self._window = asked.every or config.checkpoint.every  # steps that loads are summed over
+        self._loads = torch.zeros(layers, experts, dtype=torch.int64, device=device)
+        self._steps = 0
+        self.placements: list[Placement] = [contiguous(experts)] * layers
+        """The expert at each place, a layer."""
+
+    @property
+    def rank_of_expert(self) -> Tensor:
+        """`[L, E]` int64 on the CPU: the rank, in its expert parallel group, that holds each expert."""
+        each = self._loads.shape[1] // self._groups.layout.ep
+        places = torch.tensor([places_of(placement) for placement in self.placements], dtype=torch.int64)
+        return torch.div(places.view(self._loads.shape), each, rounding_mode="floor")
+
+    def measure(self, counts: Tensor, step: int) -> None:
+        """Take in the tokens `[L, E]` that each expert was sent in step `step`, by all ranks together."""
+        if (step - 1) % self._window == 0:
+            self._loads.zero_()
+            self._steps = 0
+        self._loads += counts
+        self._steps += 1
+
+    def rebalance(self, step: int) -> None:
+        """Before the gradients of the step after `step`: move experts, if it is time and if it helps.
+
+        Not at the end of `step`, so that what a checkpoint of it holds is what its gradients and evaluations had.
+        """
+        if self._every is None or not step or step % self._every:
+            return
+        loads = self._loads.tolist()
+        ranks = self._groups.layout.ep
+        after = [
+            place_experts(layer, present, self._num_groups, self._num_nodes, ranks, self._gain)
+            for layer, present in zip(loads, self.placements, strict=True)
+        ]
+        moved = sum(
+            a != b for old, new in zip(self.placements, after, strict=True) for a, b in zip(old, new, strict=True)
+        )
+        was, now = (_describe(loads, placements, ranks) for placements in (self.placements, after))
+        sent = self._apply(after, move=True)
+        logger.info(
+            "experts placed by the loads of %d steps: busiest rank %s -> %s, %d of %d experts moved, %.1f MiB sent",
+            self._steps, was, now, moved, self._loads.numel(), sent / 2**20,
+        )  # fmt: skip
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint's progress says of loads and placement."""
+        loads = {"steps": self._steps, "tokens": self._loads.tolist()}
+        if all(placement == contiguous(len(placement)) for placement in self.placements):
+            return {LOADS: loads}
+        placement = {
+            "ranks": self._groups.layout.ep,
+            "nodes": self._num_nodes,
+            "experts": [list(placement) for placement in self.placements],
+        }
+        return {LOADS: loads, PLACEMENT: placement}
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's progress; called before its tensors are read, which experts' names then fit.
+
+        A placement is for one number of ranks and nodes: in another layout the experts are in their order again.
+        """
+        loads = progress.get(LOADS, {"steps": 0, "tokens": self._loads.new_zeros(self._loads.shape).tolist()})
+        self._steps = loads["steps"]
+        self._loads.copy_(torch.tensor(loads["tokens"], dtype=torch.int64).view(self._loads.shape))
+        written = progress.get(PLACEMENT)
+        placements = [contiguous(self._loads.shape[1])] * len(self.placements)
+        if written is not None:
+            here = self._groups.layout.ep, self._num_nodes
+            if (written["ranks"], written["nodes"]) == here:
+                placements = [tuple(placement) for placement in written["experts"]]
+            else:
+                logger.info(
+                    "experts begin in their order: the checkpoint has them placed for ep %d on %s, this run has ep %d "
+                    "on %s", written["ranks"], _nodes(written["nodes"]), here[0], _nodes(here[1]),
+                )  # fmt: skip
+        self._apply(placements, move=False)
+
+    def _apply(self, placements: list[Placement], move: bool) -> int:
+        """Make `placements` the present ones; returns the bytes that all ranks sent, if weights and state `move`."""
+        group, sent = self._groups.ep, 0
+        for number, layer in self._model.mixtures():
+            before, after = self.placements[number], placements[number]
+            if before == after:
+                continue
+            if move:
+                sent += move_experts(self._optimizer, list(layer.experts.parameters()), before, after, group)
+            layer.hold(after, group.rank())
+        changed = placements != self.placements  # equal on all ranks, whatever layers they hold
+        self.placements = placements
+        if not changed:
+            return 0
+        for item in self._model.placed():
+            self._optimizer.rename(item.parameter, item.names)
+        if not move:
+            return 0
+        self._optimizer.publish()
+        total = torch.tensor(sent, device=self._loads.device)
+        dist.all_reduce(total, group=self._groups.world)
+        return int(total)
+
+
+def nodes_of_a_group(layout: Layout) -> int:
+    """Nodes that the ranks of each expert parallel group lie on, equally many on each; 1 where they lie unevenly."""
+    return layout.ep // layout.gpus_per_node if layout.ep % layout.gpus_per_node == 0 else 1
+
+
+def _describe(loads: list[list[int]], placements: list[Placement], ranks: int) -> str:
+    """`1.21 x the mean (worst layer 1.84)`."""
+    over = [
+        imbalance(loads_of_ranks(layer, placement, ranks)) for layer, placement in zip(loads, placements, strict=True)
+    ]
+    return f"{sum(over) / len(over):.2f} x the mean (worst layer {max(over):.2f})"
+
+
+def _nodes(number: int) -> str:
+    return f"{number} node{'s' * (number > 1)}"

@@ -1,0 +1,84 @@
+"""Experts change ranks: master weights, moments and averages go from where they were to where they will be.
+
+Every rank holds a shard of each of its experts, cut alike everywhere, so a shard goes to the rank with the same `pp`
+and `edp` coordinates: within its expert parallel group. Pipeline ranks that hold a stage in common each do the same
+in theirs. E experts of a layer, E_local of them on a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..comm.exchange import Exchange
+from .expert_placement import Placement, places_of
+from .zero import ShardedOptimizer
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What one rank sends and receives when a layer's placement changes, by places on the rank."""
+
+    leaving: tuple[int, ...]
+    """Places whose experts go elsewhere, ordered by where to."""
+    send_splits: list[int]
+    """How many go to each rank, this one included: an expert may change its place on a rank."""
+    arriving: tuple[int, ...]
+    """Places that get another expert, in the order of arrival."""
+    receive_splits: list[int]
+
+    @classmethod
+    def between(cls, before: Placement, after: Placement, rank: int, num_ranks: int) -> Moves:
+        """The part of `rank` in a change from one placement `[E]` to another."""
+        each = len(before) // num_ranks
+        old, new = places_of(before), places_of(after)
+        moved = [expert for expert in after if old[expert] != new[expert]]  # ordered by new place
+        leaving = [expert for expert in moved if old[expert] // each == rank]
+        arriving = sorted((e for e in moved if new[e] // each == rank), key=lambda expert: old[expert] // each)
+        return cls(
+            tuple(old[expert] % each for expert in leaving),
+            _splits([new[expert] // each for expert in leaving], num_ranks),
+            tuple(new[expert] % each for expert in arriving),
+            _splits([old[expert] // each for expert in arriving], num_ranks),
+        )
+
+
+@torch.no_grad()
+def move_experts(
+    optimizer: ShardedOptimizer,
+    parameters: Sequence[nn.Parameter],
+    before: Placement,
+    after: Placement,
+    group: dist.ProcessGroup,
+) -> int:
+    """Move what the optimizer keeps of a layer's experts; returns the bytes that this rank sent to others.
+
+    Every rank of the expert parallel `group` calls it between steps, with the parameters `[E_local, …]` of the layer in
+    the same order. The parameters themselves follow when the optimizer publishes; their names are to be set by then.
+    """
+    rank = group.rank()
+    moves = Moves.between(before, after, rank, group.size())
+    sent = 0
+    for parameter in parameters:
+        states = [shard.view(parameter.shape[0], -1) for shard in optimizer.shards(parameter)]
+        rows = torch.cat([_to_bytes(state, moves.leaving, parameter.device) for state in states], dim=1)
+        # One message whatever the formats: bytes arrive as they were.
+        received = Exchange(rows, moves.send_splits, moves.receive_splits, group).wait()
+        widths = [state.shape[1] * state.itemsize for state in states]
+        for state, part in zip(states, received.split(widths, dim=1), strict=True):
+            state[list(moves.arriving)] = part.contiguous().view(state.dtype).to(state.device)
+        sent += (len(rows) - moves.send_splits[rank]) * rows.shape[1]
+    return sent
+
+
+def _to_bytes(state: Tensor, places: Sequence[int], device: torch.device) -> Tensor:
+    """The rows at `places` of `[E_local, n]`, each as n x itemsize bytes."""
+    return state[list(places)].view(torch.uint8).to(device)
+
+
+def _splits(ranks: Sequence[int], num_ranks: int) -> list[int]:
+    return [ranks.count(rank) for rank in range(num_ranks)]
