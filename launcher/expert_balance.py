@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,11 +29,9 @@ from ..parallel.layout import Layout
 from ..parallel.zero import ShardedOptimizer
 from .build import Model
 from .config import Config
+from .expert_record import LOADS, PLACEMENT
 
 logger = logging.getLogger(__name__)
-
-LOADS, PLACEMENT = "expert_loads", "expert_placement"
-"""Keys of a checkpoint's progress."""
 
 
 class ExpertBalance:
@@ -85,14 +84,12 @@ class ExpertBalance:
             place_experts(layer, present, self._num_groups, self._num_nodes, ranks, self._gain)
             for layer, present in zip(loads, self.placements, strict=True)
         ]
-        moved = sum(
-            a != b for old, new in zip(self.placements, after, strict=True) for a, b in zip(old, new, strict=True)
-        )
-        was, now = (_describe(loads, placements, ranks) for placements in (self.placements, after))
+        moved = sum(map(_moves, self.placements, after))
+        was, now = (_over_the_mean(loads, placements, ranks) for placements in (self.placements, after))
         sent = self._apply(after, move=True)
         logger.info(
-            "experts placed by the loads of %d steps: busiest rank %s -> %s, %d of %d experts moved, %.1f MiB sent",
-            self._steps, was, now, moved, self._loads.numel(), sent / 2**20,
+            "experts: %d of %d moved, %.1f MiB; busiest rank %.2f -> %.2f x the mean, worst layer %.2f -> %.2f",
+            moved, self._loads.numel(), sent / 2**20, fmean(was), fmean(now), max(was), max(now),
         )  # fmt: skip
 
     def record(self) -> dict[str, Any]:
@@ -157,12 +154,13 @@ def nodes_of_a_group(layout: Layout) -> int:
     return layout.ep // layout.gpus_per_node if layout.ep % layout.gpus_per_node == 0 else 1
 
 
-def _describe(loads: list[list[int]], placements: list[Placement], ranks: int) -> str:
-    """`1.21 x the mean (worst layer 1.84)`."""
-    over = [
-        imbalance(loads_of_ranks(layer, placement, ranks)) for layer, placement in zip(loads, placements, strict=True)
-    ]
-    return f"{sum(over) / len(over):.2f} x the mean (worst layer {max(over):.2f})"
+def _over_the_mean(loads: list[list[int]], placements: list[Placement], ranks: int) -> list[float]:
+    """How even each layer is: the load of its busiest rank over the mean."""
+    return [imbalance(loads_of_ranks(layer, at, ranks)) for layer, at in zip(loads, placements, strict=True)]
+
+
+def _moves(before: Placement, after: Placement) -> int:
+    return sum(old != new for old, new in zip(before, after, strict=True))
 
 
 def _nodes(number: int) -> str:
