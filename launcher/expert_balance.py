@@ -7,7 +7,8 @@ same placement without a word. L MoE layers (MTP modules last), E experts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from statistics import fmean
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..parallel.expert_placement import (
     imbalance,
     loads_of_ranks,
     place_experts,
+    place_replicas,
     places_of,
 )
 from ..parallel.groups import Groups
@@ -30,6 +32,7 @@ from ..parallel.zero import ShardedOptimizer
 from .build import Model
 from .config import Config
 from .expert_record import LOADS, PLACEMENT
+from .expert_replicas import replicated
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ class ExpertBalance:
         self._num_groups = architecture.n_group if limited else 1
         self._num_nodes = nodes_of_a_group(groups.layout)
         self._every = asked.every if groups.layout.ep > 1 and layers else None
-        self._gain = asked.gain
+        self._gain, self._replicas = asked.gain, asked.evaluation_replicas
         self._window = asked.every or config.checkpoint.every  # steps that loads are summed over
         self._loads = torch.zeros(layers, experts, dtype=torch.int64, device=device)
         self._steps = 0
@@ -91,6 +94,21 @@ class ExpertBalance:
             "experts: %d of %d moved, %.1f MiB; busiest rank %.2f -> %.2f x the mean, worst layer %.2f -> %.2f",
             moved, self._loads.numel(), sent / 2**20, fmean(was), fmean(now), max(was), max(now),
         )  # fmt: skip
+
+    @contextmanager
+    def for_evaluation(self) -> Iterator[None]:
+        """Within it experts have the replicas that `evaluation_replicas` asks for, by the loads measured so far."""
+        if self._replicas is None:
+            yield
+            return
+        ranks, alignment = self._groups.layout.ep, self._model.recipe.alignment
+        loads = self._loads.tolist()
+        with ExitStack() as stack:
+            for number, layer in self._model.mixtures():
+                placed = place_replicas(loads[number], self._replicas, self._num_groups, self._num_nodes, ranks)
+                present = self.placements[number]
+                stack.enter_context(replicated(layer, present, placed.physical_to_logical, self._groups.ep, alignment))
+            yield
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint's progress says of loads and placement."""
@@ -134,7 +152,7 @@ class ExpertBalance:
                 continue
             if move:
                 sent += move_experts(self._optimizer, list(layer.experts.parameters()), before, after, group)
-            layer.hold(after, group.rank())
+            layer.hold(after, group.rank(), group.size())
         changed = placements != self.placements  # equal on all ranks, whatever layers they hold
         self.placements = placements
         if not changed:

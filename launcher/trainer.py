@@ -157,7 +157,8 @@ class Trainer:
             )
         )
         _, program = self._program(len(batches), training=False)
-        outputs = self.executor.evaluate(program, [self._on_device(batch, mtp=False) for batch in batches])
+        with self.experts.for_evaluation():
+            outputs = self.executor.evaluate(program, [self._on_device(batch, mtp=False) for batch in batches])
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for output in outputs:
             sums[0] += output.loss

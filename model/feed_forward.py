@@ -72,7 +72,8 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.local_experts = tuple(experts)
-        self._place_of_expert: Tensor | None = None
+        self._places: Tensor | None = None  # [E + 1, X], where experts are not in their order
+        self._replicas: Tensor | None = None  # [E + 1], where an expert has several
         self.dispatcher = dispatcher
         self.gate = Router(config)
         self.experts = RoutedExperts(config, len(self.local_experts), kernels, recipe)
@@ -85,17 +86,33 @@ class MixtureOfExperts(nn.Module):
     def place(self, expert_ids: Tensor) -> Tensor:
         """The places of experts `[T, K]`: rank of the group x experts a rank + place on that rank. An expert's place is
         its number until `hold` says otherwise; -1, a token that goes nowhere, stays -1."""
-        return expert_ids if self._place_of_expert is None else self._place_of_expert[expert_ids]
+        if self._places is None:
+            return expert_ids
+        if self._replicas is None:
+            return self._places[expert_ids, 0]
+        turns = torch.arange(len(expert_ids), device=expert_ids.device).unsqueeze(1)
+        return self._places[expert_ids, turns % self._replicas[expert_ids]]
 
-    def hold(self, placement: Sequence[int], rank: int) -> None:
-        """From now on place p of the layer holds expert `placement[p]`, and this is rank `rank` of the group. Whoever
-        calls it sees to it that the weights do too."""
-        each = len(self.local_experts)
+    def hold(self, placement: Sequence[int], rank: int, num_ranks: int) -> None:
+        """From now on place p of the layer holds expert `placement[p]`; this is rank `rank` of `num_ranks`. Whoever
+        calls it sees to it that the weights do too.
+
+        Replicas of an expert take its tokens in turn, by their number in the micro-batch.
+        """
+        experts = self.gate.config.n_routed_experts
+        each = len(placement) // num_ranks
         self.local_experts = tuple(placement[rank * each : (rank + 1) * each])
-        numbers = torch.tensor(placement)
-        places = torch.cat((torch.argsort(numbers), torch.tensor([-1])))  # an index of -1 finds the last
-        moved = bool((numbers[1:] < numbers[:-1]).any())
-        self._place_of_expert = places.to(self.gate.weight.device) if moved else None
+        self._places = self._replicas = None
+        if list(placement) == list(range(experts)):
+            return
+        places: list[list[int]] = [[] for _ in range(experts)]
+        for place, expert in enumerate(placement):
+            places[expert].append(place)
+        places.append([-1])  # which an index of -1 finds
+        most, device = max(map(len, places)), self.gate.weight.device
+        self._places = torch.tensor([[*held, *[-1] * (most - len(held))] for held in places], device=device)
+        if most > 1:
+            self._replicas = torch.tensor([len(held) for held in places], device=device)
 
 
 def _swiglu(

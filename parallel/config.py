@@ -36,6 +36,12 @@ class ExpertPlacementConfig(Section):
     gain: float = key(
         0.02, "a layer's experts move only if the load of its busiest rank falls by more than this share", ge=0, lt=1
     )
+    evaluation_replicas: int | None = key(
+        None,
+        "places for a layer's experts during evaluations, on all ranks of a group together: the busiest experts are "
+        "held several times, as for inference; a multiple of ep, at least n_routed_experts; null holds each once",
+        ge=1,
+    )
 
 
 class ParallelConfig(Section):

@@ -32,18 +32,24 @@ class Moves:
     receive_splits: list[int]
 
     @classmethod
-    def between(cls, before: Placement, after: Placement, rank: int, num_ranks: int) -> Moves:
-        """The part of `rank` in a change from one placement `[E]` to another."""
-        each = len(before) // num_ranks
-        old, new = places_of(before), places_of(after)
-        moved = [expert for expert in after if old[expert] != new[expert]]  # ordered by new place
-        leaving = [expert for expert in moved if old[expert] // each == rank]
-        arriving = sorted((e for e in moved if new[e] // each == rank), key=lambda expert: old[expert] // each)
+    def between(
+        cls, before: Placement, after: Sequence[int], rank: int, num_ranks: int, every_place: bool = False
+    ) -> Moves:
+        """The part of `rank` in a change from a placement `[E]` to another, which may have replicas: `[P]`.
+
+        Places of which the expert stays take no part, unless `every_place` is to be filled.
+        """
+        each, each_after = len(before) // num_ranks, len(after) // num_ranks
+        old = places_of(before)
+        moved = [(old[expert], new) for new, expert in enumerate(after) if every_place or old[expert] != new]
+        leaving = [(source, target) for source, target in moved if source // each == rank]
+        arriving = [(source, target) for source, target in moved if target // each_after == rank]
+        arriving.sort(key=lambda places: places[0] // each)
         return cls(
-            tuple(old[expert] % each for expert in leaving),
-            _splits([new[expert] // each for expert in leaving], num_ranks),
-            tuple(new[expert] % each for expert in arriving),
-            _splits([old[expert] // each for expert in arriving], num_ranks),
+            tuple(source % each for source, _ in leaving),
+            _splits([target // each_after for _, target in leaving], num_ranks),
+            tuple(target % each_after for _, target in arriving),
+            _splits([source // each for source, _ in arriving], num_ranks),
         )
 
 
@@ -73,6 +79,20 @@ def move_experts(
             state[list(moves.arriving)] = part.contiguous().view(state.dtype).to(state.device)
         sent += (len(rows) - moves.send_splits[rank]) * rows.shape[1]
     return sent
+
+
+@torch.no_grad()
+def copy_experts(weight: Tensor, before: Placement, after: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """The experts' weights `[E_local, …]` for the places `after` `[P]`, replicas included: `[P / ranks, …]`.
+
+    Every rank of the expert parallel `group` calls it.
+    """
+    moves = Moves.between(before, after, group.rank(), group.size(), every_place=True)
+    rows = weight.detach().flatten(1)[list(moves.leaving)]
+    received = Exchange(rows, moves.send_splits, moves.receive_splits, group).wait()
+    copies = torch.empty_like(received)
+    copies[list(moves.arriving)] = received
+    return copies.view(-1, *weight.shape[1:])
 
 
 def _to_bytes(state: Tensor, places: Sequence[int], device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from counterflow.model.feed_forward import MixtureOfExperts
 from counterflow.model.kernels import Kernels
 from counterflow.parallel.expert_moves import Moves
 from counterflow.parallel.layout import Layout
+from counterflow.settings import UsageError
 from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, make_trainer, relative, tiny
@@ -86,12 +88,12 @@ def merged(ranks: list[Seen], what: str) -> dict[str, Tensor]:
     return found
 
 
+FP8 = ("precision.recipe=fp8",)
 LAYOUTS = {
-    "ep4": (4, 4, ()),
     "ep2-edp2": (4, 2, ()),
     "ep4-edp2": (8, 4, ()),
     "ep2-edp2-dualpipe": (8, 2, ("parallel.pp=2", "parallel.schedule=dualpipe")),
-    "ep2-fp8": (2, 2, ("precision.recipe=fp8",)),
+    "ep2-fp8": (2, 2, FP8),
 }
 
 
@@ -200,6 +202,55 @@ def test_loads_are_those_since_the_last_placement_or_checkpoint(pool: Pool, text
         assert records[step - 1] == {"steps": step - begin, "tokens": counts[begin:step].sum(0).tolist()}
 
 
+def _evaluations(worker: Worker, config: Config, ep: int) -> tuple[list[dict[str, float]], list[int], bool]:
+    """Losses of evaluations with replicas and without, the rows that this rank's experts computed in each, and whether
+    training goes on as if nothing had been."""
+    trainer, other = (make_trainer(config, worker.world_size, ep) for _ in range(2))
+    for _ in range(2):
+        trainer.step()
+        other.step()
+    rows, losses = [0, 0], []
+
+    def count(_module: Any, given: tuple[Tensor, ...]) -> None:
+        rows[len(losses)] += len(given[0])
+
+    handles = [layer.experts.register_forward_pre_hook(count) for _, layer in trainer.model.mixtures()]
+    losses.append(trainer.validate())
+    with mock.patch.object(trainer.experts, "for_evaluation", nullcontext):
+        losses.append(trainer.validate())
+    for handle in handles:
+        handle.remove()
+    numbers = [[getattr(each.step(), name) for name in NUMBERS] for each in (trainer, other)]
+    for each in (trainer, other):
+        each.close()
+    return losses, rows, numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize(("world", "ep", "more"), [(4, 4, ()), (4, 2, LAYOUTS["ep2-edp2-dualpipe"][2]), (2, 2, FP8)])
+def test_an_evaluation_with_replicas_has_the_same_loss_on_evener_ranks(
+    pool: Pool, text: Path, world: int, ep: int, more: tuple[str, ...]
+) -> None:
+    replicas = "parallel.expert_placement.evaluation_replicas=16"
+    config = tiny(text, *SMALL, replicas, "train.evaluate_sequences=16", "parallel.expert_placement.every=1", *more)
+    ranks = pool.run(_evaluations, world, config, ep)
+    for (with_replicas, without), _, undisturbed in ranks:
+        for name in ("validation_loss", "validation_loss_ema"):
+            assert relative(with_replicas[name], without[name]) < 1e-6
+        assert undisturbed
+    rows, rows_without = zip(*(rows for _, rows, _ in ranks), strict=True)
+    if not more:  # else a pipeline rank has layers of its own, or rows are aligned
+        assert sum(rows) == sum(rows_without)
+        assert max(rows) < max(rows_without)
+
+
+@pytest.mark.parametrize(("replicas", "near"), [(9, "8 or 12"), (4, "8"), (14, "12 or 16")])
+def test_replicas_that_do_not_fit_are_refused_when_the_configuration_is_read(
+    text: Path, replicas: int, near: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"{replicas} is not a multiple of parallel.ep 4 .* \(nearest: {near}\)"):
+        tiny(text, "parallel.ep=4", f"parallel.expert_placement.evaluation_replicas={replicas}")
+
+
 @given(st.permutations(range(12)), st.permutations(range(12)), st.sampled_from([1, 2, 3, 4, 6]))
 def test_what_ranks_send_and_receive_makes_the_new_placement(before: list[int], after: list[int], ranks: int) -> None:
     each = 12 // ranks
@@ -222,10 +273,14 @@ def test_tokens_that_go_nowhere_go_nowhere_in_any_placement(text: Path) -> None:
     layer = MixtureOfExperts(tiny(text).model, range(4), _Unused(), Kernels.make(), Recipe())
     ids = torch.tensor([[0, -1], [7, 3]])
     assert layer.place(ids) is ids
-    layer.hold((7, 6, 5, 4, 3, 2, 1, 0), 1)
+    layer.hold((7, 6, 5, 4, 3, 2, 1, 0), 1, 2)
     assert layer.local_experts == (3, 2, 1, 0)
     assert layer.place(ids).tolist() == [[7, -1], [0, 4]]
-    layer.hold(tuple(range(8)), 1)
+    layer.hold((7, 6, 5, 4, 3, 3, 2, 1, 0, 3), 1, 2)
+    assert layer.local_experts == (3, 2, 1, 0, 3)
+    assert layer.place(ids).tolist() == [[8, -1], [0, 5]]
+    assert layer.place(torch.tensor([[3], [3], [3], [3], [-1]])).tolist() == [[4], [5], [9], [4], [-1]]
+    layer.hold(tuple(range(8)), 1, 2)
     assert layer.place(ids) is ids
 
 
