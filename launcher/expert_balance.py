@@ -13,7 +13,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..parallel.expert_moves import move_experts
@@ -22,12 +21,12 @@ from ..parallel.expert_placement import (
     contiguous,
     imbalance,
     loads_of_ranks,
+    nodes_of_a_group,
     place_experts,
     place_replicas,
     places_of,
 )
 from ..parallel.groups import Groups
-from ..parallel.layout import Layout
 from ..parallel.zero import ShardedOptimizer
 from .build import Model
 from .config import Config
@@ -101,13 +100,14 @@ class ExpertBalance:
         if self._replicas is None:
             yield
             return
-        ranks, alignment = self._groups.layout.ep, self._model.recipe.alignment
+        ranks = self._groups.layout.ep
         loads = self._loads.tolist()
         with ExitStack() as stack:
             for number, layer in self._model.mixtures():
                 placed = place_replicas(loads[number], self._replicas, self._num_groups, self._num_nodes, ranks)
                 present = self.placements[number]
-                stack.enter_context(replicated(layer, present, placed.physical_to_logical, self._groups.ep, alignment))
+                physical = placed.physical_to_logical
+                stack.enter_context(replicated(layer, present, physical, self._groups, self._model.dispatcher))
             yield
 
     def record(self) -> dict[str, Any]:
@@ -151,7 +151,8 @@ class ExpertBalance:
             if before == after:
                 continue
             if move:
-                sent += move_experts(self._optimizer, list(layer.experts.parameters()), before, after, group)
+                weights = list(layer.experts.parameters())
+                sent += move_experts(self._optimizer, weights, before, after, group, self._groups.meter)
             layer.hold(after, group.rank(), group.size())
         changed = placements != self.placements  # equal on all ranks, whatever layers they hold
         self.placements = placements
@@ -163,13 +164,8 @@ class ExpertBalance:
             return 0
         self._optimizer.publish()
         total = torch.tensor(sent, device=self._loads.device)
-        dist.all_reduce(total, group=self._groups.world)
+        self._groups.sum(total)
         return int(total)
-
-
-def nodes_of_a_group(layout: Layout) -> int:
-    """Nodes that the ranks of each expert parallel group lie on, equally many on each; 1 where they lie unevenly."""
-    return layout.ep // layout.gpus_per_node if layout.ep % layout.gpus_per_node == 0 else 1
 
 
 def _over_the_mean(loads: list[list[int]], placements: list[Placement], ranks: int) -> list[float]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..comm.exchange import Exchange
+from ..comm.meter import Meter
 from .expert_placement import Placement, places_of
 from .zero import ShardedOptimizer
 
@@ -60,6 +61,7 @@ def move_experts(
     before: Placement,
     after: Placement,
     group: dist.ProcessGroup,
+    meter: Meter,
 ) -> int:
     """Move what the optimizer keeps of a layer's experts; returns the bytes that this rank sent to others.
 
@@ -73,7 +75,7 @@ def move_experts(
         states = [shard.view(parameter.shape[0], -1) for shard in optimizer.shards(parameter)]
         rows = torch.cat([_to_bytes(state, moves.leaving, parameter.device) for state in states], dim=1)
         # One message whatever the formats: bytes arrive as they were.
-        received = Exchange(rows, moves.send_splits, moves.receive_splits, group).wait()
+        received = _exchange(rows, moves, group, meter)
         widths = [state.shape[1] * state.itemsize for state in states]
         for state, part in zip(states, received.split(widths, dim=1), strict=True):
             state[list(moves.arriving)] = part.contiguous().view(state.dtype).to(state.device)
@@ -82,17 +84,23 @@ def move_experts(
 
 
 @torch.no_grad()
-def copy_experts(weight: Tensor, before: Placement, after: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def copy_experts(
+    weight: Tensor, before: Placement, after: Sequence[int], group: dist.ProcessGroup, meter: Meter
+) -> Tensor:
     """The experts' weights `[E_local, …]` for the places `after` `[P]`, replicas included: `[P / ranks, …]`.
 
     Every rank of the expert parallel `group` calls it.
     """
     moves = Moves.between(before, after, group.rank(), group.size(), every_place=True)
     rows = weight.detach().flatten(1)[list(moves.leaving)]
-    received = Exchange(rows, moves.send_splits, moves.receive_splits, group).wait()
+    received = _exchange(rows, moves, group, meter)
     copies = torch.empty_like(received)
     copies[list(moves.arriving)] = received
     return copies.view(-1, *weight.shape[1:])
+
+
+def _exchange(rows: Tensor, moves: Moves, group: dist.ProcessGroup, meter: Meter) -> Tensor:
+    return Exchange(rows, moves.send_splits, moves.receive_splits, group, meter.group(group), "experts").wait()
 
 
 def _to_bytes(state: Tensor, places: Sequence[int], device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..settings import UsageError
+from .layout import Layout
 
 Placement = tuple[int, ...]
 """The expert at each place, `[E]`: a permutation of the layer's experts."""
@@ -48,6 +49,11 @@ def places_of(placement: Sequence[int]) -> tuple[int, ...]:
     for place, expert in enumerate(placement):
         places[expert] = place
     return tuple(places)
+
+
+def nodes_of_a_group(layout: Layout) -> int:
+    """Nodes that each expert parallel group lies on, with equally many ranks on each; 1 where they are uneven."""
+    return layout.ep // layout.gpus_per_node if layout.ep % layout.gpus_per_node == 0 else 1
 
 
 def loads_of_ranks(loads: Sequence[float], placement: Sequence[int], num_ranks: int) -> list[float]:

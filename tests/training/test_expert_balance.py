@@ -18,16 +18,18 @@ from torch import Tensor
 
 from counterflow.checkpoint.manifest import read_manifest
 from counterflow.fp8.recipe import Recipe
+from counterflow.launcher.build import make_groups
 from counterflow.launcher.config import Config
-from counterflow.launcher.expert_balance import nodes_of_a_group
+from counterflow.launcher.trainer import Trainer
 from counterflow.model.feed_forward import MixtureOfExperts
 from counterflow.model.kernels import Kernels
 from counterflow.parallel.expert_moves import Moves
+from counterflow.parallel.expert_placement import nodes_of_a_group
 from counterflow.parallel.layout import Layout
 from counterflow.settings import UsageError
 from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
-from counterflow.tests.training.harness import NUMBERS, make_trainer, relative, tiny
+from counterflow.tests.training.harness import NUMBERS, make_trainer, open_text, relative, tiny
 
 # Everything that is kept of an expert, in all its formats, and routing that is uneven enough for experts to move.
 # The norm of gradients is a sum over the ranks' parts: where experts change ranks, its last bit of FP64 may change, and
@@ -35,7 +37,7 @@ from counterflow.tests.training.harness import NUMBERS, make_trainer, relative, 
 KEPT = ("optim.ema_decay=0.8", "optim.moments=bf16", "train.bias_update_speed=0", "optim.clip_norm=null")
 SMALL = ("model.num_hidden_layers=2", "train.evaluate_sequences=8", *KEPT)
 MOVING = ("parallel.expert_placement.every=1", "parallel.expert_placement.gain=0")
-STEPS = 4  # experts move before steps 2, 3 and 4; the checkpoint is of step 2
+STEPS = 3  # experts move before steps 2 and 3; the checkpoint is of step 2
 
 
 @dataclass
@@ -52,15 +54,23 @@ class Seen:
     said: list[str] = field(default_factory=list)
 
 
-def run(worker: Worker, config: Config, ep: int, resume: Path | None = None, save: Path | None = None) -> Seen:
-    """Four steps, or those after a checkpoint; one is written after step 2."""
+def run(
+    worker: Worker,
+    config: Config,
+    ep: int,
+    resume: Path | None = None,
+    save: Path | None = None,
+    per_node: int = 8,
+) -> Seen:
+    """Three steps, or those after a checkpoint; one is written after step 2."""
     seen = Seen()
     handler = logging.Handler()
     handler.emit = lambda record: seen.said.append(record.getMessage())  # type: ignore[method-assign]
     ours = logging.getLogger("counterflow")
     ours.setLevel(logging.INFO)
     ours.addHandler(handler)
-    trainer = make_trainer(config, worker.world_size, ep)
+    groups = make_groups(config, Layout(worker.world_size, config.parallel.pp, ep, per_node), "cpu")
+    trainer = Trainer(config, groups, torch.device("cpu"), open_text(config))
     if resume is not None:
         trainer.restore(resume)
     while trainer.progress.step < STEPS:
@@ -104,7 +114,7 @@ def test_a_run_whose_experts_move_has_the_bits_of_one_whose_experts_stay(pool: P
     staying = pool.run(run, world, tiny(text, *SMALL, *more), ep)
     ranks = moving[0].ranks
     assert torch.equal(ranks[0], staying[0].ranks[-1])
-    assert not torch.equal(ranks[1], ranks[0]) and not torch.equal(ranks[3], ranks[1]), "no expert moved"
+    assert not torch.equal(ranks[1], ranks[0]) and not torch.equal(ranks[2], ranks[1]), "no expert moved"
     for one, other in zip(moving, staying, strict=True):
         assert torch.equal(torch.stack(one.ranks), torch.stack(ranks)), "ranks disagree on where experts are"
         assert one.validation == other.validation and len(one.validation) == 2
@@ -115,6 +125,19 @@ def test_a_run_whose_experts_move_has_the_bits_of_one_whose_experts_stay(pool: P
         found, expected = merged(moving, what), merged(staying, what)
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_on_several_nodes_groups_move_as_a_whole(pool: Pool, text: Path) -> None:
+    """By two hops, which add up a node's outputs first: another placement adds in another order."""
+    moving, staying = (
+        pool.run(run, 4, tiny(text, *SMALL, "comm.dispatcher=two-hop", *more), 4, None, None, 2)
+        for more in (MOVING, ())
+    )
+    nodes = torch.stack(moving[0].ranks) // 2
+    assert torch.equal(nodes.unflatten(-1, (4, 2)).amin(-1), nodes.unflatten(-1, (4, 2)).amax(-1)), "a group is split"
+    assert not torch.equal(nodes[0], nodes[-1]), "no group moved"
+    for found, expected in zip(moving[0].numbers, staying[0].numbers, strict=True):
+        assert all(relative(found[number], expected[number]) < 1e-6 for number in NUMBERS)
 
 
 @pytest.fixture(scope="module")
