@@ -28,6 +28,7 @@ from ..parallel.expert_placement import (
 )
 from ..parallel.groups import Groups
 from ..parallel.zero import ShardedOptimizer
+from ..report.format import format_bytes
 from .build import Model
 from .config import Config
 from .expert_record import LOADS, PLACEMENT
@@ -90,9 +91,15 @@ class ExpertBalance:
         was, now = (_over_the_mean(loads, placements, ranks) for placements in (self.placements, after))
         sent = self._apply(after, move=True)
         logger.info(
-            "experts: %d of %d moved, %.1f MiB; busiest rank %.2f -> %.2f x the mean, worst layer %.2f -> %.2f",
-            moved, self._loads.numel(), sent / 2**20, fmean(was), fmean(now), max(was), max(now),
-        )  # fmt: skip
+            "experts: %d of %d moved, %s; busiest rank %.2f -> %.2f x the mean, worst layer %.2f -> %.2f",
+            moved,
+            self._loads.numel(),
+            format_bytes(sent),
+            fmean(was),
+            fmean(now),
+            max(was),
+            max(now),
+        )
 
     @contextmanager
     def for_evaluation(self) -> Iterator[None]:
@@ -139,8 +146,12 @@ class ExpertBalance:
             else:
                 logger.info(
                     "experts begin in their order: the checkpoint has them placed for ep %d on %s, this run has ep %d "
-                    "on %s", written["ranks"], _nodes(written["nodes"]), here[0], _nodes(here[1]),
-                )  # fmt: skip
+                    "on %s",
+                    written["ranks"],
+                    _nodes(written["nodes"]),
+                    here[0],
+                    _nodes(here[1]),
+                )
         self._apply(placements, move=False)
 
     def _apply(self, placements: list[Placement], move: bool) -> int:

@@ -6,6 +6,7 @@ import logging
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,12 +21,14 @@ from counterflow.checkpoint.manifest import read_manifest
 from counterflow.fp8.recipe import Recipe
 from counterflow.launcher.build import make_groups
 from counterflow.launcher.config import Config
+from counterflow.launcher.preflight import placement_notes
 from counterflow.launcher.trainer import Trainer
 from counterflow.model.feed_forward import MixtureOfExperts
 from counterflow.model.kernels import Kernels
 from counterflow.parallel.expert_moves import Moves
 from counterflow.parallel.expert_placement import nodes_of_a_group
 from counterflow.parallel.layout import Layout
+from counterflow.report.format import format_bytes
 from counterflow.settings import UsageError
 from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
@@ -47,6 +50,8 @@ class Seen:
     numbers: list[dict[str, float]] = field(default_factory=list)
     ranks: list[Tensor] = field(default_factory=list)
     """`[L, E]` rank of each expert in each step."""
+    sent: list[int] = field(default_factory=list)
+    """Bytes by which experts moved before each step, as the traffic meters of all ranks have it."""
     validation: dict[str, float] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
     """Weights, moments and averages of the tensors that this rank has a part in, whole."""
@@ -77,6 +82,7 @@ def run(
         metrics = trainer.step()
         seen.numbers.append({name: getattr(metrics, name) for name in NUMBERS})
         seen.ranks.append(trainer.experts.rank_of_expert)
+        seen.sent.append(sum(sent.bytes for sent in metrics.traffic or () if sent.purpose == "experts"))
         if save is not None and metrics.step == 2:
             trainer.save(save)
     ours.removeHandler(handler)
@@ -130,7 +136,7 @@ def test_a_run_whose_experts_move_has_the_bits_of_one_whose_experts_stay(pool: P
 def test_on_several_nodes_groups_move_as_a_whole(pool: Pool, text: Path) -> None:
     """By two hops, which add up a node's outputs first: another placement adds in another order."""
     moving, staying = (
-        pool.run(run, 4, tiny(text, *SMALL, "comm.dispatcher=two-hop", *more), 4, None, None, 2)
+        pool.run(run, 4, tiny(text, *SMALL, "comm.dispatcher=two-hop", "run.seed=4", *more), 4, None, None, 2)
         for more in (MOVING, ())
     )
     nodes = torch.stack(moving[0].ranks) // 2
@@ -198,10 +204,14 @@ def test_the_log_says_what_moved_and_what_for(unbroken: tuple[Config, list[Seen]
     for rank in unbroken[1]:
         lines = [line for line in rank.said if line.startswith("experts: ")]
         assert len(lines) == STEPS - 1
-        moved, of, sent, was, now, worst_was, worst_now = map(float, re.findall(r"\d+(?:\.\d+)?", lines[0]))
+        moved, of = map(int, re.findall(r"\d+", lines[0])[:2])
+        was, now, worst_was, worst_now = map(float, re.findall(r"\d\.\d\d", lines[0].partition(";")[2]))
         assert 1.0 <= now < was <= worst_was and now <= worst_now
         each = 3 * 64 * 32 * (4 + 2 + 2 + 4)  # bytes of an expert's weights, moments and average
-        assert 0 < moved <= of == 16 and sent == pytest.approx(moved * each / 2**20, abs=0.05)
+        crossed = [int((before != after).sum()) for before, after in pairwise(rank.ranks)]
+        assert rank.sent == [0, *(each * experts for experts in crossed)]
+        assert 0 < crossed[0] <= moved <= of == 16
+        assert f" moved, {format_bytes(rank.sent[1])}; busiest rank" in lines[0]
 
 
 def _loads(worker: Worker, config: Config) -> tuple[list[Any], Tensor]:
@@ -309,6 +319,22 @@ def test_tokens_that_go_nowhere_go_nowhere_in_any_placement(text: Path) -> None:
 
 class _Unused:
     """Where no token is sent."""
+
+
+@pytest.mark.parametrize(
+    ("world", "ep", "per_node", "note"),
+    [
+        (4, 4, 8, None),
+        (2, 1, 8, "parallel.expert_placement.every 1 moves nothing: with parallel.ep 1 a rank holds all experts"),
+        (8, 4, 6, "groups of 4 ranks lie unevenly on nodes of 6"),
+    ],
+)
+def test_a_run_says_what_moving_experts_cannot_do(
+    text: Path, world: int, ep: int, per_node: int, note: str | None
+) -> None:
+    notes = placement_notes(tiny(text, *MOVING), Layout(world, 1, ep, per_node))
+    assert len(notes) == (note is not None) and all(str(note) in line for line in notes)
+    assert placement_notes(tiny(text), Layout(world, 1, ep, per_node)) == ()
 
 
 @pytest.mark.parametrize(
