@@ -13,6 +13,7 @@ from ..comm.p2p import Wires
 from ..comm.routed import RoutedDispatcher
 from ..fp8.linear import GroupedLinear, Linear
 from ..fp8.recipe import Recipe
+from ..model.feed_forward import MixtureOfExperts
 from ..model.kernels import Kernels
 from ..model.naming import initial_tensor, placements, router_biases
 from ..model.router import Router
@@ -81,6 +82,14 @@ class Model:
             (chunk.first_moe + number, router)
             for chunk in self.chunks.values()
             for number, router in enumerate(chunk.routers())
+        ]
+
+    def mixtures(self) -> list[tuple[int, MixtureOfExperts]]:
+        """The MoE layers of this rank, each with its number among all MoE layers of the model."""
+        return [
+            (chunk.first_moe + number, layer)
+            for chunk in self.chunks.values()
+            for number, layer in enumerate(chunk.mixtures())
         ]
 
     def biases(self) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:

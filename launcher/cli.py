@@ -34,6 +34,7 @@ COMMANDS = (
     Command("simulate", "simulate_command", "simulate a pipeline schedule: step time, bubbles, memory"),
     Command("audit", "audit_command", "audit FP8: train in FP8 and in BF16 and compare losses, gradients and tensors"),
     Command("report", "report_command", "report what a run measured: losses, speed, balance, traffic"),
+    Command("placement", "placement_command", "place experts for inference by the loads that a run measured"),
     Command("verify", "verify_command", "verify that a layout trains as a single process does"),
 )
 

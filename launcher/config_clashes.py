@@ -47,6 +47,12 @@ def _expert_clashes(config: Config) -> Iterator[Clash]:
         near = _nearest(ep, [degree for degree in range(1, experts + 1) if experts % degree == 0])
         message = f"{ep} does not divide model.n_routed_experts {experts} (nearest: {near})"
         yield Clash(("parallel.ep", "model.n_routed_experts"), message)
+    replicas = config.parallel.expert_placement.evaluation_replicas
+    if replicas is not None and experts % ep == 0 and (replicas < experts or replicas % ep):
+        near = _nearest(replicas, [experts + more * ep for more in range(max(0, replicas - experts) // ep + 2)])
+        message = f"{replicas} is not a multiple of parallel.ep {ep} from {experts} experts on (nearest: {near})"
+        keys = ("parallel.expert_placement.evaluation_replicas", "parallel.ep", "model.n_routed_experts")
+        yield Clash(keys, message)
     if dp != "auto" and (dp < 1 or dp % ep):
         near = _nearest(dp, [max(multiple, 1) * ep for multiple in (dp // ep, dp // ep + 1)])
         message = f"{dp} is not a positive multiple of parallel.ep {ep} (nearest: {near})"

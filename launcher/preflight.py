@@ -74,7 +74,12 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
         raise UsageError(faults[0] if len(faults) == 1 else _list("this run cannot start:", faults))
     assert layout is not None and data is not None
     checkpoint, progress = found if found is not None else (None, Progress())
-    notes = (*bubble_notes(config, layout), *routing_notes(config, layout), *config.optim.notes())
+    notes = (
+        *bubble_notes(config, layout),
+        *routing_notes(config, layout),
+        *placement_notes(config, layout),
+        *config.optim.notes(),
+    )
     return Flight(config, layout, run_dir, total_steps(config), data, checkpoint, progress, notes)
 
 
@@ -163,6 +168,21 @@ def bubble_notes(config: Config, layout: Layout) -> tuple[str, ...]:
         return (f"the batch ramp starts small: {so_few}, the {most} of the full batch for {full:.0%} (simulated)",)
     if fewest == most and at_first > MUCH_BUBBLE:
         return (f"{so_few} (simulated); more micro-batches, smaller ones or of a larger global batch, leave less",)
+    return ()
+
+
+def placement_notes(config: Config, layout: Layout) -> tuple[str, ...]:
+    """What moving experts cannot do in this layout."""
+    every = config.parallel.expert_placement.every
+    if every is None:
+        return ()
+    if layout.ep == 1:
+        return (f"parallel.expert_placement.every {every} moves nothing: with parallel.ep 1 a rank holds all experts",)
+    if layout.ep % layout.gpus_per_node and layout.gpus_per_node % layout.ep:
+        return (
+            f"parallel.expert_placement does not keep groups on nodes: groups of {layout.ep} ranks lie unevenly on "
+            f"nodes of {layout.gpus_per_node}",
+        )
     return ()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..checkpoint import store
+from ..checkpoint.manifest import check_same_model, read_manifest
 from ..comm.meter import numbers_of, traffic_of
 from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.open import Data
@@ -34,6 +35,7 @@ from ..report.traffic import Sent
 from .build import build_executor, build_model, build_optimizer, dp_rank
 from .config import Config
 from .diagnose import explain_non_finite
+from .expert_balance import ExpertBalance
 from .pipeline import make_schedule
 from .plan_steps import Progress, steps_from
 from .trace import PipelineTrace, gather_trace
@@ -71,6 +73,7 @@ class Trainer:
         self.model = build_model(config, groups, device, partial_sums)
         self.optimizer = build_optimizer(config, self.model, groups)
         self.executor = build_executor(config, self.model, groups, device)
+        self.experts = ExpertBalance(config, groups, self.model, self.optimizer, device)
         self.progress = Progress()
         self._loader: Loader | None = None
         self._programs: dict[tuple[int, bool], tuple[Schedule, Program]] = {}
@@ -83,6 +86,7 @@ class Trainer:
         """
         started = time.perf_counter()
         train, before = self.config.train, self.progress
+        self.experts.rebalance(before.step)
         micro_batches, sequences = self._next_batch()
         tokens = sequences * self.config.batch.sequence_length
         lr = self.config.optim.lr.at(before.tokens)
@@ -100,6 +104,7 @@ class Trainer:
         self.optimizer.step(lr, norm, blocking=not self.config.optim.overlap_gather)
         for layer, router in self.model.routers():
             update_bias(router.bias, totals.counts[layer], speed)
+        self.experts.measure(totals.counts, before.step + 1)
 
         self.progress = before.advanced(sequences, self.config.batch.sequence_length)
         losses = self._losses(totals, tokens, sequences)  # waits for the device, so the clock is read after it
@@ -155,7 +160,8 @@ class Trainer:
             )
         )
         _, program = self._program(len(batches), training=False)
-        outputs = self.executor.evaluate(program, [self._on_device(batch, mtp=False) for batch in batches])
+        with self.experts.for_evaluation():
+            outputs = self.executor.evaluate(program, [self._on_device(batch, mtp=False) for batch in batches])
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for output in outputs:
             sums[0] += output.loss
@@ -168,6 +174,7 @@ class Trainer:
         """Write a checkpoint of this point into `folder`; every rank calls it."""
         optimizer = self.optimizer
         record = {**vars(self.progress), "optimizer_steps": optimizer.steps, "data_digest": self.data.digest}
+        record |= self.experts.record()
         if optimizer.ema is not None:
             record["ema_updates"] = optimizer.ema.updates
         return store.save(
@@ -183,6 +190,9 @@ class Trainer:
     def restore(self, path: Path) -> dict[str, Any]:
         """Go on from checkpoint `path`, whatever layout wrote it; returns its progress record."""
         model = self.config.model.model_dump(mode="json")
+        manifest = read_manifest(path)
+        check_same_model(manifest, model, path)
+        self.experts.restore(manifest.progress)
         record = store.load(path, self._state(), model, self.groups.world, optional=AVERAGE)
         self.progress = Progress(**{key: record[key] for key in ("step", "tokens", "sequences")})
         self.optimizer.steps = record["optimizer_steps"]

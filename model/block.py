@@ -39,6 +39,8 @@ class Attended:
     residual: Tensor
     normed: Tensor
     routing: Routing | None
+    places: Tensor | None
+    """`[T, K]` int64: where the ranks of the group hold the chosen experts."""
     route: Route | None
     """Counts on their way to the ranks of the experts."""
 
@@ -47,7 +49,7 @@ class Attended:
         assert self.routing is not None
         balance = tape.seed(self.routing.balance, balance_weight)
         routing = replace(self.routing, weights=tape.cut(self.routing.weights), balance=balance)
-        return Attended(tape.cut(self.residual), tape.cut(self.normed), routing, self.route)
+        return Attended(tape.cut(self.residual), tape.cut(self.normed), routing, self.places, self.route)
 
 
 class DecoderBlock(nn.Module):
@@ -142,9 +144,10 @@ class DecoderBlock(nn.Module):
             residual = x + self.attention(self.attention_norm(x, saved), turns, saved)
             normed = self.mlp_norm(residual, saved)
             if not isinstance(self.mlp, MixtureOfExperts):
-                return Attended(residual, normed, None, None)
+                return Attended(residual, normed, None, None, None)
             routing = self.mlp.gate(normed, valid)
-        return Attended(residual, normed, routing, self.mlp.dispatcher.begin_route(routing.expert_ids))
+        places = self.mlp.place(routing.expert_ids)
+        return Attended(residual, normed, routing, places, self.mlp.dispatcher.begin_route(places))
 
     def run_dense(self, attended: Attended, saved: Saved) -> Tensor:
         """All the rest of a dense block: computation."""
@@ -153,9 +156,9 @@ class DecoderBlock(nn.Module):
 
     def dispatch(self, attended: Attended) -> Pending[Dispatched]:
         """Start sending tokens to their experts, once the counts are there: communication."""
-        assert isinstance(self.mlp, MixtureOfExperts) and attended.routing is not None
-        rows, routing = attended.normed.flatten(0, 1), attended.routing
-        return self.mlp.dispatcher.begin_dispatch(rows, routing.expert_ids, routing.weights, attended.route)
+        assert isinstance(self.mlp, MixtureOfExperts) and attended.routing is not None and attended.places is not None
+        rows, weights = attended.normed.flatten(0, 1), attended.routing.weights
+        return self.mlp.dispatcher.begin_dispatch(rows, attended.places, weights, attended.route)
 
     def run_shared(self, attended: Attended, saved: Saved) -> Tensor | None:
         """The experts every token passes: computation that needs no dispatch."""

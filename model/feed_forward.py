@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..comm.dispatcher import Dispatcher, Incoming
@@ -60,13 +61,19 @@ class RoutedExperts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The parts of DeepSeekMoE (V3 §2.1.2); the block runs them in phases. `local_experts` are global numbers."""
+    """The parts of DeepSeekMoE (V3 §2.1.2); the block runs them in phases.
+
+    `local_experts` are the global numbers of the experts this rank holds, in the order of their weights. The router
+    chooses experts; the dispatcher is told places, which `place` translates them to.
+    """
 
     def __init__(
         self, config: ModelConfig, experts: Sequence[int], dispatcher: Dispatcher, kernels: Kernels, recipe: Recipe
     ) -> None:
         super().__init__()
         self.local_experts = tuple(experts)
+        self._places: Tensor | None = None  # [E + 1, X], where experts are not in their order
+        self._replicas: Tensor | None = None  # [E + 1], where an expert has several
         self.dispatcher = dispatcher
         self.gate = Router(config)
         self.experts = RoutedExperts(config, len(self.local_experts), kernels, recipe)
@@ -75,6 +82,37 @@ class MixtureOfExperts(nn.Module):
             inner = config.n_shared_experts * config.moe_intermediate_size
             up, down = recipe.linear("shared_up"), recipe.linear("shared_down")
             self.shared = FeedForward(config.hidden_size, inner, kernels, up, down)
+
+    def place(self, expert_ids: Tensor) -> Tensor:
+        """The places of experts `[T, K]`: rank of the group x experts a rank + place on that rank. An expert's place is
+        its number until `hold` says otherwise; -1, a token that goes nowhere, stays -1."""
+        if self._places is None:
+            return expert_ids
+        if self._replicas is None:
+            return self._places[expert_ids, 0]
+        turns = torch.arange(len(expert_ids), device=expert_ids.device).unsqueeze(1)
+        return self._places[expert_ids, turns % self._replicas[expert_ids]]
+
+    def hold(self, placement: Sequence[int], rank: int, num_ranks: int) -> None:
+        """From now on place p of the layer holds expert `placement[p]`; this is rank `rank` of `num_ranks`. Whoever
+        calls it sees to it that the weights do too.
+
+        Replicas of an expert take its tokens in turn, by their number in the micro-batch.
+        """
+        experts = self.gate.config.n_routed_experts
+        each = len(placement) // num_ranks
+        self.local_experts = tuple(placement[rank * each : (rank + 1) * each])
+        self._places = self._replicas = None
+        if list(placement) == list(range(experts)):
+            return
+        places: list[list[int]] = [[] for _ in range(experts)]
+        for place, expert in enumerate(placement):
+            places[expert].append(place)
+        places.append([-1])  # which an index of -1 finds
+        most, device = max(map(len, places)), self.gate.weight.device
+        self._places = torch.tensor([[*held, *[-1] * (most - len(held))] for held in places], device=device)
+        if most > 1:
+            self._replicas = torch.tensor([len(held) for held in places], device=device)
 
 
 def _swiglu(

@@ -18,6 +18,7 @@ from ..fp8.recipe import Recipe
 from ..phases import Tape, Uncut, WeightQueue, run
 from .block import DecoderBlock
 from .config import ModelConfig
+from .feed_forward import MixtureOfExperts
 from .kernels import EmbeddingFunction, Kernels
 from .loss import IGNORED, cross_entropy_sum
 from .norm import RMSNorm
@@ -234,6 +235,10 @@ class Transformer(nn.Module):
     def routers(self) -> list[Router]:
         """Routers of the MoE layers it holds in order, MTP modules last: the rows of `Output.counts`."""
         return [module for module in self.modules() if isinstance(module, Router)]
+
+    def mixtures(self) -> list[MixtureOfExperts]:
+        """The MoE layers it holds, in the order of `routers`."""
+        return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
 
     def _turns(self, length: int, device: torch.device) -> Tensor:
         """Rotary factors of the first `length` positions, made at the first use and kept."""

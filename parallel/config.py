@@ -23,6 +23,27 @@ class StageCosts(Section):
     embedding: float = key(0.0, "the embedding", ge=0)
 
 
+class ExpertPlacementConfig(Section):
+    """When experts move between the ranks of an expert parallel group, so that these get equal shares of the tokens."""
+
+    every: int | None = key(
+        None,
+        "steps after which experts are placed by the loads of just these steps; null leaves them where they are. What "
+        "is computed does not change by it",
+        unit="steps",
+        ge=1,
+    )
+    gain: float = key(
+        0.02, "a layer's experts move only if the load of its busiest rank falls by more than this share", ge=0, lt=1
+    )
+    evaluation_replicas: int | None = key(
+        None,
+        "places for a layer's experts during evaluations, on all ranks of a group together: the busiest experts are "
+        "held several times, as for inference; a multiple of ep, at least n_routed_experts; null holds each once",
+        ge=1,
+    )
+
+
 class ParallelConfig(Section):
     """How ranks are laid out and what they do when. dp = ep x edp; the world size is pp x dp."""
 
@@ -44,6 +65,9 @@ class ParallelConfig(Section):
         "has the embedding besides, the last one the MTP modules and the head",
     )
     stage_costs: StageCosts | None = key(None, "costs the split is balanced by; null predicts them from FLOPs")
+    expert_placement: ExpertPlacementConfig = key(
+        ExpertPlacementConfig(), "which rank holds which expert, by measured load"
+    )
     overlap_order: Literal["v3", "sequence"] | tuple[str, ...] = key(
         "v3",
         "order in which the forward and the backward of a pair advance: v3 as DeepSeek's trace shows, sequence one "

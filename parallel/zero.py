@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -236,6 +237,28 @@ class ShardedOptimizer:
             return {}
         shards = zip(self._buckets, self.ema.shards(), strict=True)
         return {f"ema.{name}": tensor for bucket, shard in shards for name, tensor in bucket.views(shard)}
+
+    def shards(self, parameter: nn.Parameter) -> list[Tensor]:
+        """This rank's master weights, moments and average, if there is one, of `parameter`: views `[G, rows, C]`.
+
+        Between steps they may be written to; `publish` then makes the parameters match.
+        """
+        assert not self._averaged, "the parameters are the average"
+        self.finish_gathers()
+        at, slot = self._places[parameter]
+        bucket = self._buckets[at]
+        flats = [bucket.master, bucket.exp_avg, bucket.exp_avg_sq]
+        if self.ema is not None:
+            flats.append(self.ema.shards()[at])
+        return [bucket.plan.slots[slot].in_shard(flat) for flat in flats]
+
+    def rename(self, parameter: nn.Parameter, names: tuple[str, ...]) -> None:
+        """From now on `parameter` holds the global tensors `names`; the gradients of the step before are void."""
+        at, index = self._places[parameter]
+        plan = self._buckets[at].plan
+        slot = plan.slots[index]
+        renamed = replace(slot, placed=replace(slot.placed, names=names))
+        self._buckets[at].plan = replace(plan, slots=(*plan.slots[:index], renamed, *plan.slots[index + 1 :]))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

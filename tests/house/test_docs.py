@@ -19,6 +19,7 @@ from counterflow.launcher import (
     audit_command,
     cli,
     config_command,
+    placement_command,
     report_command,
     simulate_command,
     train_command,
@@ -59,7 +60,8 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
         parsed.append(args)
         return 0
 
-    for module in (audit_command, train_command, config_command, report_command, simulate_command, verify_command):
+    commands = audit_command, config_command, placement_command, report_command, simulate_command, train_command
+    for module in (*commands, verify_command):
         monkeypatch.setattr(module, "run", note)
 
     def words_to_meaning(words: list[str]) -> argparse.Namespace:

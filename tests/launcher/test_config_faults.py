@@ -167,7 +167,7 @@ def test_checks_between_keys_do_not_blame_a_key_for_the_misspelling_of_another()
     [
         ("model: {lr: 1}", "lr is a key of optim"),
         ("lr: 1", "lr is a key of optim"),
-        ("train: {every: 1}", "every is a key of checkpoint or log"),
+        ("train: {every: 1}", "every is a key of parallel.expert_placement, checkpoint or log"),
         ("batch: {start: 1}", "start is a key of batch.ramp"),
         ("modle: {}", "did you mean model?"),
         ("model: {num_hiden_layers: 1}", "did you mean model.num_hidden_layers?"),

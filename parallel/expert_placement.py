@@ -1,0 +1,239 @@
+"""Which rank holds which routed expert: placements that even out measured loads, for training and for inference.
+
+A placement of a layer lists the expert at each place; place p lies on rank p // (places a rank), ranks of a node stand
+side by side. Training holds every expert once (`place_experts`). Inference may hold some of them several times
+(`place_replicas`): the greedy hierarchical packing of DeepSeek's EPLB, which V3's serving uses (V3 §3.4).
+
+Pure arithmetic, and the same numbers give the same placement on every machine: ties go to the lower number.
+E experts of a layer, P places.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..settings import UsageError
+from .layout import Layout
+
+Placement = tuple[int, ...]
+"""The expert at each place, `[E]`: a permutation of the layer's experts."""
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """A layer's placement in which experts may have replicas."""
+
+    physical_to_logical: tuple[int, ...]
+    """The expert at each of P places."""
+    logical_to_physical: tuple[tuple[int, ...], ...]
+    """The places of each of E experts, its replicas in the order in which they were made."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Replicas of each expert, at least 1."""
+        return tuple(map(len, self.logical_to_physical))
+
+
+def contiguous(num_experts: int) -> Placement:
+    """The placement that training begins with: experts in their order."""
+    return tuple(range(num_experts))
+
+
+def places_of(placement: Sequence[int]) -> tuple[int, ...]:
+    """The place of each expert: the inverse of a placement without replicas."""
+    places = [0] * len(placement)
+    for place, expert in enumerate(placement):
+        places[expert] = place
+    return tuple(places)
+
+
+def nodes_of_a_group(layout: Layout) -> int:
+    """Nodes that each expert parallel group lies on, with equally many ranks on each; 1 where they are uneven."""
+    return layout.ep // layout.gpus_per_node if layout.ep % layout.gpus_per_node == 0 else 1
+
+
+def loads_of_ranks(loads: Sequence[float], placement: Sequence[int], num_ranks: int) -> list[float]:
+    """What each rank gets of a layer's `loads` `[E]`, where the replicas of an expert share its load evenly."""
+    replicas = Counter(placement)
+    each = len(placement) // num_ranks
+    return [
+        sum(loads[expert] / replicas[expert] for expert in placement[first : first + each])
+        for first in range(0, len(placement), each)
+    ]
+
+
+def imbalance(loads: Sequence[float]) -> float:
+    """The largest load over the mean, 1.0 where all are equal or there is none."""
+    total = sum(loads)
+    return max(loads) * len(loads) / total if total else 1.0
+
+
+def place_experts(
+    loads: Sequence[float], present: Placement, num_groups: int, num_nodes: int, num_ranks: int, gain: float = 0.0
+) -> Placement:
+    """A placement for training: every expert once, equally many a rank, the busiest rank as free as greedy packing
+    can make it.
+
+    Routing groups are packed onto nodes and stay whole on them, so that a router limited to some nodes stays so; then
+    each node's experts onto its ranks. Where groups cannot be dealt evenly, each stays within a set of neighbouring
+    nodes, num_nodes / gcd(num_groups, num_nodes) of them: all of them where the two have no common divisor. That is
+    also what the contiguous placement keeps.
+
+    Args:
+        loads: `[E]`, tokens that each expert was sent.
+        present: what holds now. It stays unless the largest load of a rank falls by more than the share `gain`;
+            with gain 0 the result is also never worse than the contiguous placement. What moves, moves little: nodes,
+            ranks and places trade names so that as many experts as a greedy match finds stay where they are.
+        num_groups: the router's groups, which divide the experts.
+        num_nodes: nodes that the ranks of one expert parallel group lie on, equally many on each.
+        num_ranks: ranks of that group; they divide the experts.
+    """
+    experts = len(loads)
+    assert len(present) == experts and experts % num_groups == experts % num_ranks == num_ranks % num_nodes == 0
+    sets = math.gcd(num_groups, num_nodes)
+    packed = _settle(_pack_hierarchically(loads, num_groups, sets, num_ranks), present, sets, num_ranks)
+
+    def busiest(placement: Placement) -> float:
+        return max(loads_of_ranks(loads, placement, num_ranks))
+
+    best = min((packed, contiguous(experts)), key=busiest)
+    return best if busiest(best) < busiest(present) * (1 - gain) else present
+
+
+def place_replicas(
+    loads: Sequence[float], num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int
+) -> Replicated:
+    """A placement for inference: `num_replicas` places, equally many a rank, the busiest experts held several times.
+
+    As EPLB does: groups are packed onto nodes; inside a node the expert with the largest load a replica gets one more
+    until the places are filled; replicas are packed onto the node's ranks. Where num_nodes does not divide num_groups,
+    all nodes count as one.
+
+    Raises UsageError, with the nearest numbers that work, for numbers that do not divide each other.
+    """
+    _check(loads, num_replicas, num_groups, num_nodes, num_ranks)
+    if num_groups % num_nodes:
+        num_groups = num_nodes = 1
+    physical: list[int] = []
+    replica: list[int] = []
+    for experts in _pack_groups(loads, num_groups, num_nodes):
+        local, number = _replicate([loads[expert] for expert in experts], num_replicas // num_nodes)
+        counts = Counter(local)
+        shares = [loads[experts[which]] / counts[which] for which in local]
+        for pack in _pack(shares, num_ranks // num_nodes):
+            physical += [experts[local[index]] for index in pack]
+            replica += [number[index] for index in pack]
+    found: list[dict[int, int]] = [{} for _ in loads]
+    for place, (expert, which) in enumerate(zip(physical, replica, strict=True)):
+        found[expert][which] = place
+    return Replicated(tuple(physical), tuple(tuple(places[i] for i in sorted(places)) for places in found))
+
+
+def _pack(weights: Sequence[float], num_packs: int) -> list[list[int]]:
+    """Equally many items in each pack: the heaviest goes first, each into the lightest pack that has room."""
+    size = len(weights) // num_packs
+    if size == 1:  # every way is as good as any other
+        return [[item] for item in range(num_packs)]
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    with_room = [(0.0, pack) for pack in range(num_packs)]  # a heap
+    for item in sorted(range(len(weights)), key=lambda item: (-weights[item], item)):
+        load, pack = heapq.heappop(with_room)
+        packs[pack].append(item)
+        if len(packs[pack]) < size:
+            heapq.heappush(with_room, (load + weights[item], pack))
+    return packs
+
+
+def _pack_groups(loads: Sequence[float], num_groups: int, num_sets: int) -> list[list[int]]:
+    """The experts of each of `num_sets` sets of nodes, whole groups in the order in which they were packed."""
+    size = len(loads) // num_groups
+    groups = [range(first, first + size) for first in range(0, len(loads), size)]
+    packs = _pack([sum(loads[expert] for expert in group) for group in groups], num_sets)
+    return [[expert for group in pack for expert in groups[group]] for pack in packs]
+
+
+def _replicate(loads: Sequence[float], num_replicas: int) -> tuple[list[int], list[int]]:
+    """The item of each replica and its number among that item's: each once, then the most loaded ones again."""
+    items, numbers = list(range(len(loads))), [0] * len(loads)
+    counts = [1] * len(loads)
+    fullest = [(-load, item) for item, load in enumerate(loads)]
+    heapq.heapify(fullest)
+    while len(items) < num_replicas:
+        item = fullest[0][1]
+        items.append(item)
+        numbers.append(counts[item])
+        counts[item] += 1
+        heapq.heapreplace(fullest, (-loads[item] / counts[item], item))
+    return items, numbers
+
+
+def _pack_hierarchically(
+    loads: Sequence[float], num_groups: int, num_sets: int, num_ranks: int
+) -> list[list[list[int]]]:
+    """The experts of each rank of each set of nodes."""
+    return [
+        [[experts[item] for item in pack] for pack in _pack([loads[e] for e in experts], num_ranks // num_sets)]
+        for experts in _pack_groups(loads, num_groups, num_sets)
+    ]
+
+
+def _settle(packed: list[list[list[int]]], present: Placement, num_sets: int, num_ranks: int) -> Placement:
+    """The same sets of nodes, ranks and places under other names, so that much of the present placement stays."""
+    each, wide = len(present) // num_ranks, len(present) // num_sets
+    now = [list(present[first : first + wide]) for first in range(0, len(present), wide)]
+    flat = [[expert for rank in ranks for expert in rank] for ranks in packed]
+    placement: list[int] = []
+    for whole, which in zip(now, _nearest(flat, now), strict=True):
+        held = [whole[first : first + each] for first in range(0, wide, each)]
+        ranks = packed[which]
+        for rank, here in zip(_nearest(ranks, held), held, strict=True):
+            singles = [[expert] for expert in ranks[rank]]
+            placement += [ranks[rank][item] for item in _nearest(singles, [[expert] for expert in here])]
+    return tuple(placement)
+
+
+def _nearest(blocks: list[list[int]], present: list[list[int]]) -> list[int]:
+    """For each present block the one of `blocks` that takes its name: those that share most come first."""
+    at = {expert: place for place, block in enumerate(present) for expert in block}
+    shared = Counter((block, at[e]) for block, experts in enumerate(blocks) for e in experts if e in at)
+    taken: dict[int, int] = {}
+    left = dict.fromkeys(range(len(blocks)))
+    for block, place in sorted(shared, key=lambda pair: (-shared[pair], pair)):
+        if block in left and place not in taken:
+            taken[place] = block
+            del left[block]
+    rest = iter(left)
+    return [taken[place] if place in taken else next(rest) for place in range(len(present))]
+
+
+def _check(loads: Sequence[float], num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int) -> None:
+    experts = len(loads)
+    numbers = {"replicas": num_replicas, "groups": num_groups, "nodes": num_nodes, "ranks": num_ranks}
+    wrong = [f"{name} {number}: it must be at least 1" for name, number in numbers.items() if number < 1]
+    if not wrong:
+        if not all(math.isfinite(load) and load >= 0 for load in loads):
+            wrong.append("loads must be finite numbers that are not negative")
+        if experts % num_groups:
+            wrong.append(f"groups {num_groups} must divide the {experts} experts{_near(num_groups, divides=experts)}")
+        if num_ranks % num_nodes:
+            wrong.append(f"nodes {num_nodes} must divide the {num_ranks} ranks{_near(num_nodes, divides=num_ranks)}")
+        if num_replicas < experts or num_replicas % num_ranks:
+            least = -(-experts // num_ranks) * num_ranks
+            below, above = (max(least, num_replicas // num_ranks * num_ranks + more) for more in (0, num_ranks))
+            near = " or ".join(map(str, sorted({below, above})))
+            wrong.append(
+                f"replicas {num_replicas} must be a multiple of {num_ranks} ranks and at least the {experts} experts "
+                f"(nearest: {near})"
+            )
+    if wrong:
+        raise UsageError("experts cannot be placed: " + "; ".join(wrong))
+
+
+def _near(number: int, divides: int) -> str:
+    divisors = [value for value in range(1, divides + 1) if divides % value == 0]
+    near = [*[value for value in divisors if value < number][-1:], *[value for value in divisors if value > number][:1]]
+    return f" (nearest: {' or '.join(map(str, near))})"
