@@ -295,13 +295,8 @@ class Trainer:
         losses["loss_balance"] = balance / sequences
         if self.config.model.n_group > 1:
             losses |= {"loss_device": device / sequences, "loss_communication": communication / sequences}
-        layers = measure_balance(totals.counts.cpu(), totals.dropped.cpu(), self._ranks_of_experts(), self._nodes())
+        layers = measure_balance(totals.counts.cpu(), totals.dropped.cpu(), self.experts.rank_of_expert, self._nodes())
         return {**losses, **layers.summary(), "layers": layers}
-
-    def _ranks_of_experts(self) -> list[int]:
-        """For each expert the rank of its expert parallel group that holds it."""
-        experts, ep = self.config.model.n_routed_experts, self.groups.layout.ep
-        return [expert // (experts // ep) for expert in range(experts)]
 
     def _nodes(self) -> list[int]:
         """For each rank of the first expert parallel group its node."""

@@ -38,7 +38,7 @@ class LayerBalance(BaseModel):
 def measure_balance(
     counts: Tensor,
     dropped: Tensor,
-    rank_of_expert: Sequence[int] | Sequence[Sequence[int]],
+    rank_of_expert: Tensor | Sequence[int] | Sequence[Sequence[int]],
     node_of_rank: Sequence[int],
 ) -> LayerBalance:
     """The balance of one step's global batch.
@@ -51,7 +51,8 @@ def measure_balance(
         node_of_rank: `[R]`, any number for each node.
     """
     ranks = len(node_of_rank)
-    places = counts.new_tensor(rank_of_expert).expand(counts.shape)
+    held = counts.new_tensor(rank_of_expert) if isinstance(rank_of_expert, Sequence) else rank_of_expert
+    places = held.expand(counts.shape)
     on_ranks = counts.new_zeros(counts.shape[0], ranks).scatter_add_(1, places, counts)
     names = sorted(set(node_of_rank))
     nodes = counts.new_tensor([names.index(node) for node in node_of_rank]).expand(on_ranks.shape)
