@@ -23,6 +23,10 @@ INDEX = ".metadata"  # in which torch.distributed.checkpoint says where each ten
 FREE_MODEL_KEYS = frozenset({"max_position_embeddings", "rope_scaling", "initializer_range"})
 
 
+# What the first checkpoints, which do not say so, were written by.
+FIRST_ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
+
 @dataclass(frozen=True)
 class TensorRecord:
     """One global tensor: its shape, format, and a checksum of its bits that no sharding changes."""
@@ -112,7 +116,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def check_same_model(manifest: Manifest, model: dict[str, Any], path: Path) -> None:
     """Raise UsageError, with every difference, if the checkpoint was written by a model of another architecture."""
-    written = manifest.model
+    written = FIRST_ROUTER | manifest.model
     differences = [
         f"  model.{key}: {json.dumps(written.get(key))} in the checkpoint, {json.dumps(model.get(key))} in the config"
         for key in sorted((written.keys() | model.keys()) - FREE_MODEL_KEYS)

@@ -25,10 +25,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch on the CPU: tokens int64 [B, S+1+D]; valid bool [B], False for rows that are padding (zeros)."""
+    """A micro-batch on the CPU: tokens int64 [B, S+1+D]; valid bool [B], False for rows that are padding (zeros).
+
+    numbers: each row's sample as the run counts them, the same in every layout; -1 for padding.
+    """
 
     tokens: Tensor
     valid: Tensor
+    numbers: tuple[int, ...]
 
 
 def micro_batch_count(sequences: int, dp_size: int, micro_sequences: int) -> int:
@@ -129,7 +133,8 @@ def _rank_batches(
         rows = block[number * micro_sequences : (number + 1) * micro_sequences]
         for row, index in enumerate(rows):
             dataset.sample(index, tokens[row])
-        yield Batch(torch.from_numpy(tokens), torch.arange(micro_sequences) < len(rows))
+        numbers = (*rows, *[-1] * (micro_sequences - len(rows)))
+        yield Batch(torch.from_numpy(tokens), torch.arange(micro_sequences) < len(rows), numbers)
 
 
 class _Ahead(Generic[Item]):

@@ -16,10 +16,11 @@ from ..model.router import Router
 from ..model.transformer import MicroBatch, Weights
 from ..parallel.executor import Program
 from ..parallel.groups import Groups
+from .balancing import dropping_of, loss_weights
 from .build import build_executor, build_model
 from .config import Config
 from .pipeline import make_schedule
-from .plan_steps import Progress, steps_from
+from .plan_steps import steps_from
 from .trainer import Trainer
 
 PARAMETERS = (
@@ -68,7 +69,7 @@ class Point:
             micro_sequences=config.batch.micro_sequences,
         ) as loader:
             batches = next(loader)
-        return cls(state, batches, _weights(config, progress, sequences))
+        return cls(state, batches, loss_weights(config, progress, sequences))
 
 
 Choices = Mapping[int, Sequence[Tensor]]
@@ -104,7 +105,12 @@ class Probe:
         for total in self._sums.values():
             total.zero_()
         batches = [
-            MicroBatch(batch.tokens.to(self.device), batch.valid.to(self.device), point.weights)
+            MicroBatch(
+                batch.tokens.to(self.device),
+                batch.valid.to(self.device),
+                point.weights,
+                dropping=dropping_of(self.config, batch, self.device),
+            )
             for batch in point.batches
         ]
         self.model.recipe.monitor.observer = observer
@@ -212,11 +218,3 @@ def compare(gradients: Gradients, reference: Gradients) -> dict[str, Difference]
 def parameter_class(name: str) -> str:
     """The class of the parameter with this global name."""
     return next(found for found, pattern in PARAMETERS if fnmatchcase(name, pattern))
-
-
-def _weights(config: Config, before: Progress, sequences: int) -> Weights:
-    """Of a step's losses, as `Trainer.step` has them."""
-    tokens = sequences * config.batch.sequence_length
-    depth = max(1, config.model.num_nextn_predict_layers)
-    mtp_weight = config.train.mtp_weight.at(before.tokens)
-    return Weights(1 / tokens, mtp_weight / depth / tokens, config.train.balance_loss / sequences)

@@ -83,7 +83,22 @@ class TrainConfig(Section):
     bias_update_speed: TokenSchedule = key(
         TokenSchedule.model_validate(0.001), "step of the router bias after each batch (V3 §2.1.2); 0 freezes it"
     )
-    balance_loss: float = key(1e-4, "weight alpha of the sequence-wise balance loss (V3 eq. 17)", ge=0)
+    balance_loss: float = key(
+        1e-4, "weight alpha of the sequence-wise balance loss over experts (V3 eq. 17; V2's alpha1)", ge=0
+    )
+    device_loss: float = key(0.0, "weight alpha2 of the balance loss over groups of experts (V2 §2.2.3)", ge=0)
+    communication_loss: float = key(
+        0.0, "weight alpha3 of the balance loss of what is sent to groups of experts (V2 §2.2.3)", ge=0
+    )
+    capacity_factor: float | None = key(
+        None,
+        "share of its even load that a group of experts computes of a training sequence, the tokens of lowest affinity "
+        "being dropped (V2: 1.0); null drops none",
+        gt=0,
+    )
+    keep_sequences: float = key(
+        0.1, "share of the training sequences that capacity_factor spares (V2: 0.1)", ge=0, le=1
+    )
     mtp_weight: TokenSchedule = key(TokenSchedule.model_validate(0.3), "weight lambda of the MTP loss (V3 §2.2)")
     evaluate_every: int = key(100, "steps between evaluations; the last step always evaluates", unit="steps", ge=1)
     evaluate_sequences: int = key(64, "held-out sequences of an evaluation", unit="sequences", ge=1)

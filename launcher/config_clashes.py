@@ -20,6 +20,7 @@ def find_clashes(config: Config) -> list[Clash]:
     return [
         *_length_clashes(config),
         *_expert_clashes(config),
+        *_router_clashes(config),
         *_width_clashes(config),
         *_batch_clashes(config),
         *_schedule_clashes(config),
@@ -57,6 +58,28 @@ def _expert_clashes(config: Config) -> Iterator[Clash]:
         near = _nearest(dp, [max(multiple, 1) * ep for multiple in (dp // ep, dp // ep + 1)])
         message = f"{dp} is not a positive multiple of parallel.ep {ep} (nearest: {near})"
         yield Clash(("parallel.dp", "parallel.ep"), message)
+
+
+def _router_clashes(config: Config) -> Iterator[Clash]:
+    """Settings of `train` that the model's router cannot follow."""
+    model, train = config.model, config.train
+    groups = [number for number in range(2, model.n_routed_experts + 1) if model.n_routed_experts % number == 0]
+    for name in ("device_loss", "communication_loss", "capacity_factor"):
+        value = getattr(train, name)
+        if value and model.n_group == 1:
+            off = "null" if name == "capacity_factor" else "0"
+            possible = [f"model.n_group {', '.join(map(str, groups))}"] if groups else []
+            works = " or ".join([*possible, f"train.{name} {off}"])
+            message = f"{value:g} is for several groups of experts, but model.n_group is 1 (works: {works})"
+            yield Clash((f"train.{name}", "model.n_group"), message)
+    speed, default = train.bias_update_speed, type(train).model_fields["bias_update_speed"].default
+    moves = any(phase.value or phase.start or phase.end for phase in speed.phases)
+    if moves and speed != default and not model.has_router_bias:
+        message = (
+            f"moves a bias that the router of model.topk_method {model.topk_method} has not "
+            "(leave it out or set it to 0, or model.topk_method noaux_tc; balance_loss works with every router)"
+        )
+        yield Clash(("train.bias_update_speed", "model.topk_method"), message)
 
 
 def _width_clashes(config: Config) -> Iterator[Clash]:

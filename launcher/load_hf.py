@@ -1,8 +1,9 @@
 """Reads the architecture out of a Hugging Face config.json of a DeepSeek-V3-class model (`model: {from: …}`).
 
-Files of transformers 4 (`rope_theta`, `rope_scaling`) and of transformers 5 (`rope_parameters`) are both read. Every
-key of the file is either taken, or known not to matter for pretraining, or checked to say what this model does; a key
-in none of these lists is a fault, because it may change the network.
+DeepSeek-V2 and V2-Lite are the same network with another router, and are read too. Files of transformers 4
+(`rope_theta`, `rope_scaling`) and of transformers 5 (`rope_parameters`) both are. Every key of the file is either
+taken, or known not to matter for pretraining, or checked to say what this model does; a key in none of these lists is
+a fault, because it may change the network.
 
 `initializer_range` is known and not taken: the published files say 0.02, which is not what V3 was trained with
 (0.006, V3 §4.2). Nor is anything of the recipe (`aux_loss_alpha`, …): that is `train`'s.
@@ -27,9 +28,29 @@ _MUST_BE: dict[str, Scalar] = {
     "hidden_act": "silu",
     "moe_layer_freq": 1,
     "rope_interleave": True,
-    "scoring_func": "sigmoid",
     "tie_word_embeddings": False,
-    "topk_method": "noaux_tc",
+    "mlp_bias": False,
+}
+_KINDS = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
+# What transformers' DeepseekV2Config has where its defaults are not those of DeepseekV3Config, which are ours.
+_V2_DEFAULTS: dict[str, Scalar] = {
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "moe_intermediate_size": 1407,
+    "num_hidden_layers": 32,
+    "first_k_dense_replace": 0,
+    "num_attention_heads": 32,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "num_nextn_predict_layers": 0,
+    "max_position_embeddings": 2048,
 }
 _DOES_NOT_MATTER = _NOT_TAKEN | {
     *("_name_or_path", "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version"),
@@ -43,8 +64,9 @@ _YARN = set(RopeScaling.model_fields) - {"type"}
 def read_architecture(path: Path, shown: str, asked: Place, faults: list[Fault]) -> dict[str, Located]:
     """The keys of the `model` section that the file at `path` determines, all of them.
 
-    A key that the file leaves out has the default of transformers' DeepseekV3Config, which is also ours. `shown` is the
-    file's name in messages, `asked` the place that named it; what cannot be taken over is added to `faults`.
+    A key that the file leaves out has the default of transformers' configuration of its `model_type`; that of
+    DeepseekV3Config is also ours. `shown` is the file's name in messages, `asked` the place that named it; what cannot
+    be taken over is added to `faults`.
     """
     if path.is_dir():
         path, shown = path / "config.json", f"{shown.rstrip('/')}/config.json"
@@ -70,10 +92,17 @@ class _Architecture:
 
     def __init__(self, tree: Located, faults: list[Fault]) -> None:
         self.entries, self.place, self.faults = tree.mapping, tree.place, faults
+        self.defaults: dict[str, Scalar | None] = {
+            name: field.default for name, field in ModelConfig.model_fields.items() if name not in _NOT_TAKEN
+        }
 
     def read(self) -> dict[str, Located]:
-        if not self._is_deepseek_v3():
+        kind = self._kind()
+        if kind is None:
             return {}
+        if kind == "deepseek_v2":
+            self.defaults |= _V2_DEFAULTS
+            self._check_v2()
         taken: dict[str, Located] = {}
         for name, entry in self.entries.items():
             target = _RENAMED.get(name, name)
@@ -86,28 +115,45 @@ class _Architecture:
         for name, expected in self._derived().items():
             if expected is not None:
                 self._must_be(name, expected)
-        if "n_shared_experts" in taken and taken["n_shared_experts"].value is None:
-            taken["n_shared_experts"] = Located(0, taken["n_shared_experts"].place, "0")
+        absences = {"n_shared_experts": 0} | ({"n_group": 1, "topk_group": 1} if kind == "deepseek_v2" else {})
+        for name, absent in absences.items():
+            if name in taken and taken[name].value is None:
+                taken[name] = Located(absent, taken[name].place, str(absent))
         taken |= self._rope()
-        defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if name not in _NOT_TAKEN}
-        return {name: taken.get(name) or Located(default, self.place) for name, default in defaults.items()}
+        return {name: taken.get(name) or Located(default, self.place) for name, default in self.defaults.items()}
 
-    def _is_deepseek_v3(self) -> bool:
+    def _kind(self) -> str | None:
+        """Which of the models known the file is of; None, and a fault, where it is of none."""
         kind, networks = self.entries.get("model_type"), self.entries.get("architectures")
         names = [item.value for item in networks.value] if networks and isinstance(networks.value, list) else []
-        if (kind and kind.value == "deepseek_v3") or "DeepseekV3ForCausalLM" in names:
-            return True
+        for known, network in _KINDS.items():
+            if (kind and kind.value == known) or network in names:
+                return known
         place = kind.place if kind else self.place
         found = f"{kind.value!r}" if kind else "none"
-        self._fault(place, "model_type", f"expects 'deepseek_v3', found {found}: this is the config of another model")
-        return False
+        wanted = " or ".join(map(repr, _KINDS))
+        self._fault(place, "model_type", f"expects {wanted}, found {found}: this is the config of another model")
+        return None
+
+    def _check_v2(self) -> None:
+        """What V2's files leave open, or what its two implementations read differently."""
+        if "num_experts_per_tok" not in self.entries:
+            self._fault(self.place, "num_experts_per_tok", "is missing, and DeepseekV2Config has no default for it")
+        normalised = self.entries.get("norm_topk_prob")
+        if normalised is not None and normalised.value:
+            message = (
+                "is true, which transformers ignores and DeepSeek's code takes for routed_scaling_factor's absence"
+            )
+            self._fault(
+                normalised.place, "norm_topk_prob", f"{message}; set false, and model.norm_topk_prob beside from"
+            )
 
     def _derived(self) -> dict[str, int | None]:
         """Keys that repeat what others say, with what they must be; None where it cannot be told."""
 
         def number(name: str) -> int | None:
             entry = self.entries.get(name)
-            value = ModelConfig.model_fields[name].default if entry is None else entry.value
+            value = self.defaults[name] if entry is None else entry.value
             return value if isinstance(value, int) else None
 
         plain, rotated = number("qk_nope_head_dim"), number("qk_rope_head_dim")

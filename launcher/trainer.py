@@ -29,9 +29,11 @@ from ..model.transformer import MicroBatch, Output, Weights
 from ..parallel.executor import Program, microbatches_of
 from ..parallel.groups import Groups
 from ..parallel.schedule.actions import Schedule, forward_only
+from ..report.balance import measure_balance
 from ..report.hardware import Peak, memory_gib
-from ..report.metrics import StepMetrics, max_violation, utilization
+from ..report.metrics import StepMetrics, utilization
 from ..report.traffic import Sent
+from .balancing import dropping_of, loss_weights
 from .build import build_executor, build_model, build_optimizer, dp_rank
 from .config import Config
 from .diagnose import explain_non_finite
@@ -51,9 +53,11 @@ class Totals:
     """Sums over micro-batches, and after `all_reduce` over ranks."""
 
     losses: Tensor
-    """FP64 `[2 + D]`: next-token loss, balance loss, one MTP loss a depth."""
+    """FP64 `[4 + D]`: next-token loss, three balance losses, one MTP loss a depth."""
     counts: Tensor
-    """`[L, E]` int64."""
+    """`[L, E]` int64: tokens that chose each expert."""
+    dropped: Tensor
+    """`[L]` int64: (token, expert) pairs of them that were dropped."""
 
 
 class Trainer:
@@ -91,8 +95,7 @@ class Trainer:
         tokens = sequences * self.config.batch.sequence_length
         lr = self.config.optim.lr.at(before.tokens)
         speed, mtp_weight = train.bias_update_speed.at(before.tokens), train.mtp_weight.at(before.tokens)
-        depth = max(1, self.config.model.num_nextn_predict_layers)
-        weights = Weights(1 / tokens, mtp_weight / depth / tokens, train.balance_loss / sequences)
+        weights = loss_weights(self.config, before, sequences)
 
         if timed:
             self.optimizer.finish_gathers()  # the trace is of the pipeline alone
@@ -103,7 +106,8 @@ class Trainer:
             raise explain_non_finite(self, micro_batches, weights)
         self.optimizer.step(lr, norm, blocking=not self.config.optim.overlap_gather)
         for layer, router in self.model.routers():
-            update_bias(router.bias, totals.counts[layer], speed)
+            if router.bias is not None:
+                update_bias(router.bias, totals.counts[layer], speed)
         self.experts.measure(totals.counts, before.step + 1)
 
         self.progress = before.advanced(sequences, self.config.batch.sequence_length)
@@ -116,7 +120,7 @@ class Trainer:
             **losses,
             grad_norm=norm,
             lr=lr,
-            bias_update_speed=speed,
+            bias_update_speed=speed if self.config.model.has_router_bias else 0.0,
             mtp_weight=mtp_weight,
             memory_gib=memory_gib(self.device).peak,
             step_seconds=seconds,
@@ -161,7 +165,7 @@ class Trainer:
         )
         _, program = self._program(len(batches), training=False)
         with self.experts.for_evaluation():
-            outputs = self.executor.evaluate(program, [self._on_device(batch, mtp=False) for batch in batches])
+            outputs = self.executor.evaluate(program, [self._on_device(batch) for batch in batches])
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for output in outputs:
             sums[0] += output.loss
@@ -248,9 +252,12 @@ class Trainer:
             self._programs[num_microbatches, training] = schedule, program
         return self._programs[num_microbatches, training]
 
-    def _on_device(self, batch: Batch, weights: Weights | None = None, mtp: bool = True) -> MicroBatch:
+    def _on_device(self, batch: Batch, weights: Weights | None = None) -> MicroBatch:
+        """To train on with `weights`, or without them to evaluate: then no MTP module runs and no token is dropped."""
         tokens, valid = batch.tokens.to(self.device), batch.valid.to(self.device)
-        return MicroBatch(tokens, valid, weights or Weights(), mtp)
+        if weights is None:
+            return MicroBatch(tokens, valid, mtp=False)
+        return MicroBatch(tokens, valid, weights, dropping=dropping_of(self.config, batch, self.device))
 
     def _state(self) -> dict[str, DTensor]:
         """Everything a checkpoint holds; filling these tensors changes this trainer."""
@@ -267,29 +274,33 @@ class Trainer:
         model = self.config.model
         depths = model.num_nextn_predict_layers
         layers = model.num_hidden_layers - model.first_k_dense_replace + depths
-        losses = torch.zeros(2 + depths, dtype=torch.float64, device=self.device)
-        counts = torch.zeros(layers, model.n_routed_experts, dtype=torch.int64, device=self.device)
+        losses = torch.zeros(4 + depths, dtype=torch.float64, device=self.device)
+        counts = torch.zeros(layers, model.n_routed_experts + 1, dtype=torch.int64, device=self.device)
         for part in parts:
-            numbers = torch.stack((part.loss, part.balance, *part.mtp_losses)).double()
-            losses[: len(numbers)] += numbers
-            counts[part.first_moe : part.first_moe + len(part.counts)] += part.counts
+            numbers = (part.loss, part.balance, part.device, part.communication, *part.mtp_losses)
+            losses[: len(numbers)] += torch.stack(numbers).double()
+            counted = torch.cat((part.counts, part.dropped.unsqueeze(1)), 1)
+            counts[part.first_moe : part.first_moe + len(counted)] += counted
         if self.model.recipe.monitor.infinite:  # where this step quantised an infinity, which then is a finite number
             losses.fill_(math.nan)
         self.groups.sum(losses)
         self.groups.sum(counts)
-        return Totals(losses, counts)
+        return Totals(losses, counts[:, :-1], counts[:, -1])
 
     def _losses(self, totals: Totals, tokens: int, sequences: int) -> dict[str, Any]:
-        loss, balance, *mtp = totals.losses.tolist()
-        moe = bool(totals.counts.numel())
-        mean_vio, worst_vio = max_violation(totals.counts) if moe else (None, None)
-        return {
-            "loss": loss / tokens,
-            "loss_mtp": sum(mtp) / len(mtp) / tokens if mtp else None,
-            "loss_balance": balance / sequences if moe else None,
-            "max_vio": mean_vio,
-            "max_vio_worst": worst_vio,
-        }
+        loss, balance, device, communication, *mtp = totals.losses.tolist()
+        losses = {"loss": loss / tokens, "loss_mtp": sum(mtp) / len(mtp) / tokens if mtp else None}
+        if not totals.counts.numel():
+            return losses
+        losses["loss_balance"] = balance / sequences
+        if self.config.model.n_group > 1:
+            losses |= {"loss_device": device / sequences, "loss_communication": communication / sequences}
+        layers = measure_balance(totals.counts.cpu(), totals.dropped.cpu(), self.experts.rank_of_expert, self._nodes())
+        return {**losses, **layers.summary(), "layers": layers}
+
+    def _nodes(self) -> list[int]:
+        """For each rank of the first expert parallel group its node."""
+        return [self.groups.layout.node(rank) for rank in next(self.groups.layout.ep_groups())]
 
     def _traffic(self) -> tuple[Sent, ...]:
         """What all ranks sent since the last call. The sum of it is counted with the next step."""

@@ -13,7 +13,7 @@ from .config import Config
 from .verify_run import Alone, Rows, Seen, Step
 
 EXACT = 0.0
-LOSSES = ("loss", "loss_mtp", "loss_balance")
+LOSSES = ("loss", "loss_mtp", "loss_balance", "loss_device", "loss_communication")
 
 CLASSES = ("embedding", "attention", "router", "experts", "shared experts", "dense", "norms", "head", "MTP")
 

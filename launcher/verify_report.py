@@ -22,6 +22,8 @@ NUMBERS = {
     "loss": "loss",
     "loss_mtp": "MTP loss",
     "loss_balance": "balance loss",
+    "loss_device": "device balance loss",
+    "loss_communication": "communication balance loss",
     "grad_norm": "gradient norm",
 }
 QUANTITIES = {

@@ -20,6 +20,7 @@ from ..model.naming import initialise, placements
 from ..model.router import Router
 from ..model.transformer import Transformer
 from ..parallel.groups import Groups
+from .balancing import dropping_of
 from .build import DTYPES
 from .config import Config
 from .dispatch import make_dispatcher
@@ -27,7 +28,7 @@ from .plan_steps import Progress, steps_from
 from .trainer import Trainer
 from .verify_text import Text
 
-NUMBERS = ("loss", "loss_mtp", "loss_balance", "grad_norm")
+NUMBERS = ("loss", "loss_mtp", "loss_balance", "loss_device", "loss_communication", "grad_norm")
 
 State = dict[str, Tensor]
 """Whole tensors by global name: `weights.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and the biases as `NAME`."""
@@ -108,7 +109,11 @@ class Watched:
         placed = trainer.model.placed()
         return Seen(
             rank=trainer.groups.rank,
-            numbers={name: value for name in NUMBERS if (value := getattr(metrics, name)) is not None},
+            numbers={
+                name: value
+                for name in NUMBERS
+                if (value := getattr(metrics, name)) is not None and name not in _unused(trainer.config)
+            },
             gradients={name: Rows.of(tensor) for name, tensor in optimizer.reduced_gradients().items()},
             state={name: Rows.of(tensor) for name, tensor in optimizer.state().items()},
             copies={n: t.clone() for item in placed for n, t in zip(item.names, item.tensors(), strict=True)},
@@ -161,6 +166,12 @@ class Alone(Watched):
         return {name: tensor.to_local().clone() for name, tensor in optimizer.state().items()}
 
 
+def _unused(config: Config) -> set[str]:
+    """Losses that are measured, but have no weight in this run."""
+    weights = {"loss_device": config.train.device_loss, "loss_communication": config.train.communication_loss}
+    return {name for name, weight in weights.items() if not weight}
+
+
 def plain_gradients(
     config: Config, groups: Groups, text: Text, partial_sums: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
@@ -188,8 +199,9 @@ def plain_gradients(
         micro_sequences=config.batch.micro_sequences,
     ) as loader:
         for batch in next(loader):
-            out = network(batch.tokens, batch.valid)
-            loss = out.loss / tokens + config.train.balance_loss * out.balance / sequences
+            out, train = network(batch.tokens, batch.valid, dropping=dropping_of(config, batch)), config.train
+            loss = out.loss / tokens + train.balance_loss * out.balance / sequences
+            loss = loss + (train.device_loss * out.device + train.communication_loss * out.communication) / sequences
             for mtp_loss in out.mtp_losses:
                 loss = loss + config.train.mtp_weight.at(0) * mtp_loss / depths / tokens
             made = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -238,15 +250,14 @@ def _routers_watched(trainer: Trainer, choices: Choices | None) -> Iterator[Tens
 def choice_gaps(router: Router, x: Tensor) -> Tensor:
     """`[3, T]`: by how much each of the router's choices for x `[B, S, H]` was made, of groups, of experts, and of the
     unbiased experts that the balance loss counts."""
-    config = router.config
-    scores = (x.float() @ router.weight.float().t()).sigmoid().flatten(0, 1)
-    biased = scores + router.bias
-    grouped = biased.unflatten(1, (config.n_group, -1))
-    groups = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
-    kept = torch.zeros_like(groups).scatter_(1, groups.topk(config.topk_group, -1).indices, 1.0).bool()
+    config, top_k = router.config, router.config.num_experts_per_tok
+    scores = router.scores(x).flatten(0, 1)
+    grouped = router.biased(scores).unflatten(1, (config.n_group, -1))
+    groups, usable = router.worth(grouped), config.topk_group if config.limits_groups else config.n_group
+    kept = torch.zeros_like(groups).scatter_(1, groups.topk(usable, -1).indices, 1.0).bool()
     experts = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
-    top_k = config.num_experts_per_tok
-    return torch.stack((_gaps(groups, config.topk_group), _gaps(experts, top_k), _gaps(scores, top_k)))
+    counted = scores if config.has_router_bias else experts
+    return torch.stack((_gaps(groups, usable), _gaps(experts, top_k), _gaps(counted, top_k)))
 
 
 def _gaps(scores: Tensor, chosen: int) -> Tensor:

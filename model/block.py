@@ -15,7 +15,7 @@ overlap engine advances the phases of two micro-batches in turn. B sequences, S 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,16 @@ from ..comm.dispatcher import Dispatched, Dispatcher, Pending, Route
 from ..fp8.recipe import Recipe
 from ..phases import Tape, Uncut, run
 from .attention import LatentAttention
+from .balance import BalanceWeights
+from .capacity import Dropping
 from .config import ModelConfig
 from .feed_forward import FeedForward, MixtureOfExperts
 from .kernels import Kernels
 from .norm import RMSNorm
 from .recompute import Keep, Rebuild, RecomputePolicy, Replay, Saved
 from .router import Routing
+
+UNWEIGHTED = BalanceWeights()
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,10 @@ class Attended:
     route: Route | None
     """Counts on their way to the ranks of the experts."""
 
-    def cut(self, tape: Uncut | Tape, balance_weight: float) -> Attended:
-        """The same for the phases after attention; the balance loss goes no further."""
+    def cut(self, tape: Uncut | Tape, balance: BalanceWeights) -> Attended:
+        """The same for the phases after attention; the balance losses go no further."""
         assert self.routing is not None
-        balance = tape.seed(self.routing.balance, balance_weight)
-        routing = replace(self.routing, weights=tape.cut(self.routing.weights), balance=balance)
+        routing = self.routing.cut(tape, balance)
         return Attended(tape.cut(self.residual), tape.cut(self.normed), routing, self.places, self.route)
 
 
@@ -83,18 +86,24 @@ class DecoderBlock(nn.Module):
         return run(self.phases(x, turns, valid, Uncut()))
 
     def phases(
-        self, x: Tensor, turns: Tensor, valid: Tensor, tape: Uncut | Tape, balance_weight: float = 0.0
+        self,
+        x: Tensor,
+        turns: Tensor,
+        valid: Tensor,
+        tape: Uncut | Tape,
+        balance: BalanceWeights = UNWEIGHTED,
+        dropping: Dropping | None = None,
     ) -> Generator[str, None, tuple[Tensor, Routing | None]]:
         """Yield each phase's name, then run it: x `[B, S, H]`, valid `[B]` bool -> the next residual stream, and the
-        routing for its statistics. With a tape that cuts, the balance loss starts a backward with `balance_weight`.
+        routing for its statistics. With a tape that cuts, the balance losses start a backward by their weights.
         """
-        saved = self._saved(x, turns, valid)
+        saved = self._saved(x, turns, valid, dropping)
         try:
-            return (yield from self._phases(x, turns, valid, saved, tape, balance_weight))
+            return (yield from self._phases(x, turns, valid, saved, tape, balance, dropping))
         finally:
             saved.close()
 
-    def _saved(self, x: Tensor, turns: Tensor, valid: Tensor) -> Saved:
+    def _saved(self, x: Tensor, turns: Tensor, valid: Tensor, dropping: Dropping | None) -> Saved:
         """What the phases of one forward are given: which activations stay for the backward."""
         if not self.training or not torch.is_grad_enabled():
             return Keep()
@@ -104,12 +113,22 @@ class DecoderBlock(nn.Module):
             # Statistics leave with the first pass alone, so running the phases again cannot count a token twice.
             kept = x.detach()
             return Replay(
-                lambda collect: self._phases(kept.requires_grad_(), turns, valid, collect, Uncut(), 0.0), "combine"
+                lambda collect: self._phases(
+                    kept.requires_grad_(), turns, valid, collect, Uncut(), UNWEIGHTED, dropping
+                ),
+                "combine",
             )
         return Keep()
 
     def _phases(
-        self, x: Tensor, turns: Tensor, valid: Tensor, saved: Saved, tape: Uncut | Tape, balance_weight: float
+        self,
+        x: Tensor,
+        turns: Tensor,
+        valid: Tensor,
+        saved: Saved,
+        tape: Uncut | Tape,
+        balance: BalanceWeights,
+        dropping: Dropping | None,
     ) -> Generator[str, None, tuple[Tensor, Routing | None]]:
         if not isinstance(self.mlp, MixtureOfExperts):
             yield tape.phase("dense")
@@ -118,8 +137,8 @@ class DecoderBlock(nn.Module):
                 tape.before_backward(saved.again)
             return x, None
         yield tape.phase("attention")
-        attended = self.attend(x, turns, valid, saved)
-        attended = attended.cut(tape, balance_weight)
+        attended = self.attend(x, turns, valid, saved, dropping)
+        attended = attended.cut(tape, balance)
         assert attended.routing is not None
         yield tape.phase("dispatch")
         dispatching = self.dispatch(attended)
@@ -138,14 +157,16 @@ class DecoderBlock(nn.Module):
         yield tape.phase("finish")
         return self.finish(attended, combining.wait(), shared), attended.routing
 
-    def attend(self, x: Tensor, turns: Tensor, valid: Tensor, saved: Saved) -> Attended:
+    def attend(
+        self, x: Tensor, turns: Tensor, valid: Tensor, saved: Saved, dropping: Dropping | None = None
+    ) -> Attended:
         """Attention, the second norm and the router's choice: computation; the counts of tokens start to travel."""
         with saved.hooks():
             residual = x + self.attention(self.attention_norm(x, saved), turns, saved)
             normed = self.mlp_norm(residual, saved)
             if not isinstance(self.mlp, MixtureOfExperts):
                 return Attended(residual, normed, None, None, None)
-            routing = self.mlp.gate(normed, valid)
+            routing = self.mlp.gate(normed, valid, dropping)
         places = self.mlp.place(routing.expert_ids)
         return Attended(residual, normed, routing, places, self.mlp.dispatcher.begin_route(places))
 

@@ -39,9 +39,18 @@ class ModelConfig(Section):
     n_routed_experts: int = key(256, "routed experts a layer", ge=1)
     n_shared_experts: int = key(1, "shared experts a layer, computed as one of their joint width", ge=0)
     num_experts_per_tok: int = key(8, "routed experts a token is sent to (top-k)", ge=1)
-    n_group: int = key(8, "expert groups of node-limited routing", ge=1)
-    topk_group: int = key(4, "groups a token may use", ge=1)
-    norm_topk_prob: bool = key(True, "normalise the selected scores to sum 1")
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = key(
+        "noaux_tc",
+        "router: noaux_tc is V3's (biased, node-limited), group_limited_greedy V2's (device-limited), greedy top-k",
+    )
+    scoring_func: Literal["sigmoid", "softmax"] = key(
+        "sigmoid", "affinity of a token to an expert: sigmoid of the logit (V3), or softmax over all experts (V2)"
+    )
+    n_group: int = key(
+        8, "expert groups, each a node's (V3) or device's (V2); greedy only measures balance by them", ge=1
+    )
+    topk_group: int = key(4, "groups a token may use; greedy does not limit them", ge=1)
+    norm_topk_prob: bool = key(True, "normalise the selected scores to sum 1 (V3); V2 does not")
     routed_scaling_factor: float = key(2.5, "factor on the gate weights after normalisation", gt=0)
     num_nextn_predict_layers: int = key(1, "MTP modules (depth); 0 trains without multi-token prediction", ge=0)
     max_position_embeddings: int = key(4096, "longest sequence the rotary tables cover", unit="tokens", ge=1)
@@ -59,17 +68,40 @@ class ModelConfig(Section):
             clashes.append(Clash(("n_routed_experts", "n_group"), message))
         if usable > groups:
             clashes.append(Clash(("topk_group", "n_group"), f"{usable} is above n_group {groups}"))
-        reachable = experts // groups * min(usable, groups)
-        if self.num_experts_per_tok > reachable:
-            keys = ("num_experts_per_tok", "topk_group", "n_group", "n_routed_experts")
-            limits = f"{usable} of {groups} groups of {experts} experts"
-            clashes.append(Clash(keys, f"{self.num_experts_per_tok} is above the {reachable} experts in {limits}"))
+        clashes += self._unreachable()
         if self.first_k_dense_replace > self.num_hidden_layers:
             message = f"{self.first_k_dense_replace} is above num_hidden_layers {self.num_hidden_layers}"
             clashes.append(Clash(("first_k_dense_replace", "num_hidden_layers"), message))
         if clashes:
             raise SectionFaults(clashes)
         return self
+
+    def _unreachable(self) -> list[Clash]:
+        """Whether a token is sent to more experts than it may use, and what would work."""
+        top_k, experts, groups = self.num_experts_per_tok, self.n_routed_experts, self.n_group
+        if self.topk_method == "greedy":
+            message = f"{top_k} is above n_routed_experts {experts}"
+            return [Clash(("num_experts_per_tok", "n_routed_experts"), message)] if top_k > experts else []
+        reachable = experts // groups * min(self.topk_group, groups)
+        if top_k <= reachable:
+            return []
+        keys = ("num_experts_per_tok", "topk_group", "n_group", "n_routed_experts")
+        works = [f"nearest: {reachable}"] if reachable else []
+        needed = -(-top_k // max(1, experts // groups))
+        works += [f"or topk_group {needed}"] if needed <= groups and experts // groups else []
+        limits = f"{self.topk_group} of {groups} groups of {experts} experts"
+        hint = f" ({', '.join(works)})" if works else ""
+        return [Clash(keys, f"{top_k} is above the {reachable} experts in {limits}{hint}")]
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether routers are balanced by a bias on their scores, which only V3's method knows."""
+        return self.topk_method == "noaux_tc"
+
+    @property
+    def limits_groups(self) -> bool:
+        """Whether a token may use fewer groups than there are."""
+        return self.topk_method != "greedy" and self.topk_group < self.n_group
 
     @property
     def qk_head_dim(self) -> int:

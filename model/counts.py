@@ -61,7 +61,7 @@ class ParameterCounts:
     attention: AttentionCounts  # each block
     dense_ffn: int  # each dense block
     router: int  # each MoE block: the gate's E x H
-    router_bias: int  # each MoE block: E, a buffer
+    router_bias: int  # each MoE block: E, a buffer; none but V3's router has one
     expert: int  # each routed expert
     shared_experts: int  # each MoE block: all shared experts together
     mtp_projection: int  # each MTP module: eh_proj, 2H x H
@@ -145,7 +145,7 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
         attention=count_attention(model),
         dense_ffn=3 * hidden * model.intermediate_size,
         router=model.n_routed_experts * hidden,
-        router_bias=model.n_routed_experts,
+        router_bias=model.n_routed_experts if model.has_router_bias else 0,
         expert=expert,
         shared_experts=model.n_shared_experts * expert,
         mtp_projection=2 * hidden * hidden,

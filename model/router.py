@@ -1,11 +1,17 @@
-"""V3's router: sigmoid affinities, node-limited top-k by biased scores, balance without an auxiliary loss.
+"""Routers: V3's (biased, node-limited), V2's (device-limited) and plain top-k, over sigmoid or softmax affinities.
 
-Source: V3 §2.1.2, equations 12-20. E experts, K top-k, T tokens, B sequences, S tokens of a sequence.
+`model.topk_method` and `model.scoring_func` name them as Hugging Face does:
+
+    noaux_tc               V3 §2.1.2, eq. 12-20: top-k of biased scores in the best groups, by the sum of their two best
+    group_limited_greedy   V2 §2.2.2: top-k of the scores in the best groups, by their best expert
+    greedy                 top-k of the scores
+
+E experts, K top-k, T tokens, B sequences, S tokens of a sequence, D groups of experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..phases import Tape, Uncut
+from .balance import BalanceLosses, BalanceWeights, balance_losses
+from .capacity import Dropping
 from .config import ModelConfig
 
 
@@ -21,60 +30,115 @@ class Routing:
     """Where the tokens of a micro-batch go, and what the router tells the training loop about it."""
 
     expert_ids: Tensor
-    """`[T, K]` int64, global expert numbers."""
+    """`[T, K]` int64, global expert numbers; -1 for a pair that was dropped and goes nowhere."""
     weights: Tensor
-    """`[T, K]` FP32 gate weights."""
+    """`[T, K]` FP32 gate weights, 0 for a pair that was dropped."""
     counts: Tensor
-    """`[E]` int64, valid tokens sent to each expert."""
+    """`[E]` int64, valid tokens that chose each expert, the dropped ones among them."""
+    dropped: Tensor
+    """int64 scalar, (token, expert) pairs of valid sequences that were dropped."""
     balance: Tensor
-    """FP32 scalar, the sequence-wise balance loss summed over valid sequences, before its weight alpha."""
+    """FP32 scalar, the balance loss over experts summed over valid sequences, before its weight alpha."""
+    device: Tensor
+    """The same over groups of experts; 0 where there is one group."""
+    communication: Tensor
+    """The same of what is sent to groups; 0 where there is one group."""
+
+    def cut(self, tape: Uncut | Tape, weights: BalanceWeights) -> Routing:
+        """The same for the phases after the router; the losses go no further, and start a backward by `weights`."""
+        balance, device, communication = tape.seed(self.balance, weights.expert), self.device, self.communication
+        if weights.device:
+            device = tape.seed(device, weights.device)
+        if weights.communication:
+            communication = tape.seed(communication, weights.communication)
+        if isinstance(tape, Tape):
+            device, communication = device.detach(), communication.detach()
+        return replace(
+            self, weights=tape.cut(self.weights), balance=balance, device=device, communication=communication
+        )
 
 
 class Router(nn.Module):
     """Scores experts for each token and selects K of them. Computes in FP32 whatever the recipe (V3 §3.3.1)."""
 
-    bias: Tensor
+    bias: Tensor | None
+    """`[E]` FP32, None where `topk_method` knows none. Steers selection only; moved by `update_bias` after each step,
+    never by gradients."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        # Steers selection only. Moved by the training loop after each step, never by gradients.
-        self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        zeros = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.has_router_bias else None
+        self.register_buffer("bias", zeros)
 
-    def forward(self, x: Tensor, valid: Tensor) -> Routing:
-        """x `[B, S, H]`, valid `[B]` bool: sequences that are padding are routed but not counted."""
-        scores = _GateFunction.apply(x, self.weight).sigmoid()
+    def forward(self, x: Tensor, valid: Tensor, dropping: Dropping | None = None) -> Routing:
+        """x `[B, S, H]`, valid `[B]` bool: sequences that are padding are routed but not counted.
+
+        Without `dropping` every token reaches its K experts. It changes neither counts nor losses nor the gate weights
+        of the pairs that stay.
+        """
+        scores = self.scores(x)
         expert_ids = self._select(scores.detach().flatten(0, 1))
         weights = scores.flatten(0, 1).gather(1, expert_ids)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.config.routed_scaling_factor
         # Not bincount or valid's own indexing: both wait for a GPU to learn how large their result is.
         counted = valid[:, None, None].expand(*x.shape[:2], expert_ids.shape[-1]).reshape(-1).long()
         counts = counted.new_zeros(self.config.n_routed_experts).scatter_add_(0, expert_ids.flatten(), counted)
-        return Routing(expert_ids, weights * self.config.routed_scaling_factor, counts, self._balance(scores, valid))
+        losses, dropped = self._balance(scores, expert_ids, valid), counts.new_zeros(())
+        if dropping is not None:
+            beyond = self._beyond_budget(scores.detach(), expert_ids, dropping)
+            dropped = (beyond.flatten() * counted).sum()
+            expert_ids, weights = expert_ids.masked_fill(beyond, -1), weights.masked_fill(beyond, 0.0)
+        return Routing(expert_ids, weights, counts, dropped, losses.expert, losses.device, losses.communication)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Affinities FP32 `[B, S, E]` of tokens x `[B, S, H]`."""
+        logits: Tensor = _GateFunction.apply(x, self.weight)
+        return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
+
+    def biased(self, scores: Tensor) -> Tensor:
+        """The scores `[…, E]` that experts are selected by."""
+        return scores if self.bias is None else scores + self.bias
+
+    def worth(self, grouped: Tensor) -> Tensor:
+        """What groups are selected by, `[…, D]`, of their experts' biased scores `[…, D, E / D]`."""
+        if self.config.topk_method == "noaux_tc":  # the K / M = 2 best
+            return grouped.topk(min(2, grouped.shape[-1]), -1, sorted=False).values.sum(-1)
+        return grouped.amax(-1)
 
     def _select(self, scores: Tensor) -> Tensor:
-        """Top-k of the biased scores inside the best groups; a group counts by its two best (V3's K / M)."""
+        """Top-k `[T, K]` of the biased scores, inside the best groups where the config limits them."""
         config = self.config
-        biased = scores + self.bias
-        if config.topk_group < config.n_group:
+        biased = self.biased(scores)
+        if config.limits_groups:
             grouped = biased.view(-1, config.n_group, config.n_routed_experts // config.n_group)
-            group_scores = grouped.topk(min(2, grouped.shape[-1]), -1, sorted=False).values.sum(-1)
-            kept = group_scores.topk(config.topk_group, -1, sorted=False).indices
-            closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
+            worth = self.worth(grouped)
+            kept = worth.topk(config.topk_group, -1, sorted=False).indices
+            closed = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, False)
             biased = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(1)
         return biased.topk(config.num_experts_per_tok, -1, sorted=False).indices
 
-    def _balance(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """Sum over valid sequences of `Σ_i f_i P_i` (V3 eq. 17-20); f counts the top-k of the *unbiased* scores."""
+    def _balance(self, scores: Tensor, expert_ids: Tensor, valid: Tensor) -> BalanceLosses:
+        """V3's f counts the top-k of the *unbiased* scores over all experts (eq. 18), V2's the experts selected."""
         config = self.config
-        experts, top_k = config.n_routed_experts, config.num_experts_per_tok
-        share = (scores / scores.sum(-1, keepdim=True)).mean(1)
-        best = scores.detach().topk(top_k, -1, sorted=False).indices.flatten(1)
-        hits = torch.zeros_like(share).scatter_add_(1, best, torch.ones_like(best, dtype=share.dtype))
-        load = hits * (experts / (top_k * scores.shape[1]))
-        return ((load * share).sum(-1) * valid).sum()
+        sent = expert_ids.view(*scores.shape[:2], -1)
+        counted, most_groups = sent, config.topk_group
+        if config.topk_method == "noaux_tc":
+            counted = scores.detach().topk(config.num_experts_per_tok, -1, sorted=False).indices
+        elif config.topk_method == "greedy":
+            most_groups = min(config.n_group, config.num_experts_per_tok)
+        affinity = scores / scores.sum(-1, keepdim=True) if config.scoring_func == "sigmoid" else scores
+        return balance_losses(affinity, counted, sent, valid, config.n_group, most_groups)
+
+    def _beyond_budget(self, scores: Tensor, expert_ids: Tensor, dropping: Dropping) -> Tensor:
+        """The pairs to drop, bool `[T, K]`, by the affinities `[B, S, E]` without the bias."""
+        experts, groups = self.config.n_routed_experts, self.config.n_group
+        pairs = expert_ids.view(scores.shape[0], -1)
+        affinity = scores.gather(2, expert_ids.view(*scores.shape[:2], -1)).flatten(1)
+        return dropping.beyond(affinity, pairs // (experts // groups), groups).view_as(expert_ids)
 
 
 class _GateFunction(torch.autograd.Function):

@@ -16,7 +16,9 @@ from ..comm.dispatcher import Dispatcher
 from ..fp8.linear import GroupedLinear, Linear
 from ..fp8.recipe import Recipe
 from ..phases import Tape, Uncut, WeightQueue, run
+from .balance import BalanceWeights
 from .block import DecoderBlock
+from .capacity import Dropping
 from .config import ModelConfig
 from .feed_forward import MixtureOfExperts
 from .kernels import EmbeddingFunction, Kernels
@@ -36,9 +38,15 @@ class Output:
     mtp_losses: tuple[Tensor, ...]
     """For each MTP depth, cross-entropy summed over valid positions."""
     balance: Tensor
-    """Sequence-wise balance loss summed over MoE layers and valid sequences, before its weight."""
+    """Balance loss over experts summed over MoE layers and valid sequences, before its weight."""
+    device: Tensor
+    """The same over groups of experts (V2 §2.2.3); 0 where there is one group."""
+    communication: Tensor
+    """The same of what is sent to groups; 0 where there is one group."""
     counts: Tensor
-    """`[L, E]` int64: valid tokens each expert of each of its MoE layers (MTP modules last) was sent."""
+    """`[L, E]` int64: valid tokens that chose each expert of each of its MoE layers (MTP modules last)."""
+    dropped: Tensor
+    """`[L]` int64: (token, expert) pairs among them that were dropped."""
     first_moe: int = 0
     """Place of the first of these layers among all MoE layers of the model."""
 
@@ -85,6 +93,12 @@ class Weights:
     token: float = 1.0
     mtp: float = 1.0
     balance: float = 1.0
+    device: float = 0.0
+    communication: float = 0.0
+
+    @property
+    def of_routers(self) -> BalanceWeights:
+        return BalanceWeights(self.balance, self.device, self.communication)
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,8 @@ class MicroBatch:
     weights: Weights = Weights()
     mtp: bool = True
     """Whether the MTP modules run; False is for evaluation."""
+    dropping: Dropping | None = None
+    """Which tokens groups of experts leave out; None, as in evaluation, drops none."""
 
 
 class Transformer(nn.Module):
@@ -146,15 +162,17 @@ class Transformer(nn.Module):
                 module.weight_queue = self.weight_queue
         self._table: Tensor | None = None
 
-    def forward(self, tokens: Tensor, valid: Tensor | None = None, mtp: bool = True) -> Output:
-        """The whole model, as one graph: tokens and valid as in `MicroBatch`, by default all valid.
+    def forward(
+        self, tokens: Tensor, valid: Tensor | None = None, mtp: bool = True, dropping: Dropping | None = None
+    ) -> Output:
+        """The whole model, as one graph: tokens, valid and dropping as in `MicroBatch`, by default all valid.
 
         `mtp` False leaves the MTP modules out, for evaluation.
         """
         assert self.part == Part.whole(self.config), "a stage runs in a pipeline"
         if valid is None:
             valid = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        _, output = run(self.phases(MicroBatch(tokens, valid, mtp=mtp), None, Uncut()))
+        _, output = run(self.phases(MicroBatch(tokens, valid, mtp=mtp, dropping=dropping), None, Uncut()))
         return output
 
     def phases(
@@ -175,7 +193,7 @@ class Transformer(nn.Module):
         for layer, block in self.layers.items():
             assert isinstance(block, DecoderBlock)
             self.before_use(block)
-            x, routing = yield from block.phases(x, turns, batch.valid, tape, batch.weights.balance)
+            x, routing = yield from block.phases(x, turns, batch.valid, tape, batch.weights.of_routers, batch.dropping)
             routings.append(routing)
             if self.part.last or int(layer) + 1 < self.part.layers.stop:
                 x = tape.cut(x)
@@ -184,11 +202,7 @@ class Transformer(nn.Module):
             losses = yield from self._predict(batch, x, turns, tape, routings)
         moe = [routing for routing in routings if routing is not None]
         zero = x.new_zeros((), dtype=torch.float32)
-        balance = torch.stack([routing.balance for routing in moe]).sum() if moe else zero
-        counts = batch.tokens.new_zeros(0, self.config.n_routed_experts)
-        if moe:
-            counts = torch.stack([routing.counts for routing in moe])
-        output = Output(losses[0] if losses else zero, tuple(losses[1:]), balance, counts, self.first_moe)
+        output = Output(losses[0] if losses else zero, tuple(losses[1:]), *self._statistics(batch, moe, zero))
         return (None if self.part.last else tape.leave(x)), output
 
     def _predict(
@@ -212,11 +226,26 @@ class Transformer(nn.Module):
             self.before_use(module, self.embedding)
             embedded = EmbeddingFunction.apply(batch.tokens[:, depth + 1 : length + depth + 1], self.embedding)
             x = tape.cut(module.join(hidden, embedded))
-            x, routing = yield from module.block.phases(x, turns, batch.valid, tape, weights.balance)
+            x, routing = yield from module.block.phases(x, turns, batch.valid, tape, weights.of_routers, batch.dropping)
             x = tape.cut(x)
             routings.append(routing)
             norm = module.norm
         raise AssertionError("unreachable")
+
+    def _statistics(
+        self, batch: MicroBatch, moe: list[Routing], zero: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+        """What an `Output` has of the routings `moe`: balance losses, counts, drops, the place of the first."""
+        if not moe:
+            counts = batch.tokens.new_zeros(0, self.config.n_routed_experts)
+            return zero, zero, zero, counts, counts.new_zeros(0), self.first_moe
+        losses = ((routing.balance, routing.device, routing.communication) for routing in moe)
+        balance, device, communication = (torch.stack(layers).sum() for layers in zip(*losses, strict=True))
+        counts, dropped = (
+            torch.stack([routing.counts for routing in moe]),
+            torch.stack([routing.dropped for routing in moe]),
+        )
+        return balance, device, communication, counts, dropped, self.first_moe
 
     @property
     def first_moe(self) -> int:

@@ -13,14 +13,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .balance import LayerBalance
 from .traffic import Sent, bytes_over
-
-if TYPE_CHECKING:
-    import torch
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -39,6 +37,8 @@ class StepMetrics(BaseModel):
     loss: float  # next-token cross-entropy alone
     loss_mtp: float | None = None  # mean over MTP depths, before its weight; None without MTP
     loss_balance: float | None = None  # sum over layers, before its weight; None without MoE layers
+    loss_device: float | None = None  # the same over groups of experts; None where there is one group
+    loss_communication: float | None = None  # the same of what is sent to groups
     grad_norm: float  # global, before clipping
     lr: float
     bias_update_speed: float
@@ -47,25 +47,20 @@ class StepMetrics(BaseModel):
     mfu: float | None = None  # share of the peak, 1.0 = all of it
     max_vio: float | None = None  # mean over MoE layers of (largest - mean) / mean expert load
     max_vio_worst: float | None = None  # the same of the worst layer
+    load_cv: float | None = None  # mean over MoE layers of standard deviation / mean expert load
+    load_cv_worst: float | None = None
+    rank_vio: float | None = None  # as max_vio, of the ranks of an expert parallel group; None for a group of one
+    rank_vio_worst: float | None = None
+    node_vio: float | None = None  # the same of the nodes of these ranks
+    node_vio_worst: float | None = None
+    dropped: float | None = None  # share of (token, expert) pairs
+    dropped_worst: float | None = None
+    layers: LayerBalance | None = None  # the same measures, one value a MoE layer
     memory_gib: float  # peak of the rank that writes
     step_seconds: float
     traffic: tuple[Sent, ...] | None = None  # of all ranks in this step; None where it was not counted
     validation_loss: float | None = None  # on the steps that evaluate
     validation_loss_ema: float | None = None  # the same of the averaged weights, where there are any
-
-
-def max_violation(loads: torch.Tensor) -> tuple[float, float]:
-    """How far the fullest expert of a layer is above the mean: (largest - mean) / mean, 0 is perfect balance.
-
-    `loads` [layers, E]: tokens each expert was sent in the global batch. Returns the mean over layers and the worst
-    layer. A layer that was sent nothing counts as 0. Source: MaxVio of arXiv 2408.15664.
-    """
-    if loads.ndim != 2 or not loads.numel():
-        raise ValueError(f"expert loads must be [layers, experts] and not empty, got {list(loads.shape)}")
-    counts = loads.double()
-    at_least = 1.0 / counts.shape[1]  # the smallest mean of a layer that was sent anything
-    violation = (counts.amax(dim=1) / counts.mean(dim=1).clamp(min=at_least) - 1.0).clamp(min=0.0)
-    return float(violation.mean()), float(violation.max())
 
 
 def utilization(tokens_per_second: float, flops_per_token: float, ranks: int, peak_tflops: float) -> float:
@@ -172,12 +167,18 @@ def _open_tensorboard(folder: Path, resume_step: int) -> Any | None:
 
 
 GROUPS = {
-    "loss": ("loss", "loss_mtp", "loss_balance", "validation_loss", "validation_loss_ema"),
+    "loss": (
+        *("loss", "loss_mtp", "loss_balance", "loss_device", "loss_communication"),
+        *("validation_loss", "validation_loss_ema"),
+    ),
     "optimizer": ("grad_norm", "lr", "bias_update_speed", "mtp_weight", "sequences", "tokens"),
     "speed": ("tokens_per_second", "mfu", "step_seconds", "memory_gib"),
-    "balance": ("max_vio", "max_vio_worst"),
+    "balance": (
+        *("max_vio", "max_vio_worst", "load_cv", "load_cv_worst", "rank_vio", "rank_vio_worst"),
+        *("node_vio", "node_vio_worst", "dropped", "dropped_worst"),
+    ),
 }
-"""TensorBoard's sections: field `lr` appears as `optimizer/lr`."""
+"""TensorBoard's sections: field `lr` appears as `optimizer/lr`, layer 3's value in `layers` as `max_vio/3`."""
 
 
 def _write_scalars(events: Any, metrics: StepMetrics) -> None:
@@ -186,6 +187,9 @@ def _write_scalars(events: Any, metrics: StepMetrics) -> None:
             value = getattr(metrics, field)
             if value is not None:
                 events.add_scalar(f"{group}/{field}", value, metrics.step)
+    for field, values in metrics.layers or ():
+        for layer, value in enumerate(values or ()):
+            events.add_scalar(f"{field}/{layer}", value, metrics.step)
     if metrics.traffic is not None:
         for link in ("within", "between"):
             events.add_scalar(f"traffic/{link}_nodes_bytes", bytes_over(metrics.traffic, link), metrics.step)

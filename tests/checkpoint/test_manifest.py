@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,13 @@ def test_another_model_is_refused_with_every_difference(checkpoint: Path) -> Non
 def test_a_longer_context_is_the_same_model(checkpoint: Path) -> None:
     longer = MODEL | {"max_position_embeddings": 32768, "rope_scaling": {"factor": 40.0}, "initializer_range": 0.1}
     check_same_model(read_manifest(checkpoint), longer, checkpoint)
+
+
+def test_a_checkpoint_of_before_there_were_routers_to_choose_from_is_of_v3s(checkpoint: Path) -> None:
+    manifest = read_manifest(checkpoint)
+    old = {name: value for name, value in manifest.model.items() if name not in ("topk_method", "scoring_func")}
+    assert len(old) == len(manifest.model) - 2
+    manifest = replace(manifest, model=old)
+    check_same_model(manifest, MODEL, checkpoint)
+    with pytest.raises(UsageError, match=r'model\.topk_method: "noaux_tc" in the checkpoint, "greedy" in the config'):
+        check_same_model(manifest, MODEL | {"topk_method": "greedy"}, checkpoint)

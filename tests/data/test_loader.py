@@ -82,6 +82,17 @@ def test_uneven_batches_are_padded_to_one_shape(dataset: PackedDataset) -> None:
     assert valid == [[[True, True], [True, False]]] * 2 + [[[True, False], [False, False]]]
 
 
+def test_every_row_has_the_number_of_its_sample_and_padding_none(dataset: PackedDataset) -> None:
+    for rank, expected in enumerate([[103, 104, 105, -1], [106, 107, 108, -1], [109, -1, -1, -1]]):
+        (step,) = list(Loader(dataset, [(103, 7)], dp_rank=rank, dp_size=3, micro_sequences=2))
+        assert [number for batch in step for number in batch.numbers] == expected
+        for batch in step:
+            found = {
+                number: row.tolist() for number, row in zip(batch.numbers, batch.tokens, strict=True) if number >= 0
+            }
+            assert found == {number: dataset.sample(number).tolist() for number in found}
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 5), st.integers(1, 4))
 def test_evaluation_is_the_same_in_every_layout(sequences: int, dp: int, micro: int) -> None:

@@ -103,7 +103,12 @@ train:
         ("parallel.ep=3", "3 does not divide model.n_routed_experts 8 (nearest: 2 or 4)"),
         ("parallel.ep=16", "16 does not divide model.n_routed_experts 8 (nearest: 8)"),
         ("model.first_k_dense_replace=4", "4 is above num_hidden_layers 3"),
-        ("model.num_experts_per_tok=5", "5 is above the 4 experts in 2 of 4 groups of 8 experts"),
+        (
+            "model.num_experts_per_tok=5",
+            "5 is above the 4 experts in 2 of 4 groups of 8 experts (nearest: 4, or topk_group 3)",
+        ),
+        ("model.num_experts_per_tok=9", "9 is above the 4 experts in 2 of 4 groups of 8 experts (nearest: 4)"),
+        ("model.topk_group=0", "must be at least 1, is 0"),
         ("batch.sequence_length=257", "257 is above model.max_position_embeddings 256"),
         ("model.hidden_size=66", "66 is not a multiple of 4, as experts in fp32 need (nearest: 64 or 68)"),
         ("model.moe_intermediate_size=33", "33 is not a multiple of 4, as experts in fp32 need (nearest: 32 or 36)"),
@@ -269,3 +274,56 @@ def test_clashing_keys_in_code_name_both_keys_and_numbers() -> None:
     ) as e:
         Config(model={"n_group": 3}, train={"steps": 1})
     assert isinstance(e.value.errors()[0]["ctx"]["error"], SectionFaults)
+
+
+ONE_GROUP = "is for several groups of experts, but model.n_group is 1 (works: model.n_group 2, 4, 8 or"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "message"),
+    [
+        (
+            ["train.device_loss=0.05", "model.n_group=1", "model.topk_group=1"],
+            "train.device_loss",
+            f"0.05 {ONE_GROUP} train.device_loss 0)",
+        ),
+        (
+            ["train.communication_loss=0.02", "model.n_group=1", "model.topk_group=1", "model.topk_method=greedy"],
+            "train.communication_loss",
+            f"0.02 {ONE_GROUP} train.communication_loss 0)",
+        ),
+        (
+            ["train.capacity_factor=1", "model.n_group=1", "model.topk_group=1"],
+            "train.capacity_factor",
+            f"1 {ONE_GROUP} train.capacity_factor null)",
+        ),
+        (
+            ["train.bias_update_speed=0.01", "model.topk_method=greedy"],
+            "train.bias_update_speed",
+            "moves a bias that the router of model.topk_method greedy has not (leave it out or set it to 0, or "
+            "model.topk_method noaux_tc; balance_loss works with every router)",
+        ),
+        (
+            ["model.topk_method=gready"],
+            "model.topk_method",
+            "expects noaux_tc, group_limited_greedy or greedy, got 'gready' (did you mean greedy?)",
+        ),
+        (
+            ["model.topk_method=greedy", "model.num_experts_per_tok=9"],
+            "model.num_experts_per_tok",
+            "9 is above n_routed_experts 8",
+        ),
+    ],
+)
+def test_what_a_router_cannot_use_is_refused_with_what_works(overrides: list[str], key: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", overrides)
+    (fault,) = caught.value.faults
+    assert (fault.key, fault.message) == (key, message)
+
+
+def test_a_router_without_a_bias_leaves_the_default_speed_alone() -> None:
+    for speed in ([], ["train.bias_update_speed=0"], ["train.bias_update_speed=[{tokens: 5, value: 0}, {value: 0}]"]):
+        assert load_config("tiny", ["model.topk_method=group_limited_greedy", *speed]).model.n_group == 4
+    reached = ["model.topk_method=greedy", "model.num_experts_per_tok=5"]  # more than topk_group would allow
+    assert load_config("tiny", reached).model.num_experts_per_tok == 5

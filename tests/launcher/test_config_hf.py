@@ -11,6 +11,7 @@ import pytest
 from counterflow.launcher.config import Config
 from counterflow.launcher.load import ConfigError, load_config
 from counterflow.model.config import ModelConfig, RopeScaling
+from counterflow.model.counts import count_parameters
 
 # The architecture of moonshotai/Moonlight-16B-A3B, a DeepSeek-V3-class model, as its file of transformers 4 has it.
 MOONLIGHT: dict[str, Any] = {
@@ -27,6 +28,32 @@ MOONLIGHT: dict[str, Any] = {
     "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.46.3", "use_cache": True, "v_head_dim":
     128, "vocab_size": 163840,
 }  # fmt: skip
+# The architectures of deepseek-ai/DeepSeek-V2 and DeepSeek-V2-Lite, as their files of transformers 4 have them.
+V2: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "auto_map":
+    {"AutoConfig": "configuration_deepseek.DeepseekV2Config"}, "aux_loss_alpha": 0.001, "bos_token_id": 100000,
+    "eos_token_id": 100001, "ep_size": 1, "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 5120,
+    "initializer_range": 0.02, "intermediate_size": 12288, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2", "moe_intermediate_size": 1536, "moe_layer_freq": 1, "n_group": 8,
+    "n_routed_experts": 160, "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 128,
+    "num_experts_per_tok": 6, "num_hidden_layers": 60, "num_key_value_heads": 128, "pretraining_tp": 1,
+    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_scaling":
+    {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+     "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000, "routed_scaling_factor": 16.0,
+    "scoring_func": "softmax", "seq_aux": True, "tie_word_embeddings": False, "topk_group": 3, "topk_method":
+    "group_limited_greedy", "torch_dtype": "bfloat16", "transformers_version": "4.39.3", "use_cache": True,
+    "v_head_dim": 128, "vocab_size": 102400,
+}  # fmt: skip
+V2_LITE: dict[str, Any] = V2 | {
+    "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_group": 1,
+    "n_routed_experts": 64, "num_attention_heads": 16, "num_hidden_layers": 27, "num_key_value_heads": 16,
+    "q_lora_rank": None, "rope_scaling": V2["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    "routed_scaling_factor": 1.0, "topk_group": 1, "topk_method": "greedy",
+}  # fmt: skip
+# Keys that transformers' DeepseekV3Config has in the same form; that of its router is fixed.
+COMPARED = set(ModelConfig.model_fields) - {
+    *("initializer_range", "rope_theta", "rope_scaling", "topk_method", "scoring_func")
+}
 YARN_V3 = {
     "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
     "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -131,7 +158,7 @@ def test_what_transformers_writes_is_read_back_as_what_it_holds() -> None:
     )  # fmt: skip
     hf.save_pretrained("saved")
     model = load_config("tiny", ["model.from=saved"]).model
-    for name in set(ModelConfig.model_fields) - {"initializer_range", "rope_theta", "rope_scaling"}:
+    for name in COMPARED:
         assert getattr(model, name) == getattr(hf, name), name
     assert model.rope_theta == hf.rope_parameters["rope_theta"] == 5000.0
     assert model.rope_scaling is not None
@@ -143,7 +170,7 @@ def test_our_defaults_are_those_of_transformers() -> None:
     # So that a key which a file leaves out means the same here.
     transformers = pytest.importorskip("transformers")
     hf, ours = transformers.DeepseekV3Config(), ModelConfig()
-    for name in set(ModelConfig.model_fields) - {"initializer_range", "rope_theta", "rope_scaling"}:
+    for name in COMPARED:
         assert getattr(hf, name) == getattr(ours, name), name
     assert hf.rope_parameters == {"rope_theta": ours.rope_theta, "rope_type": "default"}
 
@@ -155,8 +182,6 @@ def test_our_defaults_are_those_of_transformers() -> None:
         ("tie_word_embeddings", True, "is true; this model only knows false"),
         ("attention_bias", True, "is true; this model only knows false"),
         ("attention_dropout", 0.1, "is 0.1; this model only knows 0"),
-        ("scoring_func", "softmax", "is 'softmax'; this model only knows 'sigmoid'"),
-        ("topk_method", "greedy", "is 'greedy'; this model only knows 'noaux_tc'"),
         ("moe_layer_freq", 2, "is 2; this model only knows 1"),
         ("rope_interleave", False, "is false; this model only knows true"),
         ("num_key_value_heads", 4, "is 4; this model only knows 16"),
@@ -194,10 +219,61 @@ def test_unknown_rotations_are_refused(rope: dict[str, object], message: str) ->
 
 
 def test_config_of_another_model_is_refused_once() -> None:
-    (fault,) = faults_of(
-        {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "scoring_func": "softmax"}
+    (fault,) = faults_of({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "scoring_func": "softmax"})
+    assert "model_type: expects 'deepseek_v3' or 'deepseek_v2', found 'mixtral': this is the config of another" in fault
+
+
+@pytest.mark.parametrize("file", [V2, V2_LITE], ids=["V2", "V2-Lite"])
+def test_v2_files_give_their_network_and_router(file: dict[str, Any]) -> None:
+    model = load(file).model
+    taken = {name: value for name, value in file.items() if name in ModelConfig.model_fields}
+    del taken["initializer_range"], taken["rope_scaling"]
+    assert {name: getattr(model, name) for name in taken} == taken
+    assert (model.topk_method, model.scoring_func) == (file["topk_method"], "softmax")
+    assert model.rope_scaling is not None and model.rope_scaling.mscale == file["rope_scaling"]["mscale"]
+    assert model.num_nextn_predict_layers == 0
+    # V2 §3.1.2: 236B, 21B of them active; V2 appendix B: 15.7B, 2.4B.
+    counts = count_parameters(model)
+    total, active = (236e9, 21e9) if file is V2 else (15.7e9, 2.4e9)
+    assert counts.total == pytest.approx(total, rel=5e-3)
+    assert counts.active == pytest.approx(active, rel=0.12)  # the report leaves embedding and head out in part
+
+
+def test_what_a_v2_file_leaves_out_means_what_it_means_to_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.DeepseekV2Config()
+    model = load(
+        {"model_type": "deepseek_v2", "num_experts_per_tok": 6, "n_group": None, "moe_intermediate_size": 8}
+    ).model
+    without = {"num_experts_per_tok", "moe_intermediate_size", "num_nextn_predict_layers"}
+    for name in (COMPARED | {"topk_method"}) - without:
+        assert getattr(model, name) == (1 if name in ("n_group", "topk_group") else getattr(hf, name)), name
+    assert (model.scoring_func, model.num_nextn_predict_layers) == ("softmax", 0)
+
+
+def test_what_transformers_writes_of_v2_is_read_back_as_what_it_holds() -> None:
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.DeepseekV2Config(
+        vocab_size=500, hidden_size=48, intermediate_size=80, moe_intermediate_size=24, num_hidden_layers=5,
+        num_attention_heads=6, num_key_value_heads=6, n_shared_experts=3, n_routed_experts=12,
+        routed_scaling_factor=1.5, kv_lora_rank=20, q_lora_rank=None, qk_rope_head_dim=4, v_head_dim=10,
+        qk_nope_head_dim=14, n_group=3, topk_group=2, num_experts_per_tok=3, first_k_dense_replace=2,
+        topk_method="group_limited_greedy", max_position_embeddings=640, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    hf.save_pretrained("saved")
+    model = load_config("tiny", ["model.from=saved"]).model
+    for name in (COMPARED | {"topk_method"}) - {"num_nextn_predict_layers"}:
+        assert getattr(model, name) == getattr(hf, name), name
+
+
+def test_v2_files_that_can_be_read_in_two_ways_are_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({name: value for name, value in (V2 | {"norm_topk_prob": True}).items() if name != "num_experts_per_tok"})
+    missing, normalised = (str(fault) for fault in caught.value.faults)
+    assert "num_experts_per_tok: is missing" in missing
+    assert (
+        f"hf/config.json:{line_of('norm_topk_prob')}: norm_topk_prob: is true, which transformers ignores" in normalised
     )
-    assert "model_type: expects 'deepseek_v3', found 'deepseek_v2': this is the config of another model" in fault
 
 
 def test_derived_models_of_the_same_architecture_are_read() -> None:

@@ -74,6 +74,19 @@ def test_a_sound_run_agrees(pool: Pool, schedule: str) -> None:
     assert max(map(len, text.splitlines())) <= 80 and "fp32: agrees" in text
 
 
+def test_v2s_router_with_its_losses_and_drops_agrees(pool: Pool) -> None:
+    router = ("model.topk_method=group_limited_greedy", "model.scoring_func=softmax", "model.norm_topk_prob=false")
+    losses = ("train.device_loss=0.05", "train.communication_loss=0.02", "train.capacity_factor=1.0")
+    config, shrunk = small("parallel.schedule=dualpipe", *router, *losses)
+    outcome = run(pool, shrunk)
+    assert outcome.agrees
+    numbers = {each.name for each in outcome.last.differences if each.quantity == "number"}
+    assert {"loss_device", "loss_communication"} <= numbers
+    assert not any(each.quantity == "bias" for each in outcome.last.differences), "there is none"
+    text = "\n".join([heading(config, shrunk), body([outcome], 4)])
+    assert max(map(len, text.splitlines())) <= 80 and "communication balance loss" in text
+
+
 def _scaled_mirror(groups: Groups) -> None:
     """The gradients that pipeline rank 1 has of a tensor of the second layer are too large, before they are summed."""
     accumulate = ShardedOptimizer._accumulate

@@ -1,4 +1,4 @@
-"""The model against transformers' DeepseekV3ForCausalLM with the same weights."""
+"""The model against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM with the same weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers.modeling_layers as transformers_layers
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
 from counterflow.checkpoint.hf_names import to_hugging_face
@@ -32,12 +32,13 @@ from counterflow.tests.model.small import (
 )
 
 
-def transformers_config(config: ModelConfig) -> DeepseekV3Config:
+def transformers_config(config: ModelConfig) -> DeepseekV3Config | DeepseekV2Config:
     values = config.model_dump(exclude={"rope_scaling", "rope_theta"})
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= {"rope_type": "yarn", **config.rope_scaling.model_dump(exclude={"type"})}
-    return DeepseekV3Config(
+    kind = DeepseekV3Config if config.topk_method == "noaux_tc" else DeepseekV2Config
+    return kind(
         **values,
         num_key_value_heads=config.num_attention_heads,
         rope_parameters=rope,
@@ -66,10 +67,11 @@ def by_expert(tensors: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]
     return result
 
 
-def transformers_twin(model: Transformer) -> DeepseekV3ForCausalLM:
+def transformers_twin(model: Transformer) -> DeepseekV3ForCausalLM | DeepseekV2ForCausalLM:
     """Transformers' model with our weights. Every tensor of either side has one counterpart on the other."""
     layers = model.config.num_hidden_layers
-    network = DeepseekV3ForCausalLM(transformers_config(model.config))
+    config = transformers_config(model.config)
+    network = (DeepseekV3ForCausalLM if isinstance(config, DeepseekV3Config) else DeepseekV2ForCausalLM)(config)
     targets = by_expert([*network.named_parameters(), *network.named_buffers()])
     targets = {name: tensor for name, tensor in targets.items() if "inv_freq" not in name}
     sources = global_tensors(model) | router_biases(model)
@@ -94,6 +96,13 @@ def assert_same_gradients(model: Transformer, expected: dict[str, Tensor]) -> No
     assert errors[worst] < 1e-5, worst
 
 
+V2_ROUTER: dict[str, Any] = {
+    "topk_method": "group_limited_greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 2.0,
+}
+PLAIN: dict[str, Any] = {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
 CASES: dict[str, ModelConfig] = {
     **{f"seed {seed}": random_config(seed) for seed in range(6)},
     "q_lora": small_config(num_nextn_predict_layers=0),
@@ -105,6 +114,10 @@ CASES: dict[str, ModelConfig] = {
     "yarn": small_config(num_nextn_predict_layers=0, rope_scaling=yarn(factor=8.0)),
     "yarn, two mscales": small_config(
         num_nextn_predict_layers=0, rope_scaling=yarn(factor=4.0, mscale=1.0, mscale_all_dim=0.707)
+    ),
+    "V2": small_config(num_nextn_predict_layers=0, **V2_ROUTER, hidden_size=48),
+    "V2-Lite": small_config(
+        num_nextn_predict_layers=0, **V2_ROUTER | PLAIN, hidden_size=48, rope_scaling=yarn(factor=8.0)
     ),
     "yarn, wide": random_config(11, qk_rope_head_dim=32, rope_scaling=yarn(factor=40.0, mscale=0.707, beta_slow=2.0)),
 }

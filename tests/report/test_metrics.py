@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from counterflow.report.balance import LayerBalance
 from counterflow.report.metrics import (
     GROUPS,
     METRICS_FILE,
     TENSORBOARD_FOLDER,
     MetricsWriter,
     StepMetrics,
-    max_violation,
     read_metrics,
     utilization,
 )
@@ -43,6 +42,7 @@ def metrics_of(step: int, **changed: Any) -> StepMetrics:
         "mfu": 0.41,
         "max_vio": 0.2,
         "max_vio_worst": 0.9,
+        "layers": LayerBalance(max_vio=(0.1, 0.3), load_cv=(0.05, 0.2), rank_vio=(0.0, 0.1), dropped=(0.0, 0.0)),
         "memory_gib": 1.5,
         "step_seconds": 0.25,
     }
@@ -160,13 +160,15 @@ def test_tensorboard_shows_every_measured_number_once_across_a_resume(tmp_path: 
     write_steps(tmp_path, range(6, 10), resume_step=5, tensorboard=True, loss=2.0)
     scalars = tensorboard_scalars(tmp_path)
     assert [(e.step, e.value) for e in scalars["loss/loss"]] == [(s, 1.0 if s <= 5 else 2.0) for s in range(1, 10)]
-    measured = {name for name, value in metrics_of(1) if value is not None and name != "step"}
-    assert {tag.split("/")[1] for tag in scalars} == measured
+    measured = {name for name, value in metrics_of(1) if value is not None and name not in ("step", "layers")}
+    of_layers = {f"{name}/{layer}" for name in ("max_vio", "load_cv", "rank_vio", "dropped") for layer in (0, 1)}
+    assert {tag.split("/")[1] for tag in scalars.keys() - of_layers} == measured
+    assert [scalars[f"load_cv/{layer}"][0].value for layer in (0, 1)] == pytest.approx([0.05, 0.2])
 
 
 def test_every_field_has_its_place_in_tensorboard() -> None:
     placed = [field for fields in GROUPS.values() for field in fields]
-    assert sorted([*placed, "step", "traffic"]) == sorted(StepMetrics.model_fields)
+    assert sorted([*placed, "step", "traffic", "layers"]) == sorted(StepMetrics.model_fields)
 
 
 def test_without_tensorboard_a_warning_says_what_to_install_and_metrics_go_on(
@@ -185,23 +187,6 @@ def test_without_tensorboard_a_warning_says_what_to_install_and_metrics_go_on(
 def test_a_misspelled_measurement_is_an_error() -> None:
     with pytest.raises(ValueError, match="los_mtp"):
         metrics_of(1, los_mtp=2.0)
-
-
-def test_max_violation_follows_its_definition_layer_by_layer() -> None:
-    torch.manual_seed(0)
-    loads = torch.randint(0, 1000, (7, 16))
-    by_hand = [(max(row) - sum(row) / len(row)) / (sum(row) / len(row)) for row in loads.tolist()]
-    mean, worst = max_violation(loads)
-    assert mean == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-12)
-    assert worst == pytest.approx(max(by_hand), rel=1e-12)
-
-
-def test_max_violation_at_its_ends() -> None:
-    assert max_violation(torch.full((3, 8), 5)) == (0.0, 0.0)
-    assert max_violation(torch.tensor([[32, 0, 0, 0]])) == (3.0, 3.0)  # all on one of four: E - 1
-    assert max_violation(torch.tensor([[0, 0], [2, 0]])) == (0.5, 1.0)  # a layer that was sent nothing
-    with pytest.raises(ValueError, match=r"\[layers, experts\]"):
-        max_violation(torch.zeros(4))
 
 
 def test_deepseek_v3_trained_at_a_plausible_utilization() -> None:

@@ -164,10 +164,11 @@ def no_counts(trainer: Trainer) -> Tensor:
 
 
 def biases(trainer: Trainer) -> Tensor:
-    """`[L, E]` router biases; NaN in the rows of layers that this rank does not hold."""
+    """`[L, E]` router biases; NaN in the rows of layers that this rank does not hold, or that have none."""
     held = torch.full(no_counts(trainer).shape, float("nan"))
     for layer, router in trainer.model.routers():
-        held[layer] = router.bias
+        if router.bias is not None:
+            held[layer] = router.bias
     return held
 
 
@@ -181,9 +182,10 @@ def closest_choice(router: Router, x: Tensor) -> float:
     """How near any of the router's three choices for `x` `[B, S, H]` was to coming out otherwise."""
     config = router.config
     with torch.no_grad():
-        scores = (x.float() @ router.weight.float().t()).sigmoid().flatten(0, 1)
-    biased = (scores + router.bias).unflatten(1, (config.n_group, -1))
-    groups = biased.topk(2, -1).values.sum(-1)
+        logits = (x.float() @ router.weight.float().t()).flatten(0, 1)
+    scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
+    biased = (scores if router.bias is None else scores + router.bias).unflatten(1, (config.n_group, -1))
+    groups = biased.amax(-1) if router.bias is None else biased.topk(2, -1).values.sum(-1)
     closed = groups < groups.topk(config.topk_group, -1).values[:, -1:]
     experts = biased.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(1)
     top_k = config.num_experts_per_tok

@@ -24,6 +24,8 @@ ALONE = {
     "next token": Weights(token=1 / 128, mtp=0.0, balance=0.0),
     "mtp": Weights(token=0.0, mtp=1 / 128, balance=0.0),
     "balance": Weights(token=0.0, mtp=0.0, balance=1 / 8),
+    "device": Weights(token=0.0, mtp=0.0, balance=0.0, device=1 / 8),
+    "communication": Weights(token=0.0, mtp=0.0, balance=0.0, communication=1 / 8),
 }
 
 
@@ -70,14 +72,15 @@ def test_each_loss_reaches_what_it_should(alone: dict[str, dict[str, Tensor]]) -
     reached = {loss: {name for name, g in gradients.items() if g.abs().max() > 0} for loss, gradients in alone.items()}
     everything = set(alone["mtp"])
     of_mtp = {name for name in everything if name.startswith("mtp.")}
-    # The last norm and what follows routing in the last block are out of the balance loss's reach.
+    # The last norm and what follows routing in the last block are out of the balance losses' reach.
     assert reached["mtp"] == everything
     assert reached["next token"] == everything - of_mtp
     routers = {name for name in everything if name.endswith(".gate")}
     assert len(routers) == 3
-    assert routers <= reached["balance"]
-    assert "head" not in reached["balance"]
-    assert {"layers.0.attention.q_up", "embedding"} <= reached["balance"]
+    for loss in ("balance", "device", "communication"):
+        assert routers <= reached[loss]
+        assert "head" not in reached[loss]
+        assert {"layers.0.attention.q_up", "embedding"} <= reached[loss]
 
 
 def _ones(worker: Worker, config: Config, ep: int) -> float:

@@ -44,6 +44,8 @@ ALONE = {
     "next token": Weights(token=1 / 128, mtp=0.0, balance=0.0),
     "mtp": Weights(token=0.0, mtp=1 / 128, balance=0.0),
     "balance": Weights(token=0.0, mtp=0.0, balance=1 / 8),
+    "device": Weights(token=0.0, mtp=0.0, balance=0.0, device=1 / 8),
+    "communication": Weights(token=0.0, mtp=0.0, balance=0.0, communication=1 / 8),
 }
 # World size, ep, and what is set: schedules, and splits of 8 sequences into micro-batches of 1 to 4.
 SPLITS = [

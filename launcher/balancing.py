@@ -1,0 +1,42 @@
+"""What a step asks of the routers: weights of their losses, and which tokens they may drop."""
+
+from __future__ import annotations
+
+import torch
+
+from ..data.loader import Batch
+from ..model.capacity import Dropping
+from ..model.naming import seed_of
+from ..model.transformer import Weights
+from .config import Config
+from .plan_steps import Progress
+
+
+def loss_weights(config: Config, before: Progress, sequences: int) -> Weights:
+    """What makes means over a global batch of `sequences` of the sums that micro-batches give, times their weights."""
+    train, tokens = config.train, sequences * config.batch.sequence_length
+    depth = max(1, config.model.num_nextn_predict_layers)
+    return Weights(
+        token=1 / tokens,
+        mtp=train.mtp_weight.at(before.tokens) / depth / tokens,
+        balance=train.balance_loss / sequences,
+        device=train.device_loss / sequences,
+        communication=train.communication_loss / sequences,
+    )
+
+
+def dropping_of(config: Config, batch: Batch, device: torch.device | str = "cpu") -> Dropping | None:
+    """Which tokens of a training micro-batch may be dropped; None where `train.capacity_factor` drops none.
+
+    A sequence is exempt by its number in the run alone, so by the same choice in every layout and after every resume.
+    """
+    train = config.train
+    if train.capacity_factor is None:
+        return None
+    exempt = [is_exempt(config.run.seed, number, train.keep_sequences) for number in batch.numbers]
+    return Dropping(train.capacity_factor, torch.tensor(exempt).to(device))
+
+
+def is_exempt(seed: int, number: int, share: float) -> bool:
+    """Whether training sequence `number` is one of the `share` of which no token is dropped."""
+    return seed_of("exempt from token dropping", seed, number) < share * 2**63
