@@ -58,6 +58,7 @@ def _as_json(steps: Sequence[StepMetrics]) -> dict[str, Any]:
         "step_seconds": statistics.median(step.step_seconds for step in steps),
         "mfu": None if steps[-1].mfu is None else statistics.median(step.mfu or 0.0 for step in steps),
         "max_vio": steps[-1].max_vio,
+        "rank_vio": steps[-1].rank_vio,
         "traffic": [sent.model_dump() for sent in mean],
     }
 
@@ -73,6 +74,8 @@ def _as_text(folder: Path, steps: Sequence[StepMetrics]) -> list[str]:
         rows["MFU"] = f"{found['mfu']:.1%}"
     if found["max_vio"] is not None:
         rows["MaxVio"] = f"{found['max_vio']:.2f}, mean of the layers in the last step"
+    if found["rank_vio"] is not None:
+        rows["busiest rank"] = f"{1 + found['rank_vio']:.2f} x the mean, likewise"
     width = max(map(len, rows))
     lines = [str(folder), *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
     mean = mean_step([step.traffic for step in steps if step.traffic is not None])

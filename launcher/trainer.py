@@ -58,6 +58,8 @@ class Totals:
     """`[L, E]` int64: tokens that chose each expert."""
     dropped: Tensor
     """`[L]` int64: (token, expert) pairs of them that were dropped."""
+    sent: Tensor
+    """What ranks sent since the sums of the step before, as `comm/meter.py: numbers_of` lists it."""
 
 
 class Trainer:
@@ -124,7 +126,7 @@ class Trainer:
             mtp_weight=mtp_weight,
             memory_gib=memory_gib(self.device).peak,
             step_seconds=seconds,
-            traffic=self._traffic(),
+            traffic=_traffic(totals.sent),
             **self._speed(tokens / seconds),
         )
 
@@ -284,8 +286,11 @@ class Trainer:
         if self.model.recipe.monitor.infinite:  # where this step quantised an infinity, which then is a finite number
             losses.fill_(math.nan)
         self.groups.sum(losses)
-        self.groups.sum(counts)
-        return Totals(losses, counts[:, :-1], counts[:, -1])
+        sent = torch.tensor(numbers_of(self.groups.meter.take()), device=self.device)
+        whole = torch.cat((counts.view(-1), sent))
+        self.groups.sum(whole)
+        counts, sent = whole[: counts.numel()].view(counts.shape), whole[counts.numel() :]
+        return Totals(losses, counts[:, :-1], counts[:, -1], sent)
 
     def _losses(self, totals: Totals, tokens: int, sequences: int) -> dict[str, Any]:
         loss, balance, device, communication, *mtp = totals.losses.tolist()
@@ -302,15 +307,12 @@ class Trainer:
         """For each rank of the first expert parallel group its node."""
         return [self.groups.layout.node(rank) for rank in next(self.groups.layout.ep_groups())]
 
-    def _traffic(self) -> tuple[Sent, ...]:
-        """What all ranks sent since the last call. The sum of it is counted with the next step."""
-        numbers = torch.tensor(numbers_of(self.groups.meter.take()), dtype=torch.int64, device=self.device)
-        self.groups.sum(numbers)
-        traffic = traffic_of(numbers.tolist())
-        return tuple(Sent(**vars(kind), **vars(tally)) for kind, tally in traffic.items())
-
     def _speed(self, tokens_per_second: float) -> dict[str, Any]:
         mfu = None
         if self.peak is not None:
             mfu = utilization(tokens_per_second, self._flops, self.groups.layout.world_size, self.peak.tflops)
         return {"tokens_per_second": tokens_per_second, "mfu": mfu}
+
+
+def _traffic(sent: Tensor) -> tuple[Sent, ...]:
+    return tuple(Sent(**vars(kind), **vars(tally)) for kind, tally in traffic_of(sent.tolist()).items())
