@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,6 +86,15 @@ class Meter:
         """What was counted since the last call."""
         taken, self.traffic = self.traffic, {}
         return taken
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is sent within it is not counted."""
+        before, self.traffic = self.traffic, {}
+        try:
+            yield
+        finally:
+            self.traffic = before
 
     def count(self, purpose: str, collective: str, link: LinkKind, bytes: int, messages: int = 1) -> None:
         assert collective in PURPOSES[purpose], (purpose, collective)

@@ -166,7 +166,7 @@ class Trainer:
             )
         )
         _, program = self._program(len(batches), training=False)
-        with self.experts.for_evaluation():
+        with self.groups.meter.aside(), self.experts.for_evaluation():
             outputs = self.executor.evaluate(program, [self._on_device(batch) for batch in batches])
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for output in outputs:
