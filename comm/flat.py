@@ -74,7 +74,7 @@ class FlatRoute:
         del rows, row_weights
         yield
         arrived, arrived_weights = (exchange.wait() for exchange in sent)
-        values, codes = self._wire.decode(self._to_experts(arrived), dtype, width, "forward")
+        values, codes = self._wire.decode(self._to_experts(arrived), dtype, width)
         return Arrived(values, self._to_experts(arrived_weights), codes)
 
     def dispatch_backward(self, rows: Tensor | None, weights: Tensor | None) -> Hops[Returned]:
@@ -99,7 +99,7 @@ class FlatRoute:
         sent = self._send(rows, "combine backward")
         del grad, rows
         yield
-        return self._wire.decode(self._to_experts(sent.wait()), dtype, width, "backward")
+        return self._wire.decode(self._to_experts(sent.wait()), dtype, width)
 
     def _sum(self, rows: Tensor) -> Tensor:
         """For each token the sum of its rows that have come back, by slot."""

@@ -191,7 +191,7 @@ class TwoHopRoute:
         arrived = sent.wait()
         payload, arrived_weights = arrived[:, : ends[0]], _part(arrived, ends, 1, torch.float32)
         expansion = self._expand(_part(arrived, ends, 2, ids.dtype).long())
-        values, codes = at.wire.decode(expansion.rows(payload), dtype, width, "forward")
+        values, codes = at.wire.decode(expansion.rows(payload), dtype, width)
         if self._by_source is not None:
             arrived_weights = arrived_weights.index_select(0, self._by_source)
         return Arrived(values, expansion.weights(arrived_weights), codes)
@@ -229,7 +229,7 @@ class TwoHopRoute:
             sent = self._exchange(rows.index_select(0, fan_out.row_of_copy), hop, "combine backward")
             yield
             rows = sent.wait()
-        return self._at.wire.decode(self._expansion.rows(rows), dtype, width, "backward")
+        return self._at.wire.decode(self._expansion.rows(rows), dtype, width)
 
     def _fan_out(self, ids: Tensor) -> FanOut:
         """Which ranks of this node want each of the tokens [P, K] that this rank relays."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..fp8.classes import WIRE_FORMAT
-from ..fp8.message import pack_message, unpack_message
+from ..fp8.message import message_bytes, pack_message, unpack_message
 from ..fp8.quantize import BlockQuantized
 from ..fp8.recipe import Monitor, Quantizer
 
@@ -37,8 +37,11 @@ class Wire(Protocol):
     def encode(self, x: Tensor, direction: Direction) -> Tensor:
         """x [T, H] -> a matrix of T rows of any type, to be copied row by row."""
 
-    def decode(self, rows: Tensor, dtype: torch.dtype, width: int, direction: Direction) -> Rows:
+    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
         """Rows of such a matrix, in any order -> [R, width] in `dtype`. A row of zero bytes is one of zeros."""
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        """Bytes of a row that travels."""
 
 
 class PlainWire:
@@ -47,11 +50,11 @@ class PlainWire:
     def encode(self, x: Tensor, direction: Direction) -> Tensor:
         return x
 
-    def decode(self, rows: Tensor, dtype: torch.dtype, width: int, direction: Direction) -> Rows:
+    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
         return Rows(rows if rows.dtype == dtype else rows.contiguous().view(dtype), None)
 
-
-PLAIN = PlainWire()
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        return width * dtype.itemsize
 
 
 class FP8Wire:
@@ -59,7 +62,7 @@ class FP8Wire:
 
     Args:
         activation: what quantises tokens; its format is WIRE_FORMAT.
-        gradient: what quantises gradients in the backward of combine; "plain" sends them as they are.
+        gradient: what quantises gradients in the backward of combine.
         fused: makes messages of x BF16 [T, H] in one go, such as `pack_on_gpu`; it notes no infinities, and where
             somebody observes what is quantised the quantizers are asked.
     """
@@ -67,37 +70,30 @@ class FP8Wire:
     def __init__(
         self,
         activation: Quantizer | None = None,
-        gradient: Quantizer | Literal["plain"] | None = None,
+        gradient: Quantizer | None = None,
         fused: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         monitor = Monitor()
         self._quantizers: dict[Direction, Quantizer] = {
-            "forward": activation or Quantizer("dispatch.input", WIRE_FORMAT, monitor)
+            "forward": activation or Quantizer("dispatch.input", WIRE_FORMAT, monitor),
+            "backward": gradient or Quantizer("dispatch.gradient", WIRE_FORMAT, monitor),
         }
-        if gradient != "plain":
-            self._quantizers["backward"] = gradient or Quantizer("dispatch.gradient", WIRE_FORMAT, monitor)
         for quantizer in self._quantizers.values():
             assert quantizer.format == WIRE_FORMAT, quantizer
         self._fused = fused
 
-    @property
-    def both_ways(self) -> bool:
-        """Whether gradients travel in FP8, too."""
-        return len(self._quantizers) == 2
-
     def encode(self, x: Tensor, direction: Direction) -> Tensor:
-        quantizer = self._quantizers.get(direction)
-        if quantizer is None:
-            return PLAIN.encode(x, direction)
+        quantizer = self._quantizers[direction]
         if self._fused is not None and quantizer.monitor.observer is None and x.dtype == torch.bfloat16:
             return self._fused(x)
         return pack_message(quantizer.encode(x, 1))
 
-    def decode(self, rows: Tensor, dtype: torch.dtype, width: int, direction: Direction) -> Rows:
-        if direction not in self._quantizers:
-            return PLAIN.decode(rows, dtype, width, direction)
+    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
         codes = unpack_message(rows, width)
         return Rows(codes.dequantize(dtype), codes)
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        return message_bytes(width)
 
 
 def pack_on_gpu(x: Tensor) -> Tensor:

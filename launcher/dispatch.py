@@ -62,13 +62,7 @@ def deepep_faults_of(config: Config, layout: Layout, device_type: str) -> list[s
         return ["DeepEP moves tokens between ranks, and with parallel.ep 1 none moves; comm.dispatcher flat works"]
     from ..comm.deepep.library import deepep_faults
 
-    faults = deepep_faults(deepep_job(config, layout), device_type)
-    if wire_format(config) == "fp8" and not fp8_both_ways(config):
-        faults.append(
-            "DeepEP sends FP8 both ways or neither, and precision.classes has experts_down.gradient in another format; "
-            "comm.wire fp8 or bf16 works"
-        )
-    return faults
+    return deepep_faults(deepep_job(config, layout), device_type)
 
 
 def dispatch_faults(config: Config, layout: Layout) -> list[str]:
@@ -161,14 +155,7 @@ def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> Wire:
         return Quantizer(name, WIRE_FORMAT, recipe.monitor)
 
     fused = pack_on_gpu if device_type == "cuda" and find_spec("triton") is not None else None
-    if not fp8_both_ways(config):
-        return FP8Wire(quantizer("experts_up.input"), "plain", fused)
     return FP8Wire(quantizer("experts_up.input"), quantizer("experts_down.gradient"), fused)
-
-
-def fp8_both_ways(config: Config) -> bool:
-    """Whether an FP8 wire is that for gradients, too: with `auto`, where the recipe quantises them as the wire does."""
-    return config.comm.wire == "fp8" or config.precision.formats().get("experts_down.gradient") == WIRE_FORMAT
 
 
 def wire_clashes(config: Config) -> Iterator[Clash]:

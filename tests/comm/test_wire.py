@@ -125,24 +125,6 @@ def test_experts_quantise_neither_tokens_nor_gradients_again(pool: Pool) -> None
     pool.run(run, 2)
 
 
-def test_gradients_may_travel_as_they_are(pool: Pool) -> None:
-    def check(worker: Worker) -> None:
-        case, wire = make_case(3, [6, 5, 0, 9], 8, 3, torch.bfloat16), FP8Wire(gradient="plain")
-        for dispatcher in (
-            FlatDispatcher(dist.group.WORLD, 8, wire=wire),
-            TwoHopDispatcher(dist.group.WORLD, 8, 4, wire=wire, nodes=[0, 0, 1, 1]),
-        ):
-            given = case.x[worker.rank], case.expert_ids[worker.rank], case.weights[worker.rank]
-            dispatched = dispatcher.dispatch(*given)
-            y = dispatched.x.detach().clone().requires_grad_()
-            dispatcher.combine(y, dispatched).backward(case.grads[worker.rank])
-            assert dispatched.codes is not None and dispatched.incoming.take() is None
-            back = dispatcher.combine(y.grad, dispatched)
-            assert torch.equal(back, (3 * case.grads[worker.rank].float()).bfloat16())
-
-    pool.run(check, 4)
-
-
 def test_infinities_are_noted_before_they_travel() -> None:
     monitor = Monitor()
     wire = FP8Wire(Quantizer("experts_up.input", WIRE_FORMAT, monitor))
