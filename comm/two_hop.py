@@ -292,5 +292,5 @@ def _join(*parts: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def _part(messages: Tensor, ends: list[int], number: int, dtype: torch.dtype) -> Tensor:
-    """The given matrix of what `_join` made, a copy."""
-    return messages[:, ends[number - 1] : ends[number]].contiguous().view(dtype)
+    """The given matrix of what `_join` made, a copy: in its place a single row is contiguous, but may lie anywhere."""
+    return messages[:, ends[number - 1] : ends[number]].clone(memory_format=torch.contiguous_format).view(dtype)

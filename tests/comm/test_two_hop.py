@@ -133,6 +133,15 @@ def test_partial_sums_are_rounded_where_they_travel() -> None:
         assert dispatcher.combine(values, dispatched).item() == expected, nodes
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_rows_of_an_odd_width_travel(tokens: int) -> None:
+    """In BF16 the gate weights then lie where no FP32 may, and a single row is contiguous as it is."""
+    x, ids = torch.randn(tokens, 3).bfloat16(), torch.tensor([[2, 0]]).expand(tokens, 2)
+    weights = torch.rand(tokens, 2)
+    flat, hops = (made.dispatch(x, ids, weights) for made in (FlatDispatcher(None, 4), TwoHopDispatcher(None, 4)))
+    assert torch.equal(hops.x, flat.x) and torch.equal(hops.weights, flat.weights)
+
+
 def test_a_hop_is_launched_when_enough_phases_have_passed(pool: Pool) -> None:
     def watch(worker: Worker) -> list[int]:
         underway = Underway()
