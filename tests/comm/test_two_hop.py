@@ -178,30 +178,45 @@ def _local(case: Case, worker: Worker) -> tuple[Tensor, Tensor]:
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: scalars that are read, and results whose size depends on data."""
+    """Counts what would make the host wait for a GPU: numbers that are read there or copied to it at once, and results
+    whose size depends on data."""
 
     WAITS = ("_local_scalar_dense", "nonzero.", "masked_select", "unique", "bincount")
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
-        self._lists = mock.patch.object(torch.Tensor, "tolist", self._to_list(torch.Tensor.tolist))
+        # A CPU reads and writes its memory, and dispatches nothing that would show it.
+        self._patches = (
+            mock.patch.object(torch.Tensor, "tolist", self._to_list(torch.Tensor.tolist)),
+            mock.patch.object(torch, "tensor", self._to_device(torch.tensor)),
+        )
 
     def _to_list(self, original: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        def to_list(tensor: Tensor) -> Any:  # a CPU reads its memory, and dispatches nothing
+        def to_list(tensor: Tensor) -> Any:
             self.seen.append("tolist")
             return original(tensor)
 
         return to_list
 
+    def _to_device(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def tensor(data: Any, **how: Any) -> Tensor:
+            if "device" in how:
+                self.seen.append("torch.tensor")
+            return original(data, **how)
+
+        return tensor
+
     def __enter__(self) -> HostWaits:
-        self._lists.start()
+        for patch in self._patches:
+            patch.start()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._lists.stop()
+        for patch in self._patches:
+            patch.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.")
