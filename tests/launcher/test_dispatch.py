@@ -101,8 +101,10 @@ def test_auto_sends_what_the_recipe_quantises_anyhow() -> None:
     assert wire_format(config("precision.recipe=bf16")) == "bf16"
     assert wire_format(config("precision.recipe=fp8")) == "fp8"
     assert wire_format(config("precision.recipe=fp8", "precision.scales=v3")) == "fp8", "V3 has powers of two here"
-    high = "precision.classes={experts_up.input: {format: high}}"
-    assert wire_format(config("precision.recipe=fp8", high)) == "bf16"
+    for name in ("experts_up.input", "experts_down.gradient"):
+        for other in ("format: high", "tile: 128x128"):
+            asked = f"precision.classes={{{name}: {{{other}}}}}"
+            assert wire_format(config("precision.recipe=fp8", asked)) == "bf16", asked
     assert wire_format(config("precision.recipe=fp8", "comm.wire=bf16")) == "bf16"
     assert wire_format(config("precision.recipe=bf16", "comm.wire=fp8")) == "fp8"
 
