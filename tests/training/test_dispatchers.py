@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from counterflow.comm.travel import Travel
 from counterflow.comm.two_hop import TwoHopDispatcher
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, Curve, make_trainer, relative, replicas, tiny, train
@@ -76,6 +78,17 @@ def test_orders_of_overlap_give_the_same_bits_in_two_hops(pool: Pool, text: Path
     for other in runs[1:]:
         for mine, its in zip(runs[0], other, strict=True):
             equal_bits(mine, its)
+
+
+def test_pairs_launch_second_hops_before_anybody_waits_for_them(pool: Pool, text: Path) -> None:
+    def launched(worker: Worker) -> int:
+        trainer = make_trainer(tiny(text, *DEEP, *_layout(2, 1, "dualpipe", "none")), 4, 2)
+        with mock.patch.object(Travel, "advance", autospec=True, side_effect=Travel.advance) as advance:
+            trainer.step()
+        trainer.close()
+        return advance.call_count
+
+    assert all(pool.run(launched, 4))
 
 
 FP8 = ("precision.recipe=fp8", "model.num_hidden_layers=4", "run.seed=7")
