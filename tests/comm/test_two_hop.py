@@ -142,6 +142,12 @@ def test_rows_of_an_odd_width_travel(tokens: int) -> None:
     assert torch.equal(hops.x, flat.x) and torch.equal(hops.weights, flat.weights)
 
 
+def test_experts_may_be_more_than_16_bits_count() -> None:
+    ids, weights = torch.tensor([[39_999, 35_000]]), torch.tensor([[0.25, 0.75]])
+    dispatched = TwoHopDispatcher(None, 40_000).dispatch(torch.ones(1, 4), ids, weights)
+    assert dispatched.weights.tolist() == [0.75, 0.25], "by expert"
+
+
 def test_a_hop_is_launched_when_enough_phases_have_passed(pool: Pool) -> None:
     def watch(worker: Worker) -> list[int]:
         underway = Underway()

@@ -100,6 +100,23 @@ def test_an_fp8_wire_changes_no_bit_of_fp8_training(pool: Pool, text: Path) -> N
     equal_bits(wire, plain)
 
 
+def test_a_step_quantises_tokens_and_gradients_once_for_all_their_experts(pool: Pool, text: Path) -> None:
+    def quantised(worker: Worker) -> set[tuple[str, int]]:
+        trainer, seen = make_trainer(tiny(text, *FP8), 1, 1), set[tuple[str, int]]()
+        # Along the rows; the weights' gradients quantise the experts' rows along the columns.
+        trainer.model.recipe.monitor.observer = lambda name, x, _, __, contracted, ___: (
+            seen.add((name, len(x))) if contracted else None
+        )
+        trainer.step()
+        return seen
+
+    batch = tiny(text).batch
+    tokens = batch.micro_sequences * batch.sequence_length
+    (seen,) = pool.run(quantised, 1)
+    for name in ("experts_up.input", "experts_down.gradient"):
+        assert {rows for each, rows in seen if each == name} == {tokens}, name
+
+
 def test_fp8_training_over_an_fp8_wire_and_two_hops_follows_the_single_process(pool: Pool, text: Path) -> None:
     close = (*FP8, "precision.high=fp32")
     (one,) = pool.run(train, 1, tiny(text, *close), 1, STEPS)
