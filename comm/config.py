@@ -20,7 +20,7 @@ class CommConfig(Section):
     wire: Literal["auto", "fp8", "bf16"] = key(
         "auto",
         "format of tokens on their way to the experts, and of gradients in the backward; what comes back stays in high "
-        "precision (V3 §3.3.3); auto is fp8 where the recipe quantises the experts' input anyhow, to the same values, "
-        "else the format of the activations",
+        "precision (V3 §3.3.3); auto is fp8 where the recipe quantises both anyhow, to the same values, else the "
+        "format of the activations",
     )
     sms: int = key(20, "GPU multiprocessors that DeepEP's kernels take (V3: 20 of 132)", ge=2, multiple_of=2)

@@ -35,25 +35,28 @@ class Exchange:
         meter: GroupMeter | None = None,
         purpose: str = "dispatch",
     ) -> None:
-        self._sent = rows.contiguous()
+        self._sent: Tensor | None = rows.contiguous()
+        self._received: Tensor | None
         self._works: list[dist.Work] = []
         if group is None or group.size() == 1:
             self._received = self._sent
             return
-        self._received = torch.empty((sum(receive_splits), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-        self._group = group
+        received = torch.empty((sum(receive_splits), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+        self._received, self._group = received, group
         if meter is not None:
             meter.all_to_all(purpose, send_splits, rows[:1].numel() * rows.element_size())
         with telling(self._what()):
-            self._works = begin_all_to_all(self._received, self._sent, receive_splits, send_splits, group)
+            self._works = begin_all_to_all(received, self._sent, receive_splits, send_splits, group)
 
     def wait(self) -> Tensor:
-        """The received rows `[sum(receive_splits), ...]`, ordered by source rank."""
+        """The received rows `[sum(receive_splits), ...]`, ordered by source rank; once, for they do not stay here."""
         works, self._works = self._works, []
         with telling(self._what()) if works else nullcontext():
             for work in works:
                 work.wait()
-        return self._received
+        received, self._received, self._sent = self._received, None, None
+        assert received is not None, "waited twice for one exchange"
+        return received
 
     def _what(self) -> str:
         ranks = ", ".join(map(str, dist.get_process_group_ranks(self._group)))

@@ -103,6 +103,13 @@ class TwoHopDispatcher(RoutedDispatcher):
         """Who relays for this rank, by node."""
         self.clients = {rank: self.nodes.clients(rank) for rank in self.members}
         """Whom each rank of this node relays for."""
+        self._node_of = torch.tensor(self.nodes.of)
+
+    def node_of(self, device: torch.device) -> Tensor:
+        """int64 [G], the node of each rank; copied to a device once, for the host waits until that is done."""
+        if self._node_of.device != device:
+            self._node_of = self._node_of.to(device)
+        return self._node_of
 
     def begin_route(self, expert_ids: Tensor) -> TwoHopRoute:
         return TwoHopRoute(expert_ids, self)
@@ -119,11 +126,11 @@ class TwoHopRoute:
         self._expert_ids = expert_ids
         size, self._per_rank = len(dispatcher.nodes.of), dispatcher.num_experts // len(dispatcher.nodes.of)
         device = expert_ids.device
-        node_of = torch.tensor(dispatcher.nodes.of, device=device)
         nowhere = expert_ids < 0
         ranks = torch.div(expert_ids.clamp(min=0), self._per_rank, rounding_mode="floor")
+        nodes = dispatcher.node_of(device)[ranks]
         to_rank = _wanted(ranks.masked_fill(nowhere, size), size)
-        self._to_node = _wanted(node_of[ranks].masked_fill(nowhere, dispatcher.nodes.count), dispatcher.nodes.count)
+        self._to_node = _wanted(nodes.masked_fill(nowhere, dispatcher.nodes.count), dispatcher.nodes.count)
         per_expert = torch.zeros(dispatcher.num_experts + 1, dtype=torch.int64, device=device)
         slots = expert_ids.masked_fill(nowhere, dispatcher.num_experts).reshape(-1)
         per_expert = per_expert.scatter_add_(0, slots, torch.ones_like(slots))[:-1].view(size, self._per_rank)
@@ -292,5 +299,5 @@ def _join(*parts: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def _part(messages: Tensor, ends: list[int], number: int, dtype: torch.dtype) -> Tensor:
-    """The given matrix of what `_join` made, a copy."""
-    return messages[:, ends[number - 1] : ends[number]].contiguous().view(dtype)
+    """The given matrix of what `_join` made, a copy: in its place a single row is contiguous, but may lie anywhere."""
+    return messages[:, ends[number - 1] : ends[number]].clone(memory_format=torch.contiguous_format).view(dtype)

@@ -94,8 +94,9 @@ def wire_format(config: Config) -> str:
     precision, asked = config.precision, config.comm.wire
     if asked != "auto":
         return asked
-    quantised = precision.formats().get("experts_up.input") == WIRE_FORMAT
-    return "fp8" if quantised else precision.format
+    formats = precision.formats()
+    same = all(formats.get(name) == WIRE_FORMAT for name in ("experts_up.input", "experts_down.gradient"))
+    return "fp8" if same else precision.format
 
 
 def make_dispatcher(

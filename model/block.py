@@ -151,6 +151,7 @@ class DecoderBlock(nn.Module):
         y = tape.cut(self.run_experts(dispatched, saved))
         yield tape.phase("combine")
         combining = self.combine(y, dispatched)
+        del y, dispatched  # the rows, which are many and which nothing but autograd needs any more
         combining.ticket = tape.cut(combining.ticket)
         if isinstance(saved, Replay):  # while the gradients travel to the experts
             tape.before_backward(saved.again)

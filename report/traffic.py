@@ -69,7 +69,7 @@ def _cells(links: dict[str, tuple[int, int]]) -> tuple[str, ...]:
     cells: list[str] = []
     for link in ("within", "between"):
         bytes, messages = links.get(link, (0, 0))
-        cells += [format_bytes(bytes), format_count(messages)] if messages else ["-", "-"]
+        cells += [format_bytes(bytes), format_count(messages)] if bytes or messages else ["-", "-"]
     return tuple(cells)
 
 
@@ -78,8 +78,10 @@ def describe_traffic(sent: Sequence[Sent]) -> str:
     between, within = bytes_over(sent, "between"), bytes_over(sent, "within")
     if not within and not between:
         return "nothing is sent"
-    said = f"{format_bytes(within)} within nodes a step"
+    links = ("within", within), ("between", between)
+    said = [f"{format_bytes(bytes)} {link} nodes" for link, bytes in links if bytes]
+    said[0] += " a step"
     if between:
         largest = max((each for each in sent if each.link == "between"), key=lambda each: each.bytes)
-        said += f", {format_bytes(between)} between nodes, most of it {largest.purpose} ({largest.bytes / between:.0%})"
-    return said
+        said.append(f"most of it {largest.purpose} ({largest.bytes / between:.0%})")
+    return ", ".join(said)

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from counterflow.comm.exchange import Exchange
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.settings import UsageError
 from counterflow.tests.comm.layer import (
@@ -186,6 +188,21 @@ def test_all_to_alls_leave_their_inputs_alone(pool: Pool) -> None:
         return len(buffers)
 
     assert pool.run(inputs_stay, 4) == [14] * 4
+
+
+def test_an_exchange_keeps_nothing_once_it_was_waited_for(pool: Pool) -> None:
+    def kept(worker: Worker) -> list[bool]:
+        rows = torch.ones(4, 3)
+        sent = StorageWeakRef(rows.untyped_storage())
+        exchange = Exchange(rows, [2, 2], [2, 2], dist.group.WORLD)
+        del rows
+        before, received = sent.expired(), exchange.wait()
+        assert torch.equal(received, torch.ones(4, 3))
+        came = StorageWeakRef(received.untyped_storage())
+        del received
+        return [before, sent.expired(), came.expired()]
+
+    assert pool.run(kept, 2) == [[False, True, True]] * 2
 
 
 def test_no_gradient_is_made_for_what_needs_none(pool: Pool) -> None:

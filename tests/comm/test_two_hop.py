@@ -133,6 +133,21 @@ def test_partial_sums_are_rounded_where_they_travel() -> None:
         assert dispatcher.combine(values, dispatched).item() == expected, nodes
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_rows_of_an_odd_width_travel(tokens: int) -> None:
+    """In BF16 the gate weights then lie where no FP32 may, and a single row is contiguous as it is."""
+    x, ids = torch.randn(tokens, 3).bfloat16(), torch.tensor([[2, 0]]).expand(tokens, 2)
+    weights = torch.rand(tokens, 2)
+    flat, hops = (made.dispatch(x, ids, weights) for made in (FlatDispatcher(None, 4), TwoHopDispatcher(None, 4)))
+    assert torch.equal(hops.x, flat.x) and torch.equal(hops.weights, flat.weights)
+
+
+def test_experts_may_be_more_than_16_bits_count() -> None:
+    ids, weights = torch.tensor([[39_999, 35_000]]), torch.tensor([[0.25, 0.75]])
+    dispatched = TwoHopDispatcher(None, 40_000).dispatch(torch.ones(1, 4), ids, weights)
+    assert dispatched.weights.tolist() == [0.75, 0.25], "by expert"
+
+
 def test_a_hop_is_launched_when_enough_phases_have_passed(pool: Pool) -> None:
     def watch(worker: Worker) -> list[int]:
         underway = Underway()
@@ -169,30 +184,45 @@ def _local(case: Case, worker: Worker) -> tuple[Tensor, Tensor]:
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: scalars that are read, and results whose size depends on data."""
+    """Counts what would make the host wait for a GPU: numbers that are read there or copied to it at once, and results
+    whose size depends on data."""
 
     WAITS = ("_local_scalar_dense", "nonzero.", "masked_select", "unique", "bincount")
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
-        self._lists = mock.patch.object(torch.Tensor, "tolist", self._to_list(torch.Tensor.tolist))
+        # A CPU reads and writes its memory, and dispatches nothing that would show it.
+        self._patches = (
+            mock.patch.object(torch.Tensor, "tolist", self._to_list(torch.Tensor.tolist)),
+            mock.patch.object(torch, "tensor", self._to_device(torch.tensor)),
+        )
 
     def _to_list(self, original: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        def to_list(tensor: Tensor) -> Any:  # a CPU reads its memory, and dispatches nothing
+        def to_list(tensor: Tensor) -> Any:
             self.seen.append("tolist")
             return original(tensor)
 
         return to_list
 
+    def _to_device(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def tensor(data: Any, **how: Any) -> Tensor:
+            if "device" in how:
+                self.seen.append("torch.tensor")
+            return original(data, **how)
+
+        return tensor
+
     def __enter__(self) -> HostWaits:
-        self._lists.start()
+        for patch in self._patches:
+            patch.start()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._lists.stop()
+        for patch in self._patches:
+            patch.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from counterflow.fp8.recipe import Recipe
 from counterflow.launcher.cli import main
 from counterflow.launcher.config import Config
 from counterflow.launcher.dispatch import (
     describe_dispatch,
     dispatch_faults,
     dispatcher_name,
+    make_wire,
     nodes_a_token_reaches,
     partial_sums_of,
     routing_notes,
@@ -101,10 +104,20 @@ def test_auto_sends_what_the_recipe_quantises_anyhow() -> None:
     assert wire_format(config("precision.recipe=bf16")) == "bf16"
     assert wire_format(config("precision.recipe=fp8")) == "fp8"
     assert wire_format(config("precision.recipe=fp8", "precision.scales=v3")) == "fp8", "V3 has powers of two here"
-    high = "precision.classes={experts_up.input: {format: high}}"
-    assert wire_format(config("precision.recipe=fp8", high)) == "bf16"
+    for name in ("experts_up.input", "experts_down.gradient"):
+        for other in ("format: high", "tile: 128x128"):
+            asked = f"precision.classes={{{name}: {{{other}}}}}"
+            assert wire_format(config("precision.recipe=fp8", asked)) == "bf16", asked
     assert wire_format(config("precision.recipe=fp8", "comm.wire=bf16")) == "bf16"
     assert wire_format(config("precision.recipe=bf16", "comm.wire=fp8")) == "fp8"
+
+
+def test_the_wire_notes_infinities_by_the_names_of_what_it_quantises() -> None:
+    recipe = Recipe()
+    wire = make_wire(config("precision.recipe=fp8"), recipe)
+    wire.encode(torch.full((1, 128), float("inf")), "forward")
+    wire.encode(torch.full((1, 128), float("inf")), "backward")
+    assert recipe.monitor.infinite == ["experts_up.input", "experts_down.gradient"]
 
 
 def test_groups_that_do_not_lie_on_a_node_each_are_noted() -> None:

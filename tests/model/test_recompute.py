@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Generator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from counterflow.benchmarks.fp8 import ARCHITECTURE, SIDES, held
+from counterflow.comm.dispatcher import Dispatched
 from counterflow.fp8.config import ClassConfig, PrecisionConfig
 from counterflow.fp8.recipe import Recipe
 from counterflow.model import attention as attention_module
 from counterflow.model.config import ModelConfig
 from counterflow.model.feed_forward import RoutedExperts
 from counterflow.model.kernels import Kernels
-from counterflow.model.recompute import Keep, Rebuild, RecomputePolicy
+from counterflow.model.recompute import Keep, Rebuild, RecomputePolicy, Saved
 from counterflow.model.transformer import Output, Transformer
 from counterflow.phases import Uncut
 from counterflow.tests.allocations import Allocations
@@ -267,6 +269,21 @@ def test_two_blocks_in_turns_drop_what_each_drops_alone(
     assert {name: len(refs) for name, refs in watched.items()} == made
     assert alive(watched) == (made if policy == "none" else dict.fromkeys(made, 0))
     assert all(result.requires_grad for result in results)
+
+
+@torch.no_grad()
+def test_a_block_lets_go_of_the_rows_while_the_outputs_travel_back() -> None:
+    model, given = two_blocks("none", Kernels.make(), torch.float32)
+    block, rows = list(model.layers.values())[1], list[StorageWeakRef]()
+    run_experts = block.run_experts
+
+    def watched(dispatched: Dispatched, saved: Saved) -> Tensor:
+        rows.append(StorageWeakRef(dispatched.x.untyped_storage()))
+        return run_experts(dispatched, saved)
+
+    with mock.patch.object(block, "run_experts", watched):
+        held = {phase: [ref.expired() for ref in rows] for phase in block.phases(*given[0], Uncut())}
+    assert held["combine"] == [False] and held["finish"] == [True]
 
 
 def test_evaluation_does_not_prepare_recompute() -> None:

@@ -40,6 +40,8 @@ def test_a_table_has_a_row_for_each_purpose_and_their_sum() -> None:
         ("all", "", "1.1 KiB", "8", "4.0 MiB", "5"),
     ]
     assert traffic_table(STEP[:1]) == [("dispatch", "all_to_all", "1.0 KiB", "2", "-", "-")]
+    seldom = mean_step([STEP[2:3], [], []])
+    assert traffic_table(seldom) == [("combine", "all_to_all", "-", "-", "341.3 KiB", "0")], "less than once a step"
 
 
 def test_the_mean_of_steps_counts_what_a_step_did_not_send_as_nothing() -> None:
@@ -56,6 +58,7 @@ def test_the_mean_of_steps_counts_what_a_step_did_not_send_as_nothing() -> None:
 def test_a_line_names_what_fills_the_slow_links() -> None:
     assert describe_traffic(STEP) == ("1.1 KiB within nodes a step, 4.0 MiB between nodes, most of it dispatch (75%)")
     assert describe_traffic(STEP[:1]) == "1.0 KiB within nodes a step"
+    assert describe_traffic(STEP[2:3]) == "1.0 MiB between nodes a step, most of it combine (100%)"
     assert describe_traffic(()) == "nothing is sent"
 
 

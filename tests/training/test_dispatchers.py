@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from counterflow.comm.travel import Travel
 from counterflow.comm.two_hop import TwoHopDispatcher
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, Curve, make_trainer, relative, replicas, tiny, train
@@ -78,6 +80,17 @@ def test_orders_of_overlap_give_the_same_bits_in_two_hops(pool: Pool, text: Path
             equal_bits(mine, its)
 
 
+def test_pairs_launch_second_hops_before_anybody_waits_for_them(pool: Pool, text: Path) -> None:
+    def launched(worker: Worker) -> int:
+        trainer = make_trainer(tiny(text, *DEEP, *_layout(2, 1, "dualpipe", "none")), 4, 2)
+        with mock.patch.object(Travel, "advance", autospec=True, side_effect=Travel.advance) as advance:
+            trainer.step()
+        trainer.close()
+        return advance.call_count
+
+    assert all(pool.run(launched, 4))
+
+
 FP8 = ("precision.recipe=fp8", "model.num_hidden_layers=4", "run.seed=7")
 
 
@@ -85,6 +98,23 @@ def test_an_fp8_wire_changes_no_bit_of_fp8_training(pool: Pool, text: Path) -> N
     """With powers of two as scales, experts make of what they get in BF16 what travels in FP8."""
     wire, plain = (pool.run(train, 1, tiny(text, *FP8, f"comm.wire={wire}"), 1, STEPS)[0] for wire in ("auto", "bf16"))
     equal_bits(wire, plain)
+
+
+def test_a_step_quantises_tokens_and_gradients_once_for_all_their_experts(pool: Pool, text: Path) -> None:
+    def quantised(worker: Worker) -> set[tuple[str, int]]:
+        trainer, seen = make_trainer(tiny(text, *FP8), 1, 1), set[tuple[str, int]]()
+        # Along the rows; the weights' gradients quantise the experts' rows along the columns.
+        trainer.model.recipe.monitor.observer = lambda name, x, _, __, contracted, ___: (
+            seen.add((name, len(x))) if contracted else None
+        )
+        trainer.step()
+        return seen
+
+    batch = tiny(text).batch
+    tokens = batch.micro_sequences * batch.sequence_length
+    (seen,) = pool.run(quantised, 1)
+    for name in ("experts_up.input", "experts_down.gradient"):
+        assert {rows for each, rows in seen if each == name} == {tokens}, name
 
 
 def test_fp8_training_over_an_fp8_wire_and_two_hops_follows_the_single_process(pool: Pool, text: Path) -> None:
