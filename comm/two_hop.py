@@ -242,7 +242,7 @@ class TwoHopRoute:
         """Which ranks of this node want each of the tokens [P, K] that this rank relays."""
         members = self._at.members
         rank = torch.div(ids, self._per_rank, rounding_mode="floor") - members.start
-        elsewhere = (ids < 0) | (rank < 0) | (rank >= len(members))
+        elsewhere = (rank < 0) | (rank >= len(members))
         return FanOut(_wanted(rank.masked_fill(elsewhere, len(members)), len(members)), sum(self._hop_2))
 
     def _expand(self, ids: Tensor) -> Expansion:
@@ -250,7 +250,7 @@ class TwoHopRoute:
         if self._by_source is not None:
             ids = ids.index_select(0, self._by_source)
         local = ids - self._at.rank * self._per_rank
-        local = local.masked_fill((ids < 0) | (local < 0) | (local >= self._per_rank), -1)
+        local = local.masked_fill((local < 0) | (local >= self._per_rank), -1)
         alignment = self._at.alignment
         made = Expansion(local, self._received, self._rows_per_expert, alignment, self._by_source)
         self._expansion = made

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..fp8.classes import WIRE_FORMAT
-from ..fp8.message import message_bytes, pack_message, unpack_message
+from ..fp8.message import pack_message, unpack_message
 from ..fp8.quantize import BlockQuantized
 from ..fp8.recipe import Monitor, Quantizer
 
@@ -40,9 +40,6 @@ class Wire(Protocol):
     def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
         """Rows of such a matrix, in any order -> [R, width] in `dtype`. A row of zero bytes is one of zeros."""
 
-    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        """Bytes of a row that travels."""
-
 
 class PlainWire:
     """Rows travel as they are."""
@@ -52,9 +49,6 @@ class PlainWire:
 
     def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
         return Rows(rows if rows.dtype == dtype else rows.contiguous().view(dtype), None)
-
-    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        return width * dtype.itemsize
 
 
 class FP8Wire:
@@ -91,9 +85,6 @@ class FP8Wire:
     def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
         codes = unpack_message(rows, width)
         return Rows(codes.dequantize(dtype), codes)
-
-    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        return message_bytes(width)
 
 
 def pack_on_gpu(x: Tensor) -> Tensor:

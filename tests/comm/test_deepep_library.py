@@ -88,7 +88,7 @@ FAULTS: list[tuple[dict[str, Any], Generation, str]] = [
     (
         {"dtype": torch.float32},
         "elastic",
-        "carries BF16 and FP8, and activations are torch.float32; precision.format bf16",
+        "carries BF16 and FP8, and activations are torch.float32; precision.recipe bf16",
     ),
     ({"sms": 23}, "elastic", "an even number of SMs, not 23; 22 works"),
     ({"sms": 0}, "elastic", "an even number of SMs, not 0; 2 works"),
