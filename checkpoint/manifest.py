@@ -116,7 +116,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def check_same_model(manifest: Manifest, model: dict[str, Any], path: Path) -> None:
     """Raise UsageError, with every difference, if the checkpoint was written by a model of another architecture."""
-    written = FIRST_ROUTER | manifest.model
+    written = {key: value for key, value in FIRST_ROUTER.items() if key in model} | manifest.model
     differences = [
         f"  model.{key}: {json.dumps(written.get(key))} in the checkpoint, {json.dumps(model.get(key))} in the config"
         for key in sorted((written.keys() | model.keys()) - FREE_MODEL_KEYS)
