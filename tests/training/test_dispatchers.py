@@ -14,15 +14,15 @@ from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, Curve, make_trainer, relative, replicas, tiny, train
 from counterflow.tests.training.test_pipelines import equal_bits
 
-DEEP = ("model.num_hidden_layers=6", "run.seed=19")
-STEPS = 3
+DEEP = ("model.num_hidden_layers=3", "run.seed=19")
+STEPS = 2
 # World size, pp, ep, ranks of a node, schedule, recompute.
 LAYOUTS = [
     (4, 1, 4, 2, "1f1b", "none"),
     (4, 1, 4, 3, "1f1b", "full"),  # nodes of three ranks and of one
     (4, 1, 4, 1, "zb1p", "v3"),
     (8, 2, 4, 2, "dualpipe", "v3"),
-    (6, 3, 2, 1, "dualpipev", "none"),
+    (4, 2, 2, 1, "zb1p", "none"),
 ]
 
 
@@ -32,13 +32,12 @@ def _layout(pp: int, node: int, schedule: str, recompute: str) -> tuple[str, ...
         f"parallel.schedule={schedule}",
         f"parallel.gpus_per_node={node}",
         f"train.recompute={recompute}",
-        "batch.global_sequences=24",
     )
 
 
 @pytest.fixture(scope="module")
 def alone(pool: Pool, text: Path) -> Curve:
-    curve: Curve = pool.run(train, 1, tiny(text, *DEEP, "batch.global_sequences=24"), 1, STEPS)[0]
+    curve: Curve = pool.run(train, 1, tiny(text, *DEEP), 1, STEPS)[0]
     assert curve.closest_choice > 1e-6, "choose another run.seed: a near tie may fall either way"
     return curve
 

@@ -107,7 +107,7 @@ def merged(ranks: list[Seen], what: str) -> dict[str, Tensor]:
 FP8 = ("precision.recipe=fp8",)
 LAYOUTS = {
     "ep2-edp2": (4, 2, ()),
-    "ep4-edp2": (8, 4, ()),
+    "ep4": (4, 4, ()),
     "ep2-edp2-dualpipe": (8, 2, ("parallel.pp=2", "parallel.schedule=dualpipe")),
     "ep2-fp8": (2, 2, FP8),
 }
