@@ -161,12 +161,13 @@ def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> Wire:
 
 def wire_clashes(config: Config) -> Iterator[Clash]:
     """A wire, or a dispatcher, that does not carry the activations."""
-    if config.comm.dispatcher == "deepep" and config.precision.format == "fp32":
-        key = "high" if config.precision.recipe == "fp8" else "recipe"
+    if config.precision.format != "fp32":
+        return
+    key = "high" if config.precision.recipe == "fp8" else "recipe"
+    if config.comm.dispatcher == "deepep":
         message = f"carries BF16 and FP8, and activations are FP32 with precision.{key} fp32"
         yield Clash(("comm.dispatcher", f"precision.{key}"), f"deepep {message} (auto, flat and two-hop carry them)")
-    if config.comm.wire == "bf16" and config.precision.format == "fp32":
-        key = "high" if config.precision.recipe == "fp8" else "recipe"
+    if config.comm.wire == "bf16":
         message = f"would round activations, which are FP32 with precision.{key} fp32 (auto or fp8 work)"
         yield Clash(("comm.wire", f"precision.{key}"), f"bf16 {message}")
 
@@ -174,10 +175,10 @@ def wire_clashes(config: Config) -> Iterator[Clash]:
 def routing_notes(config: Config, layout: Layout) -> tuple[str, ...]:
     """What node-limited routing does not achieve in this layout; empty where it does or nothing crosses nodes."""
     model, nodes = config.model, nodes_of_experts(layout)
-    if nodes == 1:
+    if nodes == 1 or not model.limits_groups:
         return ()
     reach = nodes_a_token_reaches(config, layout)
-    if reach <= model.topk_group or model.topk_group == model.n_group:
+    if reach <= model.topk_group:
         return ()
     return (
         f"a token's experts can lie on {reach} of {nodes} nodes, though it is routed to {model.topk_group} groups "
@@ -187,7 +188,7 @@ def routing_notes(config: Config, layout: Layout) -> tuple[str, ...]:
 
 
 def nodes_a_token_reaches(config: Config, layout: Layout) -> int:
-    """The most nodes that the experts of one token can lie on, in the worst case of its groups."""
+    """The most nodes that the experts of one token of a node-limited router can lie on, whichever its groups."""
     model = config.model
     worst = 0
     for group in layout.ep_groups():

@@ -48,8 +48,7 @@ class ExpertBalance:
         layers += architecture.num_nextn_predict_layers
         experts = architecture.n_routed_experts
         self._groups, self._model, self._optimizer = groups, model, optimizer
-        limited = architecture.topk_group < architecture.n_group  # else groups mean nothing
-        self._num_groups = architecture.n_group if limited else 1
+        self._num_groups = architecture.n_group if architecture.limits_groups else 1
         self._num_nodes = nodes_of_a_group(groups.layout)
         self._every = asked.every if groups.layout.ep > 1 and layers else None
         self._gain, self._replicas = asked.gain, asked.evaluation_replicas

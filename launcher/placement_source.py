@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import MANIFEST, Manifest, complete_steps, read_manifest
+from ..model.config import ModelConfig
 from ..settings import UsageError
 from .expert_record import LOADS
 
@@ -47,7 +48,7 @@ def read_loads(source: Path) -> Loads:
 
 def _of_checkpoint(path: Path) -> Loads:
     manifest: Manifest = read_manifest(path)
-    model, progress = manifest.model, manifest.progress
+    model, progress = ModelConfig.model_validate(manifest.model), manifest.progress
     found = progress.get(LOADS)
     if found is None:
         raise UsageError(f"checkpoint {path} has no expert loads: a version that did not keep them wrote it")
@@ -55,14 +56,13 @@ def _of_checkpoint(path: Path) -> Loads:
         raise UsageError(f"the model of checkpoint {path} has no mixture-of-experts layers")
     if not found["steps"]:
         raise UsageError(f"checkpoint {path} has the loads of no step yet")
-    dense, layers = model["first_k_dense_replace"], model["num_hidden_layers"]
+    dense, layers = model.first_k_dense_replace, model.num_hidden_layers
     names = [*map(str, range(dense, layers)), *(f"mtp.{k}" for k in range(len(found["tokens"]) - layers + dense))]
     last = progress["step"]
-    limited = model["topk_group"] < model["n_group"]
     return Loads(
         tuple(names),
         found["tokens"],
-        model["n_group"] if limited else 1,
+        model.n_group if model.limits_groups else 1,
         f"steps {last - found['steps'] + 1} to {last}, {path}",
         (dense, layers),
     )

@@ -129,5 +129,7 @@ def test_groups_that_do_not_lie_on_a_node_each_are_noted() -> None:
     (note,) = routing_notes(v3, on_four)
     assert "8 of 16 nodes" in note and "4 groups (model.topk_group)" in note
     assert routing_notes(v3, Layout(2048, pp=16, ep=64, gpus_per_node=64)) == (), "nothing crosses"
+    greedy = config("model.topk_method=greedy", "train.bias_update_speed=0", name="deepseek-v3-671b")
+    assert routing_notes(greedy, on_four) == (), "its groups limit nothing"
     # A node of five ranks is a matter of where groups of eight begin.
     assert nodes_a_token_reaches(v3, Layout(64, ep=64, gpus_per_node=5)) == 8

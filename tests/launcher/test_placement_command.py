@@ -16,10 +16,11 @@ from counterflow.launcher.cli import main
 from counterflow.parallel.expert_placement import loads_of_ranks, place_replicas
 
 LOADS = [[40, 10, 10, 10, 5, 5, 10, 10], [10] * 8, [1, 2, 3, 4, 5, 6, 7, 8]]
-MODEL = {"n_routed_experts": 8, "first_k_dense_replace": 2, "num_hidden_layers": 4, "n_group": 4, "topk_group": 2}
+MODEL = {"n_routed_experts": 8, "first_k_dense_replace": 2, "num_hidden_layers": 4, "n_group": 4, "topk_group": 2,
+         "num_experts_per_tok": 2}  # fmt: skip
 
 
-def write_checkpoint(folder: Path, step: int, progress: dict[str, Any], **model: int) -> Path:
+def write_checkpoint(folder: Path, step: int, progress: dict[str, Any], **model: int | str) -> Path:
     """A checkpoint as far as this command reads it."""
     path = folder / f"step-{step}"
     path.mkdir(parents=True)
@@ -79,7 +80,10 @@ def test_what_is_written_has_a_row_for_every_decoder_layer(run_dir: Path, capsys
 
 
 def test_a_router_without_a_limit_has_no_groups_to_keep(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    free = write_checkpoint(Path("free"), 5, {"expert_loads": {"steps": 5, "tokens": LOADS}}, topk_group=4)
+    progress = {"expert_loads": {"steps": 5, "tokens": LOADS}}
+    greedy = write_checkpoint(Path("greedy"), 5, progress, topk_method="greedy")
+    assert printed(capsys, str(greedy), "--ranks", "2")["groups"] == 1
+    free = write_checkpoint(Path("free"), 5, progress, topk_group=4)
     assert printed(capsys, str(free), "--ranks", "2")["groups"] == 1
     assert printed(capsys, str(free), "--ranks", "2", "--groups", "2")["groups"] == 2
 
