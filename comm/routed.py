@@ -14,6 +14,7 @@ recomputed only up to the last tensor its experts saved: the rows are not sent b
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -77,7 +78,7 @@ class HoppingRoute(Protocol):
         """The gradient of each token [T, H], to its experts: [R, H]."""
 
 
-class RoutedDispatcher:
+class RoutedDispatcher(ABC):
     """What dispatchers have in common; see `Dispatcher`. Each makes routes of its own.
 
     Rank r of the group holds the experts r E_local to (r + 1) E_local - 1.
@@ -124,11 +125,11 @@ class RoutedDispatcher:
         self.meter: GroupMeter | None = None if meter is None else meter.group(group)
         self.underway = underway or Underway()
 
+    @abstractmethod
     def begin_route(self, expert_ids: Tensor) -> HoppingRoute:
         """Launch the exchange of counts."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most hold nothing
         """Give back what it holds beside memory, at the end of a run that went well; every rank of the group does."""
 
     def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
