@@ -63,23 +63,6 @@ def _stable_argsort(ids: Tensor, num_ids: int) -> Tensor:
     return torch.argsort(narrow, stable=True)
 
 
-def gather_sum(rows: Tensor, index: Tensor) -> Tensor:
-    """For each token the sum of K rows, without a [T, K, H] copy.
-
-    The order is fixed: an FP32 accumulator starts at +0.0, `rows[index[t, 0]]` to `rows[index[t, K - 1]]` are added
-    one after the other, and the total is rounded once, to nearest even, to the type of `rows`.
-
-    Args:
-        rows: [R, H] BF16, FP16 or FP32.
-        index: int64 [T, K].
-
-    Returns:
-        [T, H] in the type of `rows`.
-    """
-    starts = torch.arange(0, index.numel() + 1, index.shape[1], device=index.device)
-    return Choice(index.reshape(-1), starts).sum(rows)
-
-
 @dataclass(frozen=True)
 class Choice:
     """Which rows each of T sums adds up: any number, also none."""
@@ -90,16 +73,25 @@ class Choice:
     """int64 [T + 1], where each sum begins in `columns`, and N."""
 
     @classmethod
+    def every(cls, index: Tensor) -> Choice:
+        """All entries of each row of `index` int64 [T, K], in their order."""
+        return cls(index.reshape(-1), torch.arange(0, index.numel() + 1, index.shape[1], device=index.device))
+
+    @classmethod
     def below(cls, index: Tensor, limit: int) -> Choice:
         """Of each row of `index` int64 [T, K] the entries below `limit`, of which there are `limit` in all."""
         if index.numel() == limit:
-            return cls(index.reshape(-1), torch.arange(0, limit + 1, index.shape[1], device=index.device))
+            return cls.every(index)
         chosen = index < limit
         flat = index.reshape(-1).index_select(0, _places(chosen.reshape(-1), limit))
         return cls(flat, starts_of(chosen.sum(1)))
 
     def sum(self, rows: Tensor) -> Tensor:
-        """rows [R, H] -> [T, H], computed as `gather_sum` says."""
+        """rows [R, H] BF16, FP16 or FP32 -> [T, H] in their type, without a copy of the rows that are added.
+
+        The order is fixed: an FP32 accumulator starts at +0.0, the rows are added one after the other, and the total is
+        rounded once, to nearest even.
+        """
         tokens = self.starts.numel() - 1
         if tokens == 0 or rows.shape[0] == 0:
             assert self.columns.numel() == 0, f"{tokens} sums want rows, but there are none"

@@ -207,7 +207,7 @@ def quantize_for_dispatch(x: Tensor, row_of_slot: Tensor, num_rows: int, pow2_sc
 def combine(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
     """For each token the sum of its rows, times their weights where there are some: BF16 `[T, H]`.
 
-    The order is that of `comm.permute.gather_sum`: an FP32 accumulator starts at +0 and adds slot after slot; a
+    The order is that of `comm.permute.Choice`: an FP32 accumulator starts at +0 and adds slot after slot; a
     weight's product is rounded to FP32 before; the total is rounded once.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.comm.permute import gather_sum, order_by_expert, transpose_blocks
+from counterflow.comm.permute import Choice, order_by_expert, transpose_blocks
 
 
 @given(tokens=st.integers(0, 40), experts=st.integers(1, 300), top_k=st.integers(1, 8), seed=st.integers(0, 10**6))
@@ -33,7 +33,7 @@ def test_more_experts_than_sixteen_bits_are_sorted() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4, 8])
-def test_gather_sum_adds_in_slot_order_in_fp32_and_rounds_once(dtype: torch.dtype, top_k: int) -> None:
+def test_a_sum_of_rows_adds_in_slot_order_in_fp32_and_rounds_once(dtype: torch.dtype, top_k: int) -> None:
     generator = torch.Generator().manual_seed(top_k)
     for tokens, hidden in ((1, 1), (7, 5), (33, 64), (50, 200)):
         # Values of many magnitudes, so that another order or an intermediate rounding gives other bits.
@@ -43,32 +43,32 @@ def test_gather_sum_adds_in_slot_order_in_fp32_and_rounds_once(dtype: torch.dtyp
         total = torch.zeros(tokens, hidden)
         for slot in range(top_k):
             total = total + rows[index[:, slot]].float()
-        assert torch.equal(gather_sum(rows, index), total.to(dtype))
+        assert torch.equal(Choice.every(index).sum(rows), total.to(dtype))
 
 
-def test_gather_sum_rounds_ties_to_even() -> None:
+def test_a_sum_of_rows_rounds_ties_to_even() -> None:
     ulp = 2.0**-7  # of BF16 between 1 and 2
     rows = torch.tensor([[1.0], [ulp / 2], [1.0 + ulp], [ulp / 2]], dtype=torch.bfloat16)
-    assert gather_sum(rows, torch.tensor([[0, 1], [2, 3]])).flatten().tolist() == [1.0, 1.0 + 2 * ulp]
+    assert Choice.every(torch.tensor([[0, 1], [2, 3]])).sum(rows).flatten().tolist() == [1.0, 1.0 + 2 * ulp]
 
 
-def test_gather_sum_keeps_nan_and_infinity() -> None:
+def test_a_sum_of_rows_keeps_nan_and_infinity() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         rows = torch.tensor([[float("nan")], [float("inf")], [1.0]], dtype=dtype)
-        summed = gather_sum(rows, torch.tensor([[0, 2], [1, 2]]))
+        summed = Choice.every(torch.tensor([[0, 2], [1, 2]])).sum(rows)
         assert summed[0].isnan() and summed[1] == float("inf")
 
 
-def test_gather_sum_takes_rows_that_are_not_contiguous() -> None:
+def test_a_sum_of_rows_takes_rows_that_are_not_contiguous() -> None:
     index = torch.tensor([[0, 2], [3, 1]])
     for dtype in (torch.float32, torch.bfloat16):
         rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(dtype).t()
-        assert torch.equal(gather_sum(rows, index), gather_sum(rows.contiguous(), index))
+        assert torch.equal(Choice.every(index).sum(rows), Choice.every(index).sum(rows.contiguous()))
 
 
 def test_no_tokens_sum_to_no_rows() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        assert gather_sum(torch.empty(0, 3, dtype=dtype), torch.empty(0, 2, dtype=torch.int64)).shape == (0, 3)
+        assert Choice.every(torch.empty(0, 2, dtype=torch.int64)).sum(torch.empty(0, 3, dtype=dtype)).shape == (0, 3)
 
 
 @given(rows=st.integers(1, 5), columns=st.integers(1, 5), seed=st.integers(0, 10**6))

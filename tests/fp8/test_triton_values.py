@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterflow.comm.permute import gather_sum, order_by_expert
+from counterflow.comm.permute import Choice, order_by_expert
 from counterflow.comm.wire import FP8Wire
 from counterflow.fp8.quantize import BlockQuantized, quantize
 from counterflow.fp8.triton import group_rows, message_bytes, unpack_message
@@ -214,10 +214,10 @@ def test_slots_without_a_row_send_and_add_nothing(run: Callable[..., Any]) -> No
 
 
 @needs_triton
-def test_combine_is_gather_sum(run: Callable[..., Any]) -> None:
+def test_combine_is_choices_sum(run: Callable[..., Any]) -> None:
     order = order_by_expert(torch.rand(24, 6, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :3], 6)
     rows = numbers(72, 1100, 2, special=False)
-    assert torch.equal(run("combine", rows, order.row_of_slot), gather_sum(rows, order.row_of_slot))
+    assert torch.equal(run("combine", rows, order.row_of_slot), Choice.every(order.row_of_slot).sum(rows))
     weights = torch.rand(24, 3, generator=torch.Generator().manual_seed(2))
     assert torch.equal(run("combine", rows, order.row_of_slot, weights), sum_in_order(rows, order.row_of_slot, weights))
 

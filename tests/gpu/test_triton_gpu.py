@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterflow.comm.permute import gather_sum, order_by_expert
+from counterflow.comm.permute import Choice, order_by_expert
 from counterflow.fp8 import triton as fused
 from counterflow.fp8.quantize import BlockQuantized, quantize
 from counterflow.tests.fp8.triton_claims import (
@@ -140,11 +140,11 @@ def test_messages_hold_each_tokens_codes_and_scales(width: int, pow2: bool) -> N
 
 
 @pytest.mark.parametrize("width", [7168, 1000, 130])
-def test_combine_is_gather_sum_and_its_backward_autograds(width: int) -> None:
+def test_combine_is_choices_sum_and_its_backward_autograds(width: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows, order = numbers(2400, width, width, special=False), order_of(300)
     weights, grad = torch.rand(300, 8, generator=generator), torch.randn(300, width, generator=generator).bfloat16()
-    assert torch.equal(run("combine", rows, order.row_of_slot), gather_sum(rows, order.row_of_slot))
+    assert torch.equal(run("combine", rows, order.row_of_slot), Choice.every(order.row_of_slot).sum(rows))
     expected = sum_in_order(rows, order.row_of_slot, weights)
     assert torch.equal(run("combine", rows, order.row_of_slot, weights), expected)
     rows = torch.randn(2400, width, generator=generator).bfloat16()
