@@ -1,7 +1,7 @@
 """What every section of the configuration is made of.
 
 Each folder owns its section as a `Section` in its own `config.py`, and each key is defined once,
-by `key(...)`: type, default, unit and one line of help stand together. `launcher/config.py`
+by `key(...)`: type, default, unit and one line of help stand together. `configs/config.py`
 composes the sections; `counterflow config CONFIG --explain` prints the help.
 """
 

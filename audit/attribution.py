@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..fp8.classes import CLASSES, KINDS
-from .audit_probe import Gradients, Point, Probe, compare
-from .audit_run import Audit
+from ..fp8.tensor_formats import CLASSES, KINDS
+from .probe import Gradients, Point, Probe, compare
+from .run import Audit
 
 ROLES = ("input", "weight", "gradient", "cache")
 

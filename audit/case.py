@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..fp8.classes import CLASSES
+from ..configs.config import Config
+from ..configs.write import plain
+from ..fp8.tensor_formats import CLASSES
 from ..model.counts import count_parameters
 from ..settings import UsageError
-from .config import Config
-from .explain import plain
-from .preflight import Flight, preflight
+from ..training.preflight import Flight, preflight
 
 HIGH = {"format": "high"}
 

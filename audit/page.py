@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..report.format import format_count
-from .audit_curves import Line, draw_curves, legend
-from .audit_report import CLASS_HEAD, CLASS_NOTES, attribution_cells, class_rows, percent, signed
-from .audit_result import Result, windows, worst_first
+from ..report.pages.curves import Line, draw_curves, legend
+from ..report.text.numbers import format_count
+from .report import CLASS_HEAD, CLASS_NOTES, attribution_cells, class_rows, percent, signed
+from .result import Result, windows, worst_first
 
 SMOOTHED = 50
 """Points of the smooth curves."""

@@ -10,18 +10,18 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from ..configs.config import Config
 from ..data.loader import Batch, Loader
 from ..fp8.recipe import Observer
 from ..model.router import Router
 from ..model.transformer import MicroBatch, Weights
 from ..parallel.executor import Program
 from ..parallel.groups import Groups
-from .balancing import dropping_of, loss_weights
-from .build import build_executor, build_model
-from .config import Config
-from .pipeline import make_schedule
-from .plan_steps import steps_from
-from .trainer import Trainer
+from ..plan.pipeline import make_schedule
+from ..plan.steps import steps_from
+from ..training.build import build_executor, build_model
+from ..training.objective import dropping_of, loss_weights
+from ..training.trainer import Trainer
 
 PARAMETERS = (
     ("embedding", "embedding"),

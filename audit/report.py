@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..report.format import format_count
-from .audit_case import Case
-from .audit_result import Result, most_hurt, worst_first
-from .pipeline import align
+from ..plan.pipeline import align
+from ..report.text.numbers import format_count
+from .case import Case
+from .result import Result, most_hurt, worst_first
 
 WIDTH = 80
 MOST_HARMFUL = 12

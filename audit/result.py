@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ..fp8.classes import KINDS
-from .audit_case import Case
+from ..fp8.tensor_formats import KINDS
+from .case import Case
 
 Result = Mapping[str, Any]
 

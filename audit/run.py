@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import torch
 
 from ..checkpoint.manifest import complete_steps
-from ..fp8.audit import Statistics
+from ..fp8.statistics import Statistics
+from ..launcher.environment import usable_cores
 from ..parallel.layout import Layout
-from .audit_case import Case
-from .audit_probe import Point, Probe, compare, moved_share
-from .build import make_groups
-from .diagnose import NonFiniteError
-from .place import usable_cores
-from .trainer import Trainer
+from ..training.build import make_groups
+from ..training.non_finite import NonFiniteError
+from ..training.trainer import Trainer
+from .case import Case
+from .probe import Point, Probe, compare, moved_share
 
 T = TypeVar("T")
 STEPS, LOOKS = "steps.jsonl", "looks.jsonl"

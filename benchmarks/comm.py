@@ -34,14 +34,14 @@ from counterflow.comm.meter import Meter, Traffic, numbers_of, traffic_of
 from counterflow.comm.routed import RoutedDispatcher
 from counterflow.comm.two_hop import TwoHopDispatcher
 from counterflow.comm.wire import FP8Wire, PlainWire
+from counterflow.configs.config import Config
 from counterflow.data.config import DataConfig
 from counterflow.data.open import open_data
-from counterflow.launcher.build import make_groups
-from counterflow.launcher.config import Config
-from counterflow.launcher.trainer import Trainer
 from counterflow.parallel.layout import Layout
-from counterflow.report.format import format_bytes
+from counterflow.report.text.numbers import format_bytes
 from counterflow.settings import UsageError
+from counterflow.training.build import make_groups
+from counterflow.training.trainer import Trainer
 
 SIDES = ("flat-bf16", "flat-fp8", "two-hop-bf16", "two-hop-fp8")
 OUT, HOME = ("dispatch", "combine backward"), ("combine", "dispatch backward")

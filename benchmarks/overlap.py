@@ -42,15 +42,15 @@ from counterflow.benchmarks.namespaces import bytes_sent, joined, run_at_both_en
 from counterflow.comm import flat
 from counterflow.comm import two_hop as two_hops
 from counterflow.comm.exchange import Exchange
+from counterflow.comm.hops import Underway
 from counterflow.comm.routed import RoutedDispatcher
-from counterflow.comm.travel import Underway
 from counterflow.comm.wire import FP8Wire
 from counterflow.model.config import ModelConfig
 from counterflow.model.naming import initialise
 from counterflow.model.router import Router
 from counterflow.model.transformer import MicroBatch, Part, Transformer, Weights
 from counterflow.parallel.overlap import run_pair
-from counterflow.parallel.schedule.orders import find_order
+from counterflow.parallel.overlap_orders import find_order
 from counterflow.phases import Tape, WeightQueue, drain, run
 from counterflow.settings import UsageError
 

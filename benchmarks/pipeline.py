@@ -25,10 +25,10 @@ from torch import nn
 from counterflow.benchmarks.pipeline_chunks import COSTS, SHAPE, Device, SleepingChunk, SleepingModule, sleep_exactly
 from counterflow.comm.p2p import Wires
 from counterflow.parallel.executor import Executor, Program
+from counterflow.parallel.overlap_orders import find_order
 from counterflow.parallel.schedule.actions import Action, Overlap, Schedule
 from counterflow.parallel.schedule.catalogue import find_schedule, schedule_names
 from counterflow.parallel.schedule.costs import Costs
-from counterflow.parallel.schedule.orders import find_order
 from counterflow.parallel.schedule.simulate import simulate
 from counterflow.tests.pool import Pool, Worker
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.manifest import MANIFEST, Manifest, complete_steps, read_manifest
 from ..model.config import ModelConfig
 from ..settings import UsageError
-from .expert_record import LOADS
+from .expert_loads import LOADS
+from .manifest import MANIFEST, Manifest, complete_steps, read_manifest
 
 FORM = 'expected a list with one list of loads a layer, or {"loads": that list, "groups": routing groups}'
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .failure import telling
+from .errors import telling
 from .meter import GroupMeter
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .align import Aligned
 from .exchange import Exchange
+from .hops import Hops
 from .permute import Choice, order_by_expert, transpose_blocks
 from .routed import Arrived, Returned, RoutedDispatcher
-from .travel import Hops
 from .wire import Rows
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .flat import FlatDispatcher, FlatRoute
+from .hops import Underway
 from .meter import Meter
 from .permute import Choice, starts_of
-from .travel import Underway
 from .two_hop import Nodes
 from .wire import Wire
 

@@ -27,8 +27,8 @@ from torch.autograd.function import once_differentiable
 from ..fp8.quantize import BlockQuantized
 from ..settings import UsageError
 from .dispatcher import Dispatched, Incoming, Pending
+from .hops import Hops, Travel, Underway
 from .meter import GroupMeter, Meter
-from .travel import Hops, Travel, Underway
 from .wire import PlainWire, Rows, Wire
 
 Way = Literal["out", "home"]

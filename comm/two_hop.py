@@ -24,10 +24,10 @@ from torch import Tensor
 
 from .exchange import Exchange
 from .expand import Expansion
+from .hops import Hops, Underway
 from .meter import Meter
 from .permute import FanOut
 from .routed import Arrived, Returned, RoutedDispatcher, Way
-from .travel import Hops, Underway
 from .wire import Rows, Wire
 
 ALIGNMENT = 16  # bytes, of a message

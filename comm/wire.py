@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..fp8.classes import WIRE_FORMAT
 from ..fp8.message import pack_message, unpack_message
 from ..fp8.quantize import BlockQuantized
 from ..fp8.recipe import Monitor, Quantizer
+from ..fp8.tensor_formats import WIRE_FORMAT
 
 Direction = Literal["forward", "backward"]
 

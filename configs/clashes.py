@@ -9,7 +9,7 @@ from ..parallel.schedule.catalogue import find_schedule, schedule_names
 from ..parallel.schedule.choose import example, option_faults, schedule_name
 from ..parallel.stages import sizes_fault
 from ..settings import Clash, UsageError
-from .dispatch import wire_clashes
+from ..training.dispatch import wire_clashes
 
 if TYPE_CHECKING:
     from .config import Config

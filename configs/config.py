@@ -13,9 +13,9 @@ from ..data.config import DataConfig
 from ..fp8.config import PrecisionConfig
 from ..model.config import ModelConfig
 from ..parallel.config import OptimConfig, ParallelConfig
-from ..report.config import LogConfig
 from ..settings import Clash, Section, SectionFaults, TokenSchedule, key
-from .config_clashes import find_clashes
+from .clashes import find_clashes
+from .sections import LogConfig
 
 
 class RunConfig(Section):

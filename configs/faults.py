@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from ..settings import SectionFaults, TokenSchedule
 from .config import Config
-from .load_schema import alternatives, choices, in_words, item_of, resolve, section_of, unknown_key
-from .load_yaml import Fault, Located, Path
+from .located_yaml import Fault, Located, Path
+from .schema import alternatives, choices, in_words, item_of, resolve, section_of, unknown_key
 
 _BOUNDS = {
     "greater_than": ("above", "gt"),

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from ..model.config import ModelConfig, RopeScaling
-from .load_yaml import Fault, Located, Place, Scalar, parse_yaml
+from .located_yaml import Fault, Located, Place, Scalar, parse_yaml
 
 _NOT_TAKEN = {"initializer_range"}
 _ROPE = {"rope_theta", "rope_scaling"}

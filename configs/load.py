@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ..settings import UsageError
 from .config import Config
-from .load_faults import validate
-from .load_hf import read_architecture
-from .load_source import Source, find, run_name, show
-from .load_yaml import Fault, Located, Place, merge, parse_yaml
+from .faults import validate
+from .huggingface import read_architecture
+from .located_yaml import Fault, Located, Place, merge, parse_yaml
+from .source import Source, find, run_name, show
 
 
 class ConfigError(UsageError):

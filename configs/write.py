@@ -14,8 +14,8 @@ from pydantic_core import PydanticUndefined
 
 from ..settings import Phase, Section, TokenSchedule
 from .config import Config
-from .load_schema import choices, section_of
-from .load_yaml import Fault, Place, parse_yaml
+from .located_yaml import Fault, Place, parse_yaml
+from .schema import choices, section_of
 
 _WIDTH = 80
 _NOTES_AT = 40

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import model_validator
 
 from ..settings import Clash, Section, SectionFaults, key
-from .classes import CLASSES, Formats, TensorFormat, v3_formats
+from .tensor_formats import CLASSES, Formats, TensorFormat, v3_formats
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -96,7 +96,7 @@ class PrecisionConfig(Section):
 
     def te_faults(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What Transformer Engine cannot do of this on any GPU: the keys that ask for it, and why."""
-        from .te.recipes import faults
+        from .te.translate import faults
 
         if self.format == "fp32":
             key = "high" if self.recipe == "fp8" else "recipe"

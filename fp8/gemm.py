@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..settings import UsageError
-from .classes import SIDE
-from .formats import FORMATS, decode
+from .number_formats import FORMATS, decode
 from .quantize import BlockQuantized
+from .tensor_formats import SIDE
 
 Mode = Literal["fast", "promoted"]
 Operand = BlockQuantized | Tensor  # a tensor holds values already dequantised or fake-quantised, for `fast` alone

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..phases import WeightQueue, now_or_later
-from .accumulate import Accumulate, find_accumulate
+from .apex import Accumulate, find_accumulate
 from .emulated import Kept, QuantizedFunction, QuantizedWeight, keep
 from .recipe import LinearRecipe
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..settings import UsageError
-from .classes import SIDE
 from .quantize import BlockQuantized
+from .tensor_formats import SIDE
 
 ALIGNMENT = 16  # bytes
 

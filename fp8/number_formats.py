@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..settings import UsageError
-from .classes import FormatName
+from .tensor_formats import FormatName
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..settings import UsageError
-from .classes import FormatName, Tile
-from .formats import FORMATS, Format, decode_scaled, find_format, pack_e5m6, round_to, unpack_e5m6
+from .number_formats import FORMATS, Format, decode_scaled, find_format, pack_e5m6, round_to, unpack_e5m6
+from .tensor_formats import FormatName, Tile
 from .tiles import Piece, check_tile, pieces, scale_shape
 
 # Rounding in place adds up to 2^22 times a value, which is up to 2^16 times its scale, and takes the exponent field for

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .classes import WITH_CACHE, Formats, Kind, TensorFormat
 from .gemm import Mode, Operand
 from .quantize import BlockQuantized, FP8RangeError, fake_quantize, quantize, quantize_with_values
+from .tensor_formats import WITH_CACHE, Formats, Kind, TensorFormat
 
 if TYPE_CHECKING:
     from .te.backend import Attention, TransformerEngine

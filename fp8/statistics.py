@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor
 
-from .classes import TensorFormat
-from .formats import find_format
+from .number_formats import find_format
+from .tensor_formats import TensorFormat
 from .tiles import pieces
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..settings import UsageError
-from .classes import SIDE, Tile
+from .tensor_formats import SIDE, Tile
 
 TILES: tuple[Tile, ...] = ((1, SIDE), (SIDE, 1), (SIDE, SIDE))
 # For each thread: FP32 temporaries of 2 MiB. Smaller ones cost calls and barriers, larger ones leave the cache.

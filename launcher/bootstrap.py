@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..settings import UsageError
-from .place import Place
+from .environment import Place
 
 logger = logging.getLogger(__name__)
 

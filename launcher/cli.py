@@ -1,4 +1,4 @@
-"""The `counterflow` command: one sub-command a module, loaded when it is asked for.
+"""The `counterflow` command: one module of `commands/` per sub-command, loaded when the command is called.
 
 A sub-command's module offers `add_arguments(parser)` and `run(args) -> int`, the exit code: 0 done, 1 failed, 2 bad
 usage or config, 75 stopped for requeue with a checkpoint written. Nothing here imports torch, so that help and
@@ -21,21 +21,20 @@ from ..settings import UsageError
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command: its name, its module in this folder and one line of help."""
+    """A sub-command: its name, which is that of its module in `commands/`, and one line of help."""
 
     name: str
-    module: str
     help: str
 
 
 COMMANDS = (
-    Command("train", "train_command", "train a model"),
-    Command("config", "config_command", "print a configuration, resolved and explained"),
-    Command("simulate", "simulate_command", "simulate a pipeline schedule: step time, bubbles, memory"),
-    Command("audit", "audit_command", "audit FP8: train in FP8 and in BF16 and compare losses, gradients and tensors"),
-    Command("report", "report_command", "report what a run measured: losses, speed, balance, traffic"),
-    Command("placement", "placement_command", "place experts for inference by the loads that a run measured"),
-    Command("verify", "verify_command", "verify that a layout trains as a single process does"),
+    Command("train", "train a model"),
+    Command("config", "print a configuration, resolved and explained"),
+    Command("simulate", "simulate a pipeline schedule: step time, bubbles, memory"),
+    Command("audit", "audit FP8: train in FP8 and in BF16 and compare losses, gradients and tensors"),
+    Command("report", "report what a run measured: losses, speed, balance, traffic"),
+    Command("placement", "place experts for inference by the loads that a run measured"),
+    Command("verify", "verify that a layout trains as a single process does"),
 )
 
 
@@ -72,7 +71,7 @@ def _run(arguments: list[str]) -> int:
     try:
         name = arguments[0]
         if not name.startswith("-"):
-            module = import_module(f".{_command(name, parser).module}", __package__)
+            module = import_module(f".commands.{_command(name, parser).name}", __package__)
             module.add_arguments(parsers[name])
         args = parser.parse_args(arguments)
         if module is None:

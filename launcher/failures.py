@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..settings import UsageError
-from .place import Place
+from .environment import Place
 
 FAILED = 1
 BAD_USAGE = 2

@@ -19,9 +19,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..settings import UsageError
+from .environment import PARENT_VARIABLE, threads_per_process
 from .failures import FAILED, FailureRecord
 from .logs import log_path
-from .place import PARENT_VARIABLE, threads_per_process
 
 LAST_LINES = 20  # of a rank that left no traceback
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)

@@ -11,7 +11,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from ..placement import Placed
+from ..local_parameter import Placed
 from .feed_forward import MixtureOfExperts
 from .transformer import Transformer
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from ..settings import Section, TokenSchedule, UsageError, key
-from .schedule.orders import ORDERS, find_order
+from .overlap_orders import ORDERS, find_order
 
 
 class StageCosts(Section):

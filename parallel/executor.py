@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ..comm.failure import CommunicationError, telling
+from ..comm.errors import CommunicationError, telling
 from ..comm.p2p import Transit, Wires
 from ..phases import Chunk, Phases, Tape, Uncut, drain, run
 from .overlap import run_pair

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from ...settings import UsageError
+from ..settings import UsageError
 
 FORWARD_PHASES = ("embedding", "dense", "attention", "dispatch", "shared", "experts", "combine", "finish", "head")
 """The phases of a chunk's forward, as `model/block.py` and `model/transformer.py` name them."""

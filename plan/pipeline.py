@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..configs.config import Config
 from ..model.config import ModelConfig
 from ..model.counts import ParameterCounts, count_parameters
 from ..parallel.layout import Layout
@@ -15,9 +16,8 @@ from ..parallel.schedule.check import check
 from ..parallel.schedule.choose import example, generate
 from ..parallel.schedule.costs import Costs
 from ..parallel.stages import Split, balance, rank_loads
-from ..report.format import format_count
+from ..report.text.numbers import format_count
 from ..settings import UsageError
-from .config import Config
 
 PAIR_RATIO = 2.5 / 3
 """Length of an overlapped pair over that of its parts one after the other, where nothing else is given.

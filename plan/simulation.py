@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..configs.config import Config
+from ..configs.located_yaml import Fault, Place, parse_yaml
 from ..parallel.layout import Layout
 from ..parallel.schedule.catalogue import find_schedule, schedule_names
 from ..parallel.schedule.check import check
@@ -17,17 +19,7 @@ from ..parallel.schedule.costs import Costs
 from ..parallel.schedule.simulate import simulate
 from ..parallel.schedule.timeline import Timeline
 from ..settings import UsageError
-from .config import Config
-from .load_yaml import Fault, Place, parse_yaml
-from .pipeline import (
-    PAIR_RATIO,
-    describe_split,
-    make_schedule,
-    make_split,
-    microbatches,
-    stage_costs,
-    stage_work,
-)
+from .pipeline import PAIR_RATIO, describe_split, make_schedule, make_split, microbatches, stage_costs, stage_work
 
 
 @dataclass(frozen=True)

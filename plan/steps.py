@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .config import BatchConfig, Config
+from ..configs.config import BatchConfig, Config
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .config import LogConfig
-from .format import format_count, format_duration
+from ..configs.sections import LogConfig
 from .metrics import StepMetrics
+from .text.numbers import format_count, format_duration
 
 REFRESH_SECONDS = 0.1
 ETA_WINDOW = 50  # steps the ETA looks back on: batch ramps and growing sequences change the pace

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from .format import format_count
 from .hardware import Peak
+from .text.numbers import format_count
 from .traffic import Sent, describe_traffic
 
 

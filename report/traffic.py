@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .format import format_bytes, format_count
+from .text.numbers import format_bytes, format_count
 
 
 class Sent(BaseModel):

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..fp8.classes import KINDS, Formats
+from ..configs.config import Config
 from ..fp8.te.library import HOPPER_ALIGNMENT, INSTEAD, version_fault
+from ..fp8.tensor_formats import KINDS, Formats
 from ..model.config import ModelConfig
 from ..settings import UsageError
-from .config import Config
 
 if TYPE_CHECKING:
     import torch

@@ -11,29 +11,29 @@ from torch import Tensor, nn
 
 from ..comm.p2p import Wires
 from ..comm.routed import RoutedDispatcher
+from ..configs.config import Config
 from ..fp8.linear import GroupedLinear, Linear
 from ..fp8.recipe import Recipe
+from ..local_parameter import Placed
 from ..model.feed_forward import MixtureOfExperts
 from ..model.kernels import Kernels
 from ..model.naming import initial_tensor, placements, router_biases
 from ..model.router import Router
 from ..model.transformer import Part, Transformer
-from ..parallel.adamw import adamw
 from ..parallel.executor import Executor
-from ..parallel.fused_adam import FusedAdamW
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
+from ..parallel.optimizer.adamw import adamw
+from ..parallel.optimizer.fused_adamw import FusedAdamW
+from ..parallel.optimizer.sharded import ShardedOptimizer
+from ..parallel.overlap_orders import find_order
 from ..parallel.schedule.actions import Schedule
 from ..parallel.schedule.choose import example
-from ..parallel.schedule.orders import find_order
 from ..parallel.schedule.transfers import links
 from ..parallel.stages import Split
-from ..parallel.zero import ShardedOptimizer
-from ..placement import Placed
+from ..plan.pipeline import make_schedule, make_split
 from .backend import choose_recipe
-from .config import Config
 from .dispatch import make_dispatcher
-from .pipeline import make_schedule, make_split
 
 FEW_MICROBATCHES = (1, 2, 3)
 """Besides a full pipeline's number, those for which a schedule could use other links."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..fp8.classes import WIRE_FORMAT
+from ..fp8.tensor_formats import WIRE_FORMAT
 from ..parallel.layout import Layout
 from ..settings import Clash, UsageError
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from ..comm.deepep.library import Job
     from ..comm.routed import RoutedDispatcher
     from ..comm.wire import Wire
+    from ..configs.config import Config
     from ..fp8.recipe import Recipe
     from ..parallel.groups import Groups
-    from .config import Config
 
 
 logger = logging.getLogger(__name__)
@@ -106,8 +106,8 @@ def make_dispatcher(
 
     With `nodes`, that of a process by itself which adds up as ranks on these nodes would, see `AloneDispatcher`.
     """
-    from ..comm.alone import AloneDispatcher
     from ..comm.flat import FlatDispatcher
+    from ..comm.one_process import AloneDispatcher
     from ..comm.two_hop import TwoHopDispatcher
 
     layout = groups.layout

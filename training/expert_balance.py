@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parallel.expert_moves import move_experts
-from ..parallel.expert_placement import (
+from ..checkpoint.expert_loads import LOADS, PLACEMENT
+from ..configs.config import Config
+from ..parallel.experts.moves import move_experts
+from ..parallel.experts.placement import (
     Placement,
     contiguous,
     imbalance,
@@ -27,11 +29,9 @@ from ..parallel.expert_placement import (
     places_of,
 )
 from ..parallel.groups import Groups
-from ..parallel.zero import ShardedOptimizer
-from ..report.format import format_bytes
+from ..parallel.optimizer.sharded import ShardedOptimizer
+from ..report.text.numbers import format_bytes
 from .build import Model
-from .config import Config
-from .expert_record import LOADS, PLACEMENT
 from .expert_replicas import replicated
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from ..comm.flat import FlatDispatcher
 from ..comm.routed import RoutedDispatcher
 from ..fp8.linear import GroupedLinear
 from ..model.feed_forward import MixtureOfExperts
-from ..parallel.expert_moves import copy_experts
-from ..parallel.expert_placement import Placement
+from ..parallel.experts.moves import copy_experts
+from ..parallel.experts.placement import Placement
 from ..parallel.groups import Groups
 
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.dispatcher import Dispatched, Pending
+from ..configs.config import Config
 from ..fp8.linear import Linear
+from ..launcher.bootstrap import choose_device
 from ..model.block import DecoderBlock
 from ..model.counts import count_parameters
 from ..model.kernels import EmbeddingFunction, Kernels
@@ -25,9 +27,7 @@ from ..model.loss import LOGITS_BYTES, cross_entropy_sum
 from ..model.rope import rotary_turns
 from ..settings import UsageError
 from .backend import choose_recipe
-from .bootstrap import choose_device
 from .build import DTYPES
-from .config import Config
 
 ROUNDS = 5
 ENOUGH_SECONDS = 20.0

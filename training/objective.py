@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..configs.config import Config
 from ..data.loader import Batch
 from ..model.capacity import Dropping
 from ..model.naming import seed_of
 from ..model.transformer import Weights
-from .config import Config
-from .plan_steps import Progress
+from ..plan.steps import Progress
 
 
 def loss_weights(config: Config, before: Progress, sequences: int) -> Weights:

@@ -13,18 +13,18 @@ from textwrap import indent
 from typing import TypeVar
 
 from ..checkpoint.manifest import Manifest, check_same_model, complete_steps, read_manifest
+from ..configs.clashes import batch_sizes
+from ..configs.config import Config
 from ..data.open import Data, open_data
 from ..data.tokenizer import ByteTokenizer
 from ..parallel.layout import Layout
 from ..parallel.schedule.choose import generate
 from ..parallel.schedule.simulate import simulate
+from ..plan.pipeline import make_schedule, microbatches, stage_costs
+from ..plan.steps import Progress, total_steps
 from ..settings import UsageError
 from .backend import backend_faults
-from .config import Config
-from .config_clashes import batch_sizes
 from .dispatch import dispatch_faults, routing_notes
-from .pipeline import make_schedule, microbatches, stage_costs
-from .plan_steps import Progress, total_steps
 
 T = TypeVar("T")
 

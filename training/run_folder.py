@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
+from ..configs.config import Config
+from ..configs.write import to_yaml
 from ..settings import UsageError
-from .config import Config
-from .explain import to_yaml
 
 CONFIG_FILE = "config.yaml"
 

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from ..parallel.executor import Program
 from ..parallel.groups import Groups
 from ..parallel.schedule.actions import Schedule
-from ..parallel.schedule.draw_html import draw_html
-from ..parallel.schedule.draw_text import number, share
 from ..parallel.schedule.measured import measured_costs
 from ..parallel.schedule.simulate import simulate
 from ..parallel.schedule.timeline import Span, Timeline
+from ..report.pages.timeline import draw_html
+from ..report.text.timeline import number, share
 from ..report.traffic import HEADER, Sent, traffic_table
 
 MILLISECONDS = 1e3

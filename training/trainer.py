@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from ..checkpoint import store
 from ..checkpoint.manifest import check_same_model, read_manifest
 from ..comm.meter import numbers_of, traffic_of
+from ..configs.config import Config
 from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.open import Data
 from ..model.counts import flops_per_token
@@ -29,17 +30,16 @@ from ..model.transformer import MicroBatch, Output, Weights
 from ..parallel.executor import Program, microbatches_of
 from ..parallel.groups import Groups
 from ..parallel.schedule.actions import Schedule, forward_only
+from ..plan.pipeline import make_schedule
+from ..plan.steps import Progress, steps_from
 from ..report.balance import measure_balance
 from ..report.hardware import Peak, memory_gib
 from ..report.metrics import StepMetrics, utilization
 from ..report.traffic import Sent
-from .balancing import dropping_of, loss_weights
 from .build import build_executor, build_model, build_optimizer, dp_rank
-from .config import Config
-from .diagnose import explain_non_finite
 from .expert_balance import ExpertBalance
-from .pipeline import make_schedule
-from .plan_steps import Progress, steps_from
+from .non_finite import explain_non_finite
+from .objective import dropping_of, loss_weights
 from .trace import PipelineTrace, gather_trace
 
 AVERAGE = "ema."

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..configs.config import Config
+from ..configs.write import plain
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
-from .build import make_groups
-from .config import Config
-from .dispatch import partial_sums_of
-from .explain import plain
-from .pipeline import microbatches
-from .plan_steps import Progress, steps_from
-from .trainer import Trainer
-from .verify_compare import (
+from ..plan.pipeline import microbatches
+from ..plan.steps import Progress, steps_from
+from ..training.build import make_groups
+from ..training.dispatch import partial_sums_of
+from ..training.trainer import Trainer
+from .compare import (
     LOSSES,
     Difference,
     Tolerances,
@@ -39,9 +39,9 @@ from .verify_compare import (
     moved_choices,
     tolerances,
 )
-from .verify_run import Alone, Seen, Watched
-from .verify_shrink import Shrunk
-from .verify_text import Text, open_text
+from .run import Alone, Seen, Watched
+from .shrink import Shrunk
+from .text import Text, open_text
 
 MOST_SEEDS = 3
 """Seeds that are tried before ties are taken for a fault."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .config import Config
-from .verify_run import Alone, Rows, Seen, Step
+from ..configs.config import Config
+from .run import Alone, Rows, Seen, Step
 
 EXACT = 0.0
 LOSSES = ("loss", "loss_mtp", "loss_balance", "loss_device", "loss_communication")

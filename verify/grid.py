@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..configs.clashes import batch_sizes
+from ..configs.config import Config
 from ..parallel.schedule.actions import Overlap, Schedule
 from ..parallel.schedule.choose import generate, schedule_name
 from ..settings import UsageError
-from .config import Config
-from .config_clashes import batch_sizes
 
 MOST_RANKS = 8
 """Processes that are started where `--nproc` does not say how many."""

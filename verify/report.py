@@ -7,12 +7,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from .config import Config
-from .pipeline import align
-from .verify_check import MOST_SEEDS, Attempt, Moved, Outcome
-from .verify_compare import CLASSES, Difference
-from .verify_grid import grid_of
-from .verify_shrink import Shrunk
+from ..configs.config import Config
+from ..plan.pipeline import align
+from .check import MOST_SEEDS, Attempt, Moved, Outcome
+from .compare import CLASSES, Difference
+from .grid import grid_of
+from .shrink import Shrunk
 
 WIDTH = 80
 MOST_COLUMNS = 5

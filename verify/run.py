@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..configs.config import Config
 from ..data.loader import Loader
 from ..model.kernels import Kernels
 from ..model.naming import initialise, placements
 from ..model.router import Router
 from ..model.transformer import Transformer
 from ..parallel.groups import Groups
-from .balancing import dropping_of
-from .build import DTYPES
-from .config import Config
-from .dispatch import make_dispatcher
-from .plan_steps import Progress, steps_from
-from .trainer import Trainer
-from .verify_text import Text
+from ..plan.steps import Progress, steps_from
+from ..training.build import DTYPES
+from ..training.dispatch import make_dispatcher
+from ..training.objective import dropping_of
+from ..training.trainer import Trainer
+from .text import Text
 
 NUMBERS = ("loss", "loss_mtp", "loss_balance", "loss_device", "loss_communication", "grad_norm")
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..configs.config import Config
+from ..configs.write import plain
 from ..data.tokenizer import ByteTokenizer
 from ..model.config import ModelConfig
 from ..parallel.layout import Layout
 from ..parallel.schedule.choose import AUTO, schedule_name
 from ..settings import TokenSchedule, UsageError
-from .config import Config
-from .explain import plain
-from .verify_grid import Grid, choose_grid, choose_microbatches, missing, pipeline_of
+from .grid import Grid, choose_grid, choose_microbatches, missing, pipeline_of
 
 WIDTHS = {
     "hidden_size": 32,

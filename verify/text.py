@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..configs.config import Config
 from ..data.config import DataConfig
 from ..data.corpus import Source, open_source
 from ..data.dataset import OrderedDataset, PackedDataset
 from ..data.open import Data
 from ..data.tokenizer import ByteTokenizer
 from ..settings import UsageError
-from .config import Config
 
 ENOUGH_BYTES = 1 << 16
 LARGEST_FILE = 1 << 22

@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...fp8.classes import SIDE, WIRE_FORMAT
 from ...fp8.message import unpack_message
 from ...fp8.quantize import BlockQuantized
+from ...fp8.tensor_formats import SIDE, WIRE_FORMAT
 from ...settings import UsageError
 from ..expand import Expansion
+from ..hops import Hops, Underway
 from ..meter import Meter
 from ..routed import Arrived, Returned, RoutedDispatcher
-from ..travel import Hops, Underway
 from ..wire import Direction, FP8Wire, Rows, Wire
 from .buffers import Buffer, Payload
 from .crossings import BESIDES, Crossings

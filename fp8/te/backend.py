@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ...settings import UsageError
-from ..classes import Formats
 from ..recipe import LinearRecipe
+from ..tensor_formats import Formats
 from . import library as libraries
 from .engine import Engine
 from .library import Library
-from .recipes import faults
+from .translate import faults
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from ...phases import WeightQueue, memory_of, now_or_later
 from ...settings import UsageError
 from ..recipe import LinearRecipe
-from . import recipes
+from . import translate as recipes
 from .library import INSTEAD, Library
 
 if TYPE_CHECKING:

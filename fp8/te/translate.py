@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ...settings import UsageError
-from ..classes import KINDS, Formats, Kind, TensorFormat
+from ..tensor_formats import KINDS, Formats, Kind, TensorFormat
 from .library import CHECKED, INSTEAD, Library
 
 if TYPE_CHECKING:

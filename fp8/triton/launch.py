@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...settings import UsageError
-from ..classes import SIDE
 from ..quantize import BlockQuantized
+from ..tensor_formats import SIDE
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...settings import UsageError
-from ..classes import SIDE
 from ..message import message_bytes, scale_start
 from ..quantize import BlockQuantized
+from ..tensor_formats import SIDE
 from .launch import Launch, RowGroups, alignment, check, check_rows_quantized, same_device, tiles_down
 
 _ROWS, _COLUMNS = (1, SIDE), (SIDE, 1)

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..settings import UsageError
-from .audit_case import Case, make_case
-from .config import Config
-from .load import add_config_arguments, load_config
-from .place import Place, find_place
-from .run_folder import locked
+from ...audit.case import Case, make_case
+from ...configs.config import Config
+from ...configs.load import add_config_arguments, load_config
+from ...settings import UsageError
+from ...training.run_folder import locked
+from ..environment import Place, find_place
 
 if TYPE_CHECKING:
-    from .audit_run import Audit
+    from ...audit.run import Audit
 
 CONFIG_FILE, RESULT_FILE = "config.json", "audit.json"
 LINES = 20
@@ -65,15 +65,15 @@ def run(args: argparse.Namespace) -> int:
         result = _audit(case, args.json)
         (case.folder / RESULT_FILE).write_text(json.dumps(result))
     if args.html is not None:
-        from .audit_html import draw
+        from ...audit.page import draw
 
         _write(args.html, draw(result))
     return _say(result, args)
 
 
 def _say(result: dict[str, Any], args: argparse.Namespace) -> int:
-    from .audit_report import report, signed
-    from .verify_command import _print_long
+    from ...audit.report import report, signed
+    from .verify import _print_long
 
     if args.json:
         _print_long(json.dumps(result))
@@ -92,10 +92,10 @@ def _say(result: dict[str, Any], args: argparse.Namespace) -> int:
 
 def _audit(case: Case, quiet: bool) -> dict[str, Any]:
     """Both runs from where they were to the last step, then which class hurts."""
-    from .audit_report import heading, progress_heading, progress_line
-    from .audit_result import make_result, mean_loss
-    from .audit_run import audit_of
-    from .bootstrap import bootstrap
+    from ...audit.report import heading, progress_heading, progress_line
+    from ...audit.result import make_result, mean_loss
+    from ...audit.run import audit_of
+    from ..bootstrap import bootstrap
 
     config, out = case.config, sys.stderr if quiet else sys.stdout
     every = max(1, case.steps // LINES)
@@ -133,8 +133,8 @@ def _earlier(case: Case) -> dict[str, Any] | None:
 
 
 def _attribute(audit: Audit, out: Any) -> dict[str, Any]:
-    from .audit_attribution import attribute
-    from .audit_probe import Point
+    from ...audit.attribution import attribute
+    from ...audit.probe import Point
 
     look = audit.looks[-1]
     present = frozenset(look["classes"]) | frozenset(look["classes_for_weights"])

@@ -7,8 +7,8 @@ import json
 import re
 import sys
 
-from .explain import explain, plain, to_yaml
-from .load import add_config_arguments, load_config
+from ...configs.load import add_config_arguments, load_config
+from ...configs.write import explain, plain, to_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

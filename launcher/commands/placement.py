@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..parallel.expert_placement import Replicated, imbalance, loads_of_ranks, place_replicas
-from ..settings import UsageError
-from .pipeline import align
-from .placement_source import Loads, read_loads
+from ...checkpoint.placement_source import Loads, read_loads
+from ...parallel.experts.placement import Replicated, imbalance, loads_of_ranks, place_replicas
+from ...plan.pipeline import align
+from ...settings import UsageError
 
 WIDTH = 80
 WRITE = (

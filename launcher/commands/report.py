@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report.format import format_count, format_duration
-from ..report.metrics import METRICS_FILE, StepMetrics, read_metrics
-from ..report.traffic import HEADER, mean_step, traffic_table
-from ..settings import UsageError
-from .pipeline import align
+from ...plan.pipeline import align
+from ...report.metrics import METRICS_FILE, StepMetrics, read_metrics
+from ...report.text.numbers import format_count, format_duration
+from ...report.traffic import HEADER, mean_step, traffic_table
+from ...settings import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,13 +7,13 @@ import json
 import math
 from pathlib import Path
 
-from ..parallel.schedule.catalogue import schedule_names
-from ..parallel.schedule.draw_html import draw_html
-from ..parallel.schedule.timeline import Timeline
-from ..settings import UsageError
-from .load import load_config
-from .simulate_case import Case, case_from_config, case_from_numbers
-from .simulate_report import compare_table, report
+from ...configs.load import load_config
+from ...parallel.schedule.catalogue import schedule_names
+from ...parallel.schedule.timeline import Timeline
+from ...plan.simulation import Case, case_from_config, case_from_numbers
+from ...report.pages.timeline import draw_html
+from ...report.text.simulation import compare_table, report
+from ...settings import UsageError
 
 INSTEAD = {
     "schedule": "--set parallel.schedule=NAME",
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Simulate and print; or measure."""
     _refuse_mixtures(args)
     if args.measure:
-        from .measure import measure_parts
+        from ...training.measure import measure_parts
 
         print(measure_parts(load_config(args.config, args.overrides)), end="")
         return 0

@@ -8,14 +8,14 @@ import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ..settings import UsageError
-from .load import add_config_arguments, load_config
-from .place import Place, find_place
-from .preflight import Flight, preflight
-from .run_folder import locked, move_aside, write_config
+from ...configs.load import add_config_arguments, load_config
+from ...settings import UsageError
+from ...training.preflight import Flight, preflight
+from ...training.run_folder import locked, move_aside, write_config
+from ..environment import Place, find_place
 
 if TYPE_CHECKING:
-    from .bootstrap import Process
+    from ..bootstrap import Process
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     place = find_place(os.environ, args.nproc)
     if place.launcher == "none" and args.nproc > 1:
         return _launch(args)
-    from .failures import supervised
+    from ..failures import supervised
 
     with supervised(place):
         return _work(args, place)
@@ -45,7 +45,7 @@ def _launch(args: argparse.Namespace) -> int:
     """Check everything that can be checked, then start the ranks and wait for them."""
     flight = preflight(load_config(args.config, args.overrides), args.nproc, args.nproc, args.fresh)
 
-    from .local_launch import launch_local
+    from ..local_launch import launch_local
 
     command = ["-m", "counterflow", "train", args.config]
     for override in args.overrides:
@@ -63,8 +63,8 @@ def _work(args: argparse.Namespace, place: Place) -> int:
 
     import torch.distributed as dist
 
-    from .bootstrap import bootstrap
-    from .logs import open_log
+    from ..bootstrap import bootstrap
+    from ..logs import open_log
 
     with (
         bootstrap(place, config.train.device, config.comm.backend, config.parallel.timeout) as process,
@@ -104,9 +104,9 @@ def _check_agreement(flight: Flight, world_size: int) -> None:
 
 
 def _train(flight: Flight, process: Process, as_json: bool) -> int:
-    from ..report.progress import Progress
-    from .build import make_groups
-    from .train_loop import run_training, summarise
+    from ...report.progress import Progress
+    from ...training.build import make_groups
+    from ...training.run import run_training, summarise
 
     config = flight.config
     if flight.complete:

@@ -15,14 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..settings import UsageError
-from .config import Config
-from .load import add_config_arguments, load_config
-from .place import Place, find_place
-from .verify_shrink import Shrunk, shrink
+from ...configs.config import Config
+from ...configs.load import add_config_arguments, load_config
+from ...settings import UsageError
+from ...verify.shrink import Shrunk, shrink
+from ..environment import Place, find_place
 
 if TYPE_CHECKING:
-    from .verify_check import Outcome
+    from ...verify.check import Outcome
 
 
 PIECE = 4096  # bytes that POSIX writes to a pipe all at once (PIPE_BUF on Linux)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if place.launcher == "none":
         config = load_config(args.config, args.overrides)
         return _launch(args, config, shrink(config, args.nproc, args.steps))
-    from .failures import supervised
+    from ..failures import supervised
 
     with supervised(place):
         return _work(args, place)
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _launch(args: argparse.Namespace, config: Config, shrunk: Shrunk) -> int:
     """Start the ranks of the small run, wait for them, and print."""
-    from .local_launch import launch_local
-    from .verify_report import body, heading, to_json
+    from ...verify.report import body, heading, to_json
+    from ..local_launch import launch_local
 
     if not args.json:
         print(heading(config, shrunk), flush=True)
@@ -92,9 +92,9 @@ def _print_long(text: str) -> None:
 
 def _work(args: argparse.Namespace, place: Place) -> int:
     """One rank. What it found is no failure of a process, so it is left in a file, and the launcher gives the code."""
-    from .bootstrap import bootstrap
-    from .build import make_groups
-    from .verify_check import verify_ranks
+    from ...training.build import make_groups
+    from ...verify.check import verify_ranks
+    from ..bootstrap import bootstrap
 
     shrunk = shrink(load_config(args.config, args.overrides), args.nproc, args.steps)
     assert shrunk.layout.world_size == place.world_size, (shrunk.layout, place)

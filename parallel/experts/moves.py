@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..comm.exchange import Exchange
-from ..comm.meter import Meter
-from .expert_placement import Placement, places_of
-from .zero import ShardedOptimizer
+from ...comm.exchange import Exchange
+from ...comm.meter import Meter
+from ..optimizer.sharded import ShardedOptimizer
+from .placement import Placement, places_of
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..settings import UsageError
-from .layout import Layout
+from ...settings import UsageError
+from ..layout import Layout
 
 Placement = tuple[int, ...]
 """The expert at each place, `[E]`: a permutation of the layer's experts."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import OptimConfig
+from ..config import OptimConfig
 
 CHUNK = 2**20  # elements updated at a time: temporaries stay in the cache and cost no memory
 

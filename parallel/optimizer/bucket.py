@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from ..placement import Replicas
+from ...local_parameter import Replicas
+from ..config import OptimConfig
+from ..groups import Groups
 from .collectives import Collective, begin_all_gather, begin_reduce_scatter
-from .config import OptimConfig
-from .groups import Groups
 from .shards import Plan
 
 FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.exchange import begin_all_to_all
-from ..comm.failure import telling
-from ..comm.meter import GroupMeter
+from ...comm.errors import telling
+from ...comm.exchange import begin_all_to_all
+from ...comm.meter import GroupMeter
 
 # As of torch 2.13 these have new names, and the old ones warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

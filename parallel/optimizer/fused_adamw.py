@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..fp8.te.library import Library
+from ...fp8.te.library import Library
+from ..config import OptimConfig
 from .adamw import Update
-from .config import OptimConfig
 
 
 class FusedAdamW:

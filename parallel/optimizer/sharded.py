@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..placement import Placed
+from ...local_parameter import Placed
+from ..config import OptimConfig
+from ..groups import Groups
 from .adamw import Update, adamw
 from .bucket import Bucket, check_agreement
-from .config import OptimConfig
 from .ema import Ema
-from .groups import Groups
 from .shards import plan_buckets
 
 

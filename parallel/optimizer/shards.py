@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..placement import Placed, Replicas
+from ...local_parameter import Placed, Replicas
 
 _Key = tuple[Replicas, tuple[int, ...], bool]  # replicas, holders, decayed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .actions import Schedule
-from .phases import Streams, adapt, eight_phases, padded, stream_length
+from .eight_phases import Streams, adapt, eight_phases, padded, stream_length
 
 
 def dualpipev(num_ranks: int, num_microbatches: int, *, defer_weights: bool = False) -> Schedule:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from .actions import Action, Kind, Overlap, Schedule, parts
-from .weights import place_weights
+from .place_weights import place_weights
 
 Stream = Literal[0, 1]
 MISSING = -1

@@ -24,11 +24,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from .actions import Action, Overlap, Schedule
-from .draw_html_figure import FIGURE
-from .draw_html_page import CONTROLS, STYLE
-from .draw_text import number, share
-from .timeline import Span, Timeline
+from ...parallel.schedule.actions import Action, Overlap, Schedule
+from ...parallel.schedule.timeline import Span, Timeline
+from ..text.timeline import number, share
+from .timeline_figure import FIGURE
+from .timeline_page import CONTROLS, STYLE
 
 KINDS = "FIWB"
 PRECISION = 2.0**-31  # of the step: how far a time on the page may be from the timeline's

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .layout import Layout
+from ...parallel.layout import Layout
 
 WIDTH = 80
 ALL_NODES = 4  # nodes drawn in full; of more, only the first and the last

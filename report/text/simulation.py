@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
-from ..parallel.schedule.draw_text import count, draw_text, number, share
-from ..parallel.schedule.timeline import Timeline
-from .pipeline import align
-from .simulate_case import Case
+from ...parallel.schedule.timeline import Timeline
+from ...plan.pipeline import align
+from ...plan.simulation import Case
+from .timeline import count, draw_text, number, share
 
 WIDTH = 80
 FEW_RANKS = 8

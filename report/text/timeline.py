@@ -10,8 +10,8 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from .actions import Action, Overlap
-from .timeline import Span, Timeline
+from ...parallel.schedule.actions import Action, Overlap
+from ...parallel.schedule.timeline import Span, Timeline
 
 ALL_RANKS = 32  # rows drawn; of more ranks, the first and the last
 LEAST_WIDTH = 40

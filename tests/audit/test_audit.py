@@ -19,20 +19,20 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from counterflow.fp8.audit import Statistics
-from counterflow.fp8.classes import KINDS
+from counterflow.audit.attribution import attribute
+from counterflow.audit.case import Case, make_case
+from counterflow.audit.probe import Gradients, Point, Probe, compare, moved_share, parameter_class
+from counterflow.audit.result import mean_loss, most_hurt, worst_first
+from counterflow.audit.run import Audit, audit_of
+from counterflow.configs.load import load_config
+from counterflow.fp8.statistics import Statistics
+from counterflow.fp8.tensor_formats import KINDS
 from counterflow.launcher import cli
-from counterflow.launcher.audit_attribution import attribute
-from counterflow.launcher.audit_case import Case, make_case
-from counterflow.launcher.audit_probe import Gradients, Point, Probe, compare, moved_share, parameter_class
-from counterflow.launcher.audit_result import mean_loss, most_hurt, worst_first
-from counterflow.launcher.audit_run import Audit, audit_of
 from counterflow.launcher.bootstrap import bootstrap
-from counterflow.launcher.build import make_groups
-from counterflow.launcher.load import load_config
-from counterflow.launcher.place import Place
-from counterflow.launcher.trainer import Trainer
+from counterflow.launcher.environment import Place
 from counterflow.parallel.layout import Layout
+from counterflow.training.build import make_groups
+from counterflow.training.trainer import Trainer
 
 STEPS = 60
 BOUND = 0.02

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from counterflow.comm.alone import AloneDispatcher
 from counterflow.comm.flat import FlatDispatcher
-from counterflow.comm.travel import Underway
+from counterflow.comm.hops import Underway
+from counterflow.comm.one_process import AloneDispatcher
 from counterflow.comm.two_hop import Nodes, TwoHopDispatcher
 from counterflow.comm.wire import FP8Wire
 from counterflow.tests.comm.layer import (

@@ -12,11 +12,11 @@ from counterflow.comm.flat import FlatDispatcher
 from counterflow.comm.routed import RoutedDispatcher
 from counterflow.comm.two_hop import TwoHopDispatcher
 from counterflow.comm.wire import FP8Wire
-from counterflow.fp8.classes import WIRE_FORMAT, v3_formats
 from counterflow.fp8.linear import GroupedLinear
 from counterflow.fp8.message import message_bytes, pack_message, unpack_message
 from counterflow.fp8.quantize import fake_quantize, quantize
 from counterflow.fp8.recipe import Monitor, Quantizer, Recipe
+from counterflow.fp8.tensor_formats import WIRE_FORMAT, v3_formats
 from counterflow.tests.comm.layer import make_case
 from counterflow.tests.pool import Pool, Worker
 

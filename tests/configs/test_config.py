@@ -11,10 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.launcher.config import Config
-from counterflow.launcher.explain import explain, number, plain, to_yaml
-from counterflow.launcher.load import ConfigError, load_config
-from counterflow.launcher.load_source import run_name, shipped
+from counterflow.configs.config import Config
+from counterflow.configs.load import ConfigError, load_config
+from counterflow.configs.source import run_name, shipped
+from counterflow.configs.write import explain, number, plain, to_yaml
 from counterflow.settings import TokenSchedule, UsageError
 
 Write = Callable[..., str]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import counterflow
+from counterflow.configs.config import Config
+from counterflow.configs.load import load_config
+from counterflow.configs.schema import all_keys
+from counterflow.configs.source import shipped
 from counterflow.launcher.cli import main
-from counterflow.launcher.config import Config
-from counterflow.launcher.load import load_config
-from counterflow.launcher.load_schema import all_keys
-from counterflow.launcher.load_source import shipped
 
 GUIDE = (Path(counterflow.__file__).parent / "docs" / "configuration.md").read_text(encoding="utf-8")
 FILES = {

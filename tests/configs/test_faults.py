@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from counterflow.launcher.config import Config
-from counterflow.launcher.load import ConfigError, load_config
-from counterflow.launcher.load_schema import all_keys
+from counterflow.configs.config import Config
+from counterflow.configs.load import ConfigError, load_config
+from counterflow.configs.schema import all_keys
 from counterflow.settings import SectionFaults, UsageError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from counterflow.launcher.config import Config
-from counterflow.launcher.load import ConfigError, load_config
+from counterflow.configs.config import Config
+from counterflow.configs.load import ConfigError, load_config
 from counterflow.model.config import ModelConfig, RopeScaling
 from counterflow.model.counts import count_parameters
 

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.launcher.load_yaml import Fault, Located, Place, merge, parse_yaml
+from counterflow.configs.located_yaml import Fault, Located, Place, merge, parse_yaml
 
 
 def read(text: str) -> Located:

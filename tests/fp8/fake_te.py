@@ -33,8 +33,8 @@ from counterflow.fp8.quantize import fake_quantize
 from counterflow.fp8.te import library as libraries
 from counterflow.fp8.te.library import Library
 from counterflow.model.core_attention import causal_attention
-from counterflow.parallel.adamw import Update, adamw
 from counterflow.parallel.config import OptimConfig
+from counterflow.parallel.optimizer.adamw import Update, adamw
 from counterflow.tests.fp8.record_te_signatures import RECORD, parse
 
 RECORDED: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from counterflow.fp8 import accumulate, linear
+from counterflow.fp8 import apex as accumulate
+from counterflow.fp8 import linear
 from counterflow.fp8.linear import Linear
 from counterflow.phases import WeightQueue, drain
 

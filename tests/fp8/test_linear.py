@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterflow.fp8.classes import KINDS, Kind
 from counterflow.fp8.config import ClassConfig, PrecisionConfig
 from counterflow.fp8.emulated import Kept
 from counterflow.fp8.linear import GroupedLinear, Linear
 from counterflow.fp8.recipe import LinearRecipe
+from counterflow.fp8.tensor_formats import KINDS, Kind
 from counterflow.phases import WeightQueue, drain
 from counterflow.tests.fp8.oracle import quantize_tiles
 

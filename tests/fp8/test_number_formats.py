@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from counterflow.fp8.formats import (
+from counterflow.fp8.number_formats import (
     FORMATS,
     decode,
     decode_ue8m0,

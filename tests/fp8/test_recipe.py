@@ -7,11 +7,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from counterflow.fp8.classes import CLASSES, KINDS, TensorFormat, v3_formats
+from counterflow.configs.load import load_config
+from counterflow.configs.write import to_yaml
 from counterflow.fp8.config import ClassConfig, PrecisionConfig
 from counterflow.fp8.linear import GroupedLinear, Linear
-from counterflow.launcher.explain import to_yaml
-from counterflow.launcher.load import load_config
+from counterflow.fp8.tensor_formats import CLASSES, KINDS, TensorFormat, v3_formats
 from counterflow.settings import UsageError
 from counterflow.tests.model.small import build, random_tokens, small_config, total_loss
 

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from counterflow.fp8.audit import Statistics, Sums, measure
-from counterflow.fp8.classes import TensorFormat, v3_formats
 from counterflow.fp8.linear import Linear
 from counterflow.fp8.recipe import Monitor, Quantizer, Recipe
+from counterflow.fp8.statistics import Statistics, Sums, measure
+from counterflow.fp8.tensor_formats import TensorFormat, v3_formats
 
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "e5m6": 65024.0}
 FORMATS = [

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from counterflow.fp8.classes import Kind
 from counterflow.fp8.config import ClassConfig, PrecisionConfig
 from counterflow.fp8.linear import GroupedLinear, Linear
 from counterflow.fp8.recipe import LinearRecipe
 from counterflow.fp8.te.backend import TransformerEngine
+from counterflow.fp8.tensor_formats import Kind
 from counterflow.phases import WeightQueue, drain
 from counterflow.settings import UsageError
 from counterflow.tests.fp8 import fake_te

@@ -13,9 +13,9 @@ from counterflow.fp8.te.backend import TransformerEngine
 from counterflow.model.core_attention import causal_attention
 from counterflow.model.kernels import AssembleFunction
 from counterflow.model.recompute import Rebuild
-from counterflow.parallel.adamw import Update, adamw
 from counterflow.parallel.config import OptimConfig
-from counterflow.parallel.fused_adam import FusedAdamW
+from counterflow.parallel.optimizer.adamw import Update, adamw
+from counterflow.parallel.optimizer.fused_adamw import FusedAdamW
 from counterflow.tests.fp8 import fake_te
 
 

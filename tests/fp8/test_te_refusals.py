@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from counterflow.configs.load import load_config
 from counterflow.fp8.config import ClassConfig, PrecisionConfig
 from counterflow.fp8.te import library as libraries
-from counterflow.fp8.te import recipes
+from counterflow.fp8.te import translate as recipes
 from counterflow.fp8.te.backend import TransformerEngine
-from counterflow.launcher.backend import backend_faults, choose_recipe, quantised_widths
-from counterflow.launcher.load import load_config
 from counterflow.settings import UsageError
 from counterflow.tests.fp8 import fake_te
+from counterflow.training.backend import backend_faults, choose_recipe, quantised_widths
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 

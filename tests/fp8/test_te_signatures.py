@@ -15,17 +15,17 @@ import torch
 import counterflow
 from counterflow.fp8.config import PrecisionConfig
 from counterflow.fp8.te import library as libraries
-from counterflow.fp8.te import recipes
+from counterflow.fp8.te import translate as recipes
 from counterflow.fp8.te.backend import TransformerEngine
-from counterflow.parallel.adamw import Update
 from counterflow.parallel.config import OptimConfig
-from counterflow.parallel.fused_adam import FusedAdamW
+from counterflow.parallel.optimizer.adamw import Update
+from counterflow.parallel.optimizer.fused_adamw import FusedAdamW
 from counterflow.tests.fp8 import fake_te
 from counterflow.tests.fp8.fake_te import RECORDED
 from counterflow.tests.fp8.record_te_signatures import CALLABLES, RELEASES, download, parse, read
 
 PACKAGE = Path(counterflow.__file__).parent
-OURS = [*sorted((PACKAGE / "fp8/te").glob("*.py")), PACKAGE / "parallel/fused_adam.py"]
+OURS = [*sorted((PACKAGE / "fp8/te").glob("*.py")), PACKAGE / "parallel/optimizer/fused_adamw.py"]
 
 
 def chains(path: Path, root: str) -> set[str]:
@@ -55,7 +55,7 @@ def test_every_name_we_use_was_recorded() -> None:
     }
     for release in RECORDED.values():
         assert {name.split(".")[0] for name in used} <= set(release["exports"])
-    written = (PACKAGE / "fp8/te/recipes.py").read_text(encoding="utf-8")
+    written = (PACKAGE / "fp8/te/translate.py").read_text(encoding="utf-8")
     for release in RECORDED.values():
         assert all(name in written for name in ("Float8BlockScaling", "MXFP8BlockScaling", "QParams"))
         assert {"E4M3", "HYBRID"} <= set(release["formats"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from counterflow.fp8.formats import FORMATS, decode, round_to
+from counterflow.fp8.number_formats import FORMATS, decode, round_to
 from counterflow.fp8.quantize import BlockQuantized, quantize
 
 ULP = 2.0**-23

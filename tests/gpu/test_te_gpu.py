@@ -18,23 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from counterflow.fp8.accumulate import find_accumulate
-from counterflow.fp8.classes import Kind
+from counterflow.fp8.apex import find_accumulate
 from counterflow.fp8.config import PrecisionConfig
 from counterflow.fp8.linear import GroupedLinear, Linear
 from counterflow.fp8.quantize import fake_quantize, quantize
 from counterflow.fp8.te import library as libraries
 from counterflow.fp8.te.backend import TransformerEngine
 from counterflow.fp8.te.library import Library
-from counterflow.launcher.build import make_groups
-from counterflow.launcher.trainer import Trainer
-from counterflow.parallel.adamw import Update, adamw
+from counterflow.fp8.tensor_formats import Kind
 from counterflow.parallel.config import OptimConfig
-from counterflow.parallel.fused_adam import FusedAdamW
 from counterflow.parallel.layout import Layout
+from counterflow.parallel.optimizer.adamw import Update, adamw
+from counterflow.parallel.optimizer.fused_adamw import FusedAdamW
 from counterflow.phases import WeightQueue, drain
 from counterflow.settings import UsageError
 from counterflow.tests.training.harness import open_text, tiny, write_text
+from counterflow.training.build import make_groups
+from counterflow.training.trainer import Trainer
 
 DEVICE = torch.device("cuda")
 T, K, N = 512, 576, 1536  # 576 is 4.5 tiles, as DeepSeek-V3's latents of keys and values

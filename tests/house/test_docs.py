@@ -15,27 +15,25 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from counterflow.launcher import (
-    audit_command,
-    cli,
-    config_command,
-    placement_command,
-    report_command,
-    simulate_command,
-    train_command,
-    verify_command,
-)
-from counterflow.launcher.config import Config, TrainConfig
+from counterflow.configs.config import Config, TrainConfig
+from counterflow.configs.load import load_config
+from counterflow.configs.schema import all_keys
+from counterflow.configs.source import shipped
+from counterflow.launcher import cli
+from counterflow.launcher.commands import audit as audit_command
+from counterflow.launcher.commands import config as config_command
+from counterflow.launcher.commands import placement as placement_command
+from counterflow.launcher.commands import report as report_command
+from counterflow.launcher.commands import simulate as simulate_command
+from counterflow.launcher.commands import train as train_command
+from counterflow.launcher.commands import verify as verify_command
 from counterflow.launcher.failures import BAD_USAGE, FAILED
-from counterflow.launcher.load import load_config
-from counterflow.launcher.load_schema import all_keys
-from counterflow.launcher.load_source import shipped
 from counterflow.model.counts import count_parameters
 from counterflow.parallel.layout import Layout
-from counterflow.parallel.picture import draw_layout
-from counterflow.report.format import format_count
 from counterflow.report.metrics import StepMetrics
 from counterflow.report.summary import RunSummary
+from counterflow.report.text.layout import draw_layout
+from counterflow.report.text.numbers import format_count
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
@@ -198,7 +196,7 @@ def test_readme_shows_the_layout_that_is_drawn(pages: dict[str, str]) -> None:
 
 def test_pointers_into_the_code_lead_somewhere(root: Path, pages: dict[str, str]) -> None:
     pointers = re.findall(r"`([\w/]+\.py): ([\w.]+)`", pages["docs/architecture.md"])
-    assert ("launcher/trainer.py", "Trainer.step") in pointers
+    assert ("training/trainer.py", "Trainer.step") in pointers
     lost = [f"{path}: {name}" for path, name in pointers if not is_defined(root / path, name)]
     assert not lost, lost
 

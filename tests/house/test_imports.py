@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["launcher"] = set(MAY_IMPORT)
 AT_THE_ROOT = {"settings", "placement", "phases"}  # small contracts between folders
 # Pure modules serve thousands of ranks on a laptop: no process group, no weight.
-WITHOUT_TORCH = ("settings.py", "parallel/layout.py", "parallel/expert_placement.py", "parallel/schedule/", "plan/")
+WITHOUT_TORCH = ("settings.py", "parallel/layout.py", "parallel/experts/placement.py", "parallel/schedule/", "plan/")
 
 
 def imports_of(source: str, module: tuple[str, ...], is_package: bool, top_level_only: bool = False) -> Iterator[str]:

@@ -54,7 +54,7 @@ def test_installed_package_works_without_the_clone(installed: Path, tmp_path: Pa
     # -S leaves out site-packages' .pth files, so the editable install cannot answer in the wheel's place.
     code = (
         f"import sys; sys.path = [{str(installed)!r}, *{sys.path!r}]\n"
-        "import counterflow, counterflow.launcher.config; print(counterflow.__file__)"
+        "import counterflow, counterflow.configs.config; print(counterflow.__file__)"
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from counterflow.launcher.environment import Place, find_place
 from counterflow.launcher.failures import supervised
 from counterflow.launcher.logs import open_log
-from counterflow.launcher.place import Place, find_place
 from counterflow.settings import UsageError
 
 FOREVER = 600.0

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from counterflow.launcher.bootstrap import bootstrap, choose_device
+from counterflow.launcher.environment import Place, find_place, threads_per_process, usable_cores
 from counterflow.launcher.failures import FailureRecord, is_lost_peer
 from counterflow.launcher.logs import open_log
-from counterflow.launcher.place import Place, find_place, threads_per_process, usable_cores
 from counterflow.settings import UsageError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}

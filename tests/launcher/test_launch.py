@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from counterflow.launcher.environment import usable_cores
 from counterflow.launcher.local_launch import launch_local
-from counterflow.launcher.place import usable_cores
 from counterflow.settings import UsageError
 
 WORKER = str(Path(__file__).with_name("launch_worker.py"))

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
-from counterflow.parallel import bucket
-from counterflow.parallel.collectives import Collective
+from counterflow.parallel.optimizer import bucket
+from counterflow.parallel.optimizer.collectives import Collective
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from counterflow.local_parameter import Placed
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
-from counterflow.placement import Placed
 
 EXPERTS = 2
 MICRO_BATCHES = 8  # of each step; every one is run by one of the ranks that hold a tensor

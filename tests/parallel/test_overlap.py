@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from counterflow.model.transformer import MicroBatch
 from counterflow.parallel.overlap import run_pair
-from counterflow.parallel.schedule.orders import ENTRIES, ORDERS, V3, find_order
+from counterflow.parallel.overlap_orders import ENTRIES, ORDERS, V3, find_order
 from counterflow.phases import Tape, run
 from counterflow.settings import UsageError
 from counterflow.tests.model.small import build, global_gradients, random_tokens, small_config

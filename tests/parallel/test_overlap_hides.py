@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 import pytest
 
 from counterflow.parallel.overlap import run_pair
-from counterflow.parallel.schedule.orders import find_order
+from counterflow.parallel.overlap_orders import find_order
 
 LAYERS = 4
 # Forward, backward for input, backward for weights: as DeepSeek's published trace has them (ms), and all alike.

@@ -12,9 +12,9 @@ from counterflow.benchmarks.pipeline import RANKS, make_runners, run_rounds, sim
 from counterflow.benchmarks.pipeline_chunks import COSTS, SHAPE, Device, SleepingChunk
 from counterflow.comm.p2p import Wires
 from counterflow.parallel.executor import Executor, Program, microbatches_of
+from counterflow.parallel.overlap_orders import find_order
 from counterflow.parallel.schedule.catalogue import find_schedule
 from counterflow.parallel.schedule.costs import Costs
-from counterflow.parallel.schedule.orders import find_order
 from counterflow.parallel.schedule.simulate import simulate
 from counterflow.tests.pool import Pool, Worker
 

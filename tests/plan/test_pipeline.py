@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from counterflow.launcher.config import Config
-from counterflow.launcher.explain import explain, to_yaml
-from counterflow.launcher.load import ConfigError, load_config
-from counterflow.launcher.pipeline import (
+from counterflow.configs.config import Config
+from counterflow.configs.load import ConfigError, load_config
+from counterflow.configs.write import explain, to_yaml
+from counterflow.model.counts import count_parameters, flops_per_token
+from counterflow.parallel.layout import Layout
+from counterflow.parallel.schedule.catalogue import find_schedule
+from counterflow.parallel.schedule.choose import default_schedule
+from counterflow.parallel.stages import Split
+from counterflow.plan.pipeline import (
     PAIR_RATIO,
     describe_split,
     make_schedule,
@@ -20,13 +25,8 @@ from counterflow.launcher.pipeline import (
     stage_costs,
     stage_work,
 )
-from counterflow.launcher.preflight import bubble_notes, preflight
-from counterflow.model.counts import count_parameters, flops_per_token
-from counterflow.parallel.layout import Layout
-from counterflow.parallel.schedule.catalogue import find_schedule
-from counterflow.parallel.schedule.choose import default_schedule
-from counterflow.parallel.stages import Split
 from counterflow.settings import UsageError
+from counterflow.training.preflight import bubble_notes, preflight
 
 OWN_SCHEDULE = '''
 import dataclasses

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from counterflow.launcher import plan_steps
-from counterflow.launcher.config import BatchConfig, BatchRamp, Config
-from counterflow.launcher.load import load_config
-from counterflow.launcher.plan_steps import Progress, steps_from, total_steps
+from counterflow.configs.config import BatchConfig, BatchRamp, Config
+from counterflow.configs.load import load_config
+from counterflow.plan import steps as plan_steps
+from counterflow.plan.steps import Progress, steps_from, total_steps
 
 V3 = load_config("deepseek-v3-671b")
 

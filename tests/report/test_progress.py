@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from counterflow.configs.sections import LogConfig
 from counterflow.model.config import ModelConfig
 from counterflow.model.counts import FLOP_CONVENTION, count_parameters
-from counterflow.report.config import LogConfig
-from counterflow.report.format import format_count, format_duration
 from counterflow.report.hardware import Peak
 from counterflow.report.metrics import StepMetrics
 from counterflow.report.progress import Progress
 from counterflow.report.summary import RunSummary, describe_run
+from counterflow.report.text.numbers import format_count, format_duration
 
 
 def metrics_of(step: int, **changed: Any) -> StepMetrics:

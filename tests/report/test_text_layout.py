@@ -8,7 +8,7 @@ import time
 import pytest
 
 from counterflow.parallel.layout import Layout
-from counterflow.parallel.picture import draw_layout
+from counterflow.report.text.layout import draw_layout
 
 V3 = Layout(2048, pp=16, ep=64, gpus_per_node=8)
 

@@ -16,10 +16,10 @@ import pytest
 from counterflow.parallel.schedule.actions import Action, Overlap, Schedule, parts
 from counterflow.parallel.schedule.catalogue import find_schedule, schedule_names
 from counterflow.parallel.schedule.costs import Costs
-from counterflow.parallel.schedule.draw_html import draw_html
-from counterflow.parallel.schedule.draw_text import draw_text
 from counterflow.parallel.schedule.simulate import simulate
 from counterflow.parallel.schedule.timeline import Span, Timeline
+from counterflow.report.pages.timeline import draw_html
+from counterflow.report.text.timeline import draw_text
 
 
 def simulated(name: str, ranks: int, microbatches: int, unit: float = 10.0) -> Timeline:

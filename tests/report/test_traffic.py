@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from counterflow.launcher.cli import main
-from counterflow.report.format import format_bytes
 from counterflow.report.metrics import MetricsWriter, StepMetrics, read_metrics
+from counterflow.report.text.numbers import format_bytes
 from counterflow.report.traffic import Sent, bytes_over, describe_traffic, mean_step, traffic_table
 
 

@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from counterflow.configs.config import Config
+from counterflow.configs.load import load_config
 from counterflow.data.open import Data, open_data
-from counterflow.launcher.build import make_groups
-from counterflow.launcher.config import Config
-from counterflow.launcher.load import load_config
-from counterflow.launcher.trainer import Trainer
 from counterflow.model.router import Router
 from counterflow.parallel.layout import Layout
 from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
+from counterflow.training.build import make_groups
+from counterflow.training.trainer import Trainer
 
 NUMBERS = ("loss", "loss_mtp", "loss_balance", "grad_norm")
 # World size and ep of every layout with ep 1, 2, 4 x edp 1, 2; the first is a single process.

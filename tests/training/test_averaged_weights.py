@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from counterflow.checkpoint.manifest import read_manifest
+from counterflow.configs.config import Config
 from counterflow.launcher.cli import main
-from counterflow.launcher.config import Config
-from counterflow.launcher.place import PARENT_VARIABLE, RANK_VARIABLES
+from counterflow.launcher.environment import PARENT_VARIABLE, RANK_VARIABLES
 from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import make_trainer, settings, tiny

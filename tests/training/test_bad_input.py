@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from counterflow.launcher.cli import main
-from counterflow.launcher.place import PARENT_VARIABLE, RANK_VARIABLES
+from counterflow.launcher.environment import PARENT_VARIABLE, RANK_VARIABLES
 from counterflow.tests.training.harness import Runs, settings
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from counterflow.launcher.config import Config
+from counterflow.configs.config import Config
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, Curve, Runs, make_trainer, parameters, relative, tiny, train
 

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from counterflow.launcher.config import Config
-from counterflow.parallel import bucket
-from counterflow.parallel.collectives import Collective
+from counterflow.configs.config import Config
 from counterflow.parallel.executor import PipelineError
+from counterflow.parallel.optimizer import bucket
+from counterflow.parallel.optimizer.collectives import Collective
 from counterflow.tests.parallel.seen import recorded
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import Curve, make_trainer, parameters, relative, replicas, tiny, train

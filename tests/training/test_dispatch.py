@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from counterflow.configs.config import Config
+from counterflow.configs.load import ConfigError, load_config
 from counterflow.fp8.recipe import Recipe
 from counterflow.launcher.cli import main
-from counterflow.launcher.config import Config
-from counterflow.launcher.dispatch import (
+from counterflow.parallel.layout import Layout
+from counterflow.training.dispatch import (
     describe_dispatch,
     dispatch_faults,
     dispatcher_name,
@@ -18,8 +20,6 @@ from counterflow.launcher.dispatch import (
     routing_notes,
     wire_format,
 )
-from counterflow.launcher.load import ConfigError, load_config
-from counterflow.parallel.layout import Layout
 
 
 def config(*overrides: str, name: str = "tiny") -> Config:
@@ -74,7 +74,7 @@ def test_a_run_that_asks_for_deepep_in_vain_does_not_start(capfd: pytest.Capture
 def test_a_gpu_without_deepep_falls_back_and_one_with_it_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     bf16, two_nodes = config("precision.recipe=bf16"), Layout(8, ep=8, gpus_per_node=4)
     assert dispatcher_name(bf16, two_nodes, "cuda") == "two-hop"
-    monkeypatch.setattr("counterflow.launcher.dispatch.deepep_faults_of", lambda *_: [])
+    monkeypatch.setattr("counterflow.training.dispatch.deepep_faults_of", lambda *_: [])
     assert dispatcher_name(bf16, two_nodes, "cuda") == "deepep"
     assert dispatcher_name(bf16, two_nodes, "cpu") == "two-hop"
     assert dispatcher_name(bf16, Layout(1), "cuda") == "flat"

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from counterflow.comm.travel import Travel
+from counterflow.comm.hops import Travel
 from counterflow.comm.two_hop import TwoHopDispatcher
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, Curve, make_trainer, relative, replicas, tiny, train

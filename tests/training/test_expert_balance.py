@@ -18,21 +18,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from counterflow.checkpoint.manifest import read_manifest
+from counterflow.configs.config import Config
 from counterflow.fp8.recipe import Recipe
-from counterflow.launcher.build import make_groups
-from counterflow.launcher.config import Config
-from counterflow.launcher.preflight import placement_notes
-from counterflow.launcher.trainer import Trainer
 from counterflow.model.feed_forward import MixtureOfExperts
 from counterflow.model.kernels import Kernels
-from counterflow.parallel.expert_moves import Moves
-from counterflow.parallel.expert_placement import nodes_of_a_group
+from counterflow.parallel.experts.moves import Moves
+from counterflow.parallel.experts.placement import nodes_of_a_group
 from counterflow.parallel.layout import Layout
-from counterflow.report.format import format_bytes
+from counterflow.report.text.numbers import format_bytes
 from counterflow.settings import UsageError
 from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, make_trainer, open_text, relative, tiny
+from counterflow.training.build import make_groups
+from counterflow.training.preflight import placement_notes
+from counterflow.training.trainer import Trainer
 
 # Everything that is kept of an expert, in all its formats, and routing that is uneven enough for experts to move.
 # The norm of gradients is a sum over the ranks' parts: where experts change ranks, its last bit of FP64 may change, and

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterflow.launcher.config import Config
-from counterflow.launcher.trainer import Trainer
+from counterflow.configs.config import Config
 from counterflow.model.counts import count_parameters
 from counterflow.model.transformer import Weights
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import LAYOUTS, make_trainer, tiny, whole_gradients
+from counterflow.training.trainer import Trainer
 
 EVERY = pytest.mark.parametrize(("world", "ep"), LAYOUTS, ids=[f"ep{ep}-edp{w // ep}" for w, ep in LAYOUTS])
 # World size, ep and sequences of a micro-batch: a global batch of 8 sequences is 1 to 8 micro-batches a rank.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from counterflow.launcher.config import Config
+from counterflow.configs.config import Config
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import Curve, make_trainer, run_steps, tiny, train
 

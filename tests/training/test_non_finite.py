@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterflow.launcher.config import Config
-from counterflow.launcher.diagnose import NonFiniteError
-from counterflow.launcher.trainer import Trainer
+from counterflow.configs.config import Config
 from counterflow.model.router import Routing
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import make_trainer, parameters, tiny
+from counterflow.training.non_finite import NonFiniteError
+from counterflow.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from counterflow.launcher.place import RANK_VARIABLES
+from counterflow.launcher.environment import RANK_VARIABLES
 from counterflow.tests.training.harness import settings
 
 SCHEDULE = """

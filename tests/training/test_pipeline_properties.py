@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from counterflow.checkpoint.manifest import read_manifest
-from counterflow.launcher.config import Config
-from counterflow.launcher.diagnose import NonFiniteError
-from counterflow.launcher.trainer import Trainer
+from counterflow.configs.config import Config
 from counterflow.model.transformer import Weights
 from counterflow.parallel.executor import PipelineError
 from counterflow.tests.pool import Pool, RankFailure, Worker
@@ -32,6 +30,8 @@ from counterflow.tests.training.harness import (
     train,
     whole_gradients,
 )
+from counterflow.training.non_finite import NonFiniteError
+from counterflow.training.trainer import Trainer
 
 DEEP = ("model.num_hidden_layers=4", "model.num_nextn_predict_layers=2")
 

@@ -14,19 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterflow.launcher.config import Config
+from counterflow.configs.config import Config
 from counterflow.model.counts import count_parameters
 from counterflow.parallel.schedule.catalogue import schedule_names
 from counterflow.tests.pool import Pool, Worker
-from counterflow.tests.training.harness import (
-    NUMBERS,
-    Curve,
-    make_trainer,
-    relative,
-    replicas,
-    tiny,
-    train,
-)
+from counterflow.tests.training.harness import NUMBERS, Curve, make_trainer, relative, replicas, tiny, train
 
 DEEP = ("model.num_hidden_layers=8", "run.seed=19")
 """The seed is the one of the first 40 whose single process stays farthest from a near tie, see `settings`."""

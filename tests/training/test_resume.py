@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from counterflow.checkpoint.manifest import read_manifest
-from counterflow.launcher.config import Config
+from counterflow.configs.config import Config
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, Runs, make_trainer, relative
 

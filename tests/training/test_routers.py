@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from counterflow.launcher.balancing import dropping_of, is_exempt
-from counterflow.launcher.config import Config
+from counterflow.configs.config import Config
 from counterflow.report.metrics import StepMetrics
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import biases, make_trainer, relative, run_steps, tiny
+from counterflow.training.objective import dropping_of, is_exempt
 
 SOFTMAX = ("model.scoring_func=softmax", "model.norm_topk_prob=false")
 LOSSES = ("train.balance_loss=0.003", "train.device_loss=0.05", "train.communication_loss=0.02")  # V2 §3.1.2

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from counterflow.launcher.config import Config
-from counterflow.launcher.plan_steps import Progress
-from counterflow.launcher.preflight import preflight
-from counterflow.launcher.run_folder import locked, move_aside
-from counterflow.launcher.train_command import _check_agreement
+from counterflow.configs.config import Config
+from counterflow.launcher.commands.train import _check_agreement
+from counterflow.plan.steps import Progress
 from counterflow.settings import UsageError
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import tiny
+from counterflow.training.preflight import preflight
+from counterflow.training.run_folder import locked, move_aside
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from counterflow.launcher.run_folder import locked
+from counterflow.training.run_folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from counterflow.launcher.config import Config
-from counterflow.launcher.trainer import Trainer
+from counterflow.configs.config import Config
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import Curve, make_trainer, relative, run_steps, tiny
+from counterflow.training.trainer import Trainer
 
 # Widths in multiples of 16, and several micro-batches.
 FP8 = ["precision.recipe=fp8", "model.qk_rope_head_dim=16", "batch.sequence_length=32", "train.recompute=none"]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from counterflow.checkpoint.manifest import complete_steps
 from counterflow.launcher.cli import main
-from counterflow.launcher.place import PARENT_VARIABLE, RANK_VARIABLES
+from counterflow.launcher.environment import PARENT_VARIABLE, RANK_VARIABLES
 from counterflow.tests.training.harness import NUMBERS, relative, settings
 
 PYTHON = [sys.executable, "-P"]

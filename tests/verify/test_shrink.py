@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from counterflow.configs.config import Config
+from counterflow.configs.load import load_config
+from counterflow.configs.source import shipped
 from counterflow.data.config import DataConfig
-from counterflow.launcher.config import Config
-from counterflow.launcher.load import load_config
-from counterflow.launcher.load_source import shipped
-from counterflow.launcher.pipeline import make_schedule, make_split, microbatches
-from counterflow.launcher.verify_grid import MOST_RANKS, Structure, choose_grid, grid_of, pipeline_of
-from counterflow.launcher.verify_shrink import Shrunk, resize_split, shrink
-from counterflow.launcher.verify_text import open_text
 from counterflow.model.counts import count_parameters
+from counterflow.plan.pipeline import make_schedule, make_split, microbatches
 from counterflow.settings import UsageError
+from counterflow.verify.grid import MOST_RANKS, Structure, choose_grid, grid_of, pipeline_of
+from counterflow.verify.shrink import Shrunk, resize_split, shrink
+from counterflow.verify.text import open_text
 
 V3 = "deepseek-v3-671b"
 DEEP = "model.num_hidden_layers=16"

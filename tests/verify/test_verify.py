@@ -14,21 +14,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from counterflow.launcher import trainer as trainer_module
-from counterflow.launcher import verify_check
-from counterflow.launcher.build import Model, make_groups
-from counterflow.launcher.config import Config
-from counterflow.launcher.load import load_config
-from counterflow.launcher.load_source import shipped
-from counterflow.launcher.trainer import Trainer
-from counterflow.launcher.verify_check import Attempt, Moved, Outcome, verify_ranks
-from counterflow.launcher.verify_compare import BF16_REDUCE, TOLERANCES, Difference, moved_choices, parameter_class
-from counterflow.launcher.verify_report import body, heading, to_json
-from counterflow.launcher.verify_run import Choices, Seen, Step
-from counterflow.launcher.verify_shrink import Shrunk, shrink
+from counterflow.configs.config import Config
+from counterflow.configs.load import load_config
+from counterflow.configs.source import shipped
 from counterflow.parallel.groups import Groups
-from counterflow.parallel.zero import ShardedOptimizer
+from counterflow.parallel.optimizer.sharded import ShardedOptimizer
 from counterflow.tests.pool import Pool, Worker
+from counterflow.training import trainer as trainer_module
+from counterflow.training.build import Model, make_groups
+from counterflow.training.trainer import Trainer
+from counterflow.verify import check as verify_check
+from counterflow.verify.check import Attempt, Moved, Outcome, verify_ranks
+from counterflow.verify.compare import BF16_REDUCE, TOLERANCES, Difference, moved_choices, parameter_class
+from counterflow.verify.report import body, heading, to_json
+from counterflow.verify.run import Choices, Seen, Step
+from counterflow.verify.shrink import Shrunk, shrink
 
 PIPELINE = ("parallel.pp=2", "parallel.ep=2", "parallel.dp=2", "model.num_hidden_layers=2")
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 import counterflow
+from counterflow.configs.config import Config
+from counterflow.configs.load import load_config
+from counterflow.configs.source import shipped
 from counterflow.launcher import cli
 from counterflow.launcher.cli import COMMANDS, main
-from counterflow.launcher.config import Config
-from counterflow.launcher.load import load_config
-from counterflow.launcher.load_source import shipped
 from counterflow.settings import Section
 
 

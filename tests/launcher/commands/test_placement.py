@@ -13,7 +13,7 @@ import torch
 
 from counterflow.checkpoint.manifest import MANIFEST, Manifest, digest_of
 from counterflow.launcher.cli import main
-from counterflow.parallel.expert_placement import loads_of_ranks, place_replicas
+from counterflow.parallel.experts.placement import loads_of_ranks, place_replicas
 
 LOADS = [[40, 10, 10, 10, 5, 5, 10, 10], [10] * 8, [1, 2, 3, 4, 5, 6, 7, 8]]
 MODEL = {"n_routed_experts": 8, "first_k_dense_replace": 2, "num_hidden_layers": 4, "n_group": 4, "topk_group": 2,
@@ -156,6 +156,6 @@ def test_what_cannot_be_placed_is_refused_with_what_would_work(
 
 
 def test_the_command_needs_no_torch() -> None:
-    code = "import sys, counterflow.launcher.placement_command; print('torch' in sys.modules)"
+    code = "import sys, counterflow.launcher.commands.placement; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from counterflow.configs.load import load_config
 from counterflow.launcher.cli import main
-from counterflow.launcher.load import load_config
-from counterflow.launcher.measure import _EvenShare, measure_parts
 from counterflow.parallel.schedule.catalogue import schedule_names
 from counterflow.settings import UsageError
+from counterflow.training.measure import _EvenShare, measure_parts
 
 KEYS = ["step_time", "bubble", "bubble_fraction", "peak_microbatches", "parameter_copies"]
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from counterflow.parallel.expert_placement import (
+from counterflow.parallel.experts.placement import (
     Placement,
     contiguous,
     imbalance,

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from counterflow.parallel import ema as ema_module
+from counterflow.local_parameter import Placed
 from counterflow.parallel.config import OptimConfig
-from counterflow.parallel.ema import DeviceCopy, Ema, share_of_newest
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
-from counterflow.parallel.zero import ShardedOptimizer
-from counterflow.placement import Placed
+from counterflow.parallel.optimizer import ema as ema_module
+from counterflow.parallel.optimizer.ema import DeviceCopy, Ema, share_of_newest
+from counterflow.parallel.optimizer.sharded import ShardedOptimizer
 from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
 

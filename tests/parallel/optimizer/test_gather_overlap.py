@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from counterflow.comm.failure import CommunicationError
-from counterflow.parallel import bucket
-from counterflow.parallel.collectives import Collective
+from counterflow.comm.errors import CommunicationError
+from counterflow.local_parameter import Placed
 from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
-from counterflow.parallel.zero import ShardedOptimizer
-from counterflow.placement import Placed
+from counterflow.parallel.optimizer import bucket
+from counterflow.parallel.optimizer.collectives import Collective
+from counterflow.parallel.optimizer.sharded import ShardedOptimizer
 from counterflow.tests.parallel.seen import Launch, recorded
 from counterflow.tests.parallel.staged import CASES, Case, Part, initial, mirrored, rounded_gradients
 from counterflow.tests.pool import Pool, Worker

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from counterflow.parallel.adamw import Update, adamw
+from counterflow.local_parameter import Placed
 from counterflow.parallel.config import BF16_BETA2, OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
-from counterflow.parallel.zero import ShardedOptimizer
-from counterflow.placement import Placed
+from counterflow.parallel.optimizer.adamw import Update, adamw
+from counterflow.parallel.optimizer.sharded import ShardedOptimizer
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import tiny, train, write_text
 

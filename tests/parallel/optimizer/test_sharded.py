@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from counterflow.local_parameter import Placed
 from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
-from counterflow.parallel.zero import ShardedOptimizer
-from counterflow.placement import Placed
+from counterflow.parallel.optimizer.sharded import ShardedOptimizer
 from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
 

@@ -10,8 +10,8 @@ import pytest
 from counterflow.parallel.schedule.catalogue import find_schedule
 from counterflow.parallel.schedule.check import check
 from counterflow.parallel.schedule.costs import Costs
-from counterflow.parallel.schedule.draw_html import draw_html
 from counterflow.parallel.schedule.simulate import simulate
+from counterflow.report.pages.timeline import draw_html
 
 PAGE = Path(__file__).parents[3] / "docs" / "pipeline.md"
 
