@@ -15,7 +15,7 @@ Replicas = Literal["dp", "edp"]
 
 
 @dataclass(frozen=True)
-class Placed:
+class LocalParameter:
     """A local parameter and the global tensors in it.
 
     `parameter` has as many elements as its `names` have global tensors of shape `shape`, one after another in memory.

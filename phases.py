@@ -9,53 +9,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .weight_gradients import WeightQueue
+
 Result = TypeVar("Result")
 
 Phases = Generator[str, None, tuple[Tensor | None, Any]]
 """Yields the name of each phase before running it; returns what the next stage gets, and the chunk's own result."""
-
-
-class WeightQueue:
-    """Gradients of weights that were left for later (W), first in, first out.
-
-    Linear layers ask `deferring` in their backward. While it is set they compute the gradient of their input alone and
-    `put` the rest here, where it lies until the target list is drained.
-    """
-
-    def __init__(self) -> None:
-        self._target: deque[Callable[[], None]] | None = None
-
-    @property
-    def deferring(self) -> bool:
-        return self._target is not None
-
-    def put(self, work: Callable[[], None]) -> None:
-        assert self._target is not None, "weight gradients are not deferred now"
-        self._target.append(work)
-
-    @contextmanager
-    def into(self, target: deque[Callable[[], None]] | None) -> Iterator[None]:
-        """Within it, weight gradients go to `target`; None computes them at once."""
-        before, self._target = self._target, target
-        try:
-            yield
-        finally:
-            self._target = before
-
-
-def now_or_later(queue: WeightQueue | None, work: Callable[[], None]) -> None:
-    """Run `work` in the midst of a backward, or put it off if the queue does so now."""
-    if queue is not None and queue.deferring:
-        queue.put(work)
-    else:
-        work()
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -64,12 +29,6 @@ def memory_of(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:
         return 0
-
-
-def drain(work: deque[Callable[[], None]]) -> None:
-    """Run deferred weight gradients in the order in which they were put."""
-    while work:
-        work.popleft()()
 
 
 def run(phases: Generator[str, None, Result], after: Callable[[], None] | None = None) -> Result:

@@ -13,7 +13,7 @@ from ..configs.write import plain
 from ..fp8.tensor_formats import CLASSES
 from ..model.counts import count_parameters
 from ..settings import UsageError
-from ..training.preflight import Flight, preflight
+from ..training.preflight import RunPlan, prepare_run
 
 HIGH = {"format": "high"}
 
@@ -25,7 +25,7 @@ BYTES_A_PARAMETER = 60
 class Case:
     """An audit that can start."""
 
-    flight: Flight
+    plan: RunPlan
     steps: int
     every: int
     """Steps between looks at gradients."""
@@ -37,7 +37,7 @@ class Case:
     @property
     def config(self) -> Config:
         """The one with FP8."""
-        return self.flight.config
+        return self.plan.config
 
     @property
     def parameters(self) -> int:
@@ -71,10 +71,10 @@ def make_case(
             raise UsageError(f"{name} is {given}: it must be at least 1")
     _check_memory(config)
     config, changes = _alone(config)
-    flight = preflight(config, 1, 1, fresh=True)
-    total = steps or flight.total_steps
+    plan = prepare_run(config, 1, 1, fresh=True)
+    total = steps or plan.total_steps
     where = folder or Path(config.run.dir).expanduser() / f"{config.run.name}-audit"
-    return Case(flight, total, min(every or max(1, total // 10), total), against, where, changes)
+    return Case(plan, total, min(every or max(1, total // 10), total), against, where, changes)
 
 
 def _alone(config: Config) -> tuple[Config, tuple[str, ...]]:

@@ -39,7 +39,7 @@ def make_result(
             "name": config.run.name,
             "parameters": case.parameters,
             "tokens": config.batch.sequence_length * config.batch.global_sequences,
-            "unigram_entropy": case.flight.data.unigram_entropy,
+            "unigram_entropy": case.plan.data.unigram_entropy,
             "formats": formats,
             "changes": list(case.changes),
         },

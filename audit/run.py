@@ -59,9 +59,7 @@ class Audit:
         self.case, self.device, self.workers = case, device, workers
         self.groups = make_groups(case.config, Layout(1), device.type)
         configs = {"fp8": case.config, case.against: case.plain(case.against)}
-        self.trainers = {
-            name: Trainer(config, self.groups, device, case.flight.data) for name, config in configs.items()
-        }
+        self.trainers = {name: Trainer(config, self.groups, device, case.plan.data) for name, config in configs.items()}
         self.steps: list[dict[str, Any]] = []
         self.looks: list[dict[str, Any]] = []
         self._probes: dict[str, Probe] = {}
@@ -87,7 +85,7 @@ class Audit:
         return max(common)
 
     def run(self, told: Told) -> str | None:
-        """Train to the last step, telling of each. Returns why it ended before, if a run did not stay finite."""
+        """Train to the last step, reporting each. Returns why it ended before, if a run did not stay finite."""
         case = self.case
         with (case.folder / STEPS).open("a") as steps, (case.folder / LOOKS).open("a") as looks:
             while self.done < case.steps:

@@ -42,7 +42,7 @@ from counterflow.benchmarks.namespaces import bytes_sent, joined, run_at_both_en
 from counterflow.comm import flat
 from counterflow.comm import two_hop as two_hops
 from counterflow.comm.exchange import Exchange
-from counterflow.comm.hops import Underway
+from counterflow.comm.hops import InFlight
 from counterflow.comm.routed import RoutedDispatcher
 from counterflow.comm.wire import FP8Wire
 from counterflow.model.config import ModelConfig
@@ -51,8 +51,9 @@ from counterflow.model.router import Router
 from counterflow.model.transformer import MicroBatch, Part, Transformer, Weights
 from counterflow.parallel.overlap import run_pair
 from counterflow.parallel.overlap_orders import find_order
-from counterflow.phases import Tape, WeightQueue, drain, run
+from counterflow.phases import Tape, run
 from counterflow.settings import UsageError
+from counterflow.weight_gradients import WeightQueue, drain
 
 LAYERS, TOKENS, EXPERTS, TOP_K = 4, 256, 4, 2
 # Rows wide enough for a transfer of 0.5 MiB, everything else as narrow as can be.
@@ -152,7 +153,7 @@ class EvenRouter(Router):
         return (first + torch.arange(TOP_K) * step) % EXPERTS
 
 
-def make_chunk(work: Work, group: dist.ProcessGroup | None, underway: Underway, two_hop: bool) -> Transformer:
+def make_chunk(work: Work, group: dist.ProcessGroup | None, underway: InFlight, two_hop: bool) -> Transformer:
     """Four MoE layers from the middle of a model, their compute paced; without a group all experts are here."""
     dispatcher: RoutedDispatcher = flat.FlatDispatcher(group, EXPERTS)
     if two_hop:
@@ -187,7 +188,7 @@ class Pairs:
     """A chunk and the micro-batch whose backward is next: the forward of one pair is the backward of the following."""
 
     def __init__(self, work: Work, group: dist.ProcessGroup | None, two_hop: bool) -> None:
-        self.underway = Underway()
+        self.underway = InFlight()
         self.chunk = make_chunk(work, group, self.underway, two_hop)
         tokens, valid = torch.zeros(1, TOKENS + 1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
         self.batch = MicroBatch(tokens, valid, Weights(balance=0.0))

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from counterflow.benchmarks.pipeline_chunks import COSTS, SHAPE, Device, SleepingChunk, SleepingModule, sleep_exactly
-from counterflow.comm.p2p import Wires
+from counterflow.comm.p2p import PipelineChannels
 from counterflow.parallel.executor import Executor, Program
 from counterflow.parallel.overlap_orders import find_order
 from counterflow.parallel.schedule.actions import Action, Overlap, Schedule
@@ -50,7 +50,7 @@ class Runner:
     """By stage."""
 
 
-def our_runner(name: str, num_microbatches: int, rank: int, wires: Wires, device: Device) -> Runner:
+def our_runner(name: str, num_microbatches: int, rank: int, wires: PipelineChannels, device: Device) -> Runner:
     schedule = find_schedule(name)(RANKS, num_microbatches)
     chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.placement[rank]}
     executor = Executor(chunks, wires, find_order("v3"), SHAPE, torch.float32, CPU)
@@ -103,7 +103,9 @@ def read_torch_order(order: Mapping[int, Sequence[Any]]) -> tuple[tuple[Action |
 def make_runners(rank: int, num_microbatches: int, device: Device) -> dict[Side, Runner]:
     ranks = list(range(RANKS))
     channels = {(a, b): dist.new_group([a, b]) for a in ranks for b in ranks if a != b}
-    wires = Wires(dist.get_rank(), {pair: group for pair, group in channels.items() if dist.get_rank() in pair})
+    wires = PipelineChannels(
+        dist.get_rank(), {pair: group for pair, group in channels.items() if dist.get_rank() in pair}
+    )
     runners = {}
     for name in schedule_names():
         runners[name, OURS] = our_runner(name, num_microbatches, rank, wires, device)

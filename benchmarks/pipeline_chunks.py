@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from counterflow.phases import Phases, Tape, Uncut, WeightQueue
+from counterflow.phases import Phases, Tape, Uncut
+from counterflow.weight_gradients import WeightQueue
 
 FORWARD = BACKWARD_INPUT = BACKWARD_WEIGHT = 1.0
 OVERLAPPED = 2.5

@@ -11,7 +11,7 @@ class CommunicationError(RuntimeError):
 
 
 @contextmanager
-def telling(what: str) -> Iterator[None]:
+def comm_errors(what: str) -> Iterator[None]:
     """Turn what gloo or NCCL raise within it into a CommunicationError about `what`."""
     try:
         yield

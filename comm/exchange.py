@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import telling
+from .errors import comm_errors
 from .meter import GroupMeter
 
 
@@ -45,13 +45,13 @@ class Exchange:
         self._received, self._group = received, group
         if meter is not None:
             meter.all_to_all(purpose, send_splits, rows[:1].numel() * rows.element_size())
-        with telling(self._what()):
+        with comm_errors(self._what()):
             self._works = begin_all_to_all(received, self._sent, receive_splits, send_splits, group)
 
     def wait(self) -> Tensor:
         """The received rows `[sum(receive_splits), ...]`, ordered by source rank; once, for they do not stay here."""
         works, self._works = self._works, []
-        with telling(self._what()) if works else nullcontext():
+        with comm_errors(self._what()) if works else nullcontext():
             for work in works:
                 work.wait()
         received, self._received, self._sent = self._received, None, None

@@ -11,20 +11,21 @@ Hops = Generator[None, None, Result]
 """Launches a hop, yields, waits for it, launches the next, and so on; returns the result after the last wait."""
 
 
-class Travel(Generic[Result]):
+class HoppedTransfer(Generic[Result]):
     """A generator of hops whose first hop is launched when it is made.
 
     Args:
         hops: the generator.
         count: how often it launches.
-        patience: phases of computation after which the next hop is launched, if nobody waits before; see `Underway`.
+        phases_before_next_hop: phases of computation after which the next hop is launched, if nobody waits before;
+            see `InFlight`.
     """
 
-    def __init__(self, hops: Hops[Result], count: int = 1, patience: int = 1) -> None:
+    def __init__(self, hops: Hops[Result], count: int = 1, phases_before_next_hop: int = 1) -> None:
         self._hops = hops
         self._left = count
         self._result: list[Result] = []
-        self.patience = patience
+        self.phases_before_next_hop = phases_before_next_hop
         self.age = 0
         self._go_on()
 
@@ -54,27 +55,27 @@ class Travel(Generic[Result]):
             self._result.append(end.value)
 
 
-class Underway:
-    """The travels of a rank that have hops left to launch.
+class InFlight:
+    """The transfers of a rank that have hops left to launch.
 
     Between two hops rows have to be received and sorted, which nobody does while the host computes. So whoever runs a
-    model's phases calls `boundary` after each: a travel goes on to its next hop once `patience` phases have run since
-    the one in which its last hop was launched. The ranks of a group run the same phases in the same order, so they
+    model's phases calls `boundary` after each: a transfer goes on to its next hop once `phases_before_next_hop` phases
+    have run since the one in which its last hop was launched. The ranks of a group run the same phases in the same order, so they
     launch the same hops in the same order, as collective libraries want it.
     """
 
     def __init__(self) -> None:
-        self._travels: list[Travel[Any]] = []
+        self._transfers: list[HoppedTransfer[Any]] = []
 
-    def add(self, travel: Travel[Any]) -> None:
-        if travel.can_advance:
-            self._travels.append(travel)
+    def add(self, transfer: HoppedTransfer[Any]) -> None:
+        if transfer.can_advance:
+            self._transfers.append(transfer)
 
     def boundary(self) -> None:
         """A phase has ended."""
-        for travel in self._travels:
-            if travel.can_advance:
-                if travel.age >= travel.patience:
-                    travel.advance()
-                travel.age += 1
-        self._travels = [travel for travel in self._travels if travel.can_advance]
+        for transfer in self._transfers:
+            if transfer.can_advance:
+                if transfer.age >= transfer.phases_before_next_hop:
+                    transfer.advance()
+                transfer.age += 1
+        self._transfers = [transfer for transfer in self._transfers if transfer.can_advance]

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from .flat import FlatDispatcher, FlatRoute
-from .hops import Underway
+from .hops import InFlight
 from .meter import Meter
 from .permute import Choice, starts_of
 from .two_hop import Nodes
-from .wire import Wire
+from .wire import WireFormat
 
 
-class AloneDispatcher(FlatDispatcher):
+class OneProcessDispatcher(FlatDispatcher):
     """All experts in this process; the sums of combine, and of dispatch's backward, are `TwoHopDispatcher`'s bit for
     bit: partial sums of each rank's and of each node's experts are rounded as if they travelled.
 
@@ -28,9 +28,9 @@ class AloneDispatcher(FlatDispatcher):
         num_experts: int,
         nodes: Sequence[int],
         alignment: int = 1,
-        wire: Wire | None = None,
+        wire: WireFormat | None = None,
         meter: Meter | None = None,
-        underway: Underway | None = None,
+        underway: InFlight | None = None,
     ) -> None:
         super().__init__(None, num_experts, alignment, wire, meter, underway)
         assert num_experts % len(nodes) == 0, f"{num_experts} experts on {len(nodes)} ranks"
@@ -41,7 +41,7 @@ class AloneDispatcher(FlatDispatcher):
 
 
 class AloneRoute(FlatRoute):
-    def __init__(self, expert_ids: Tensor, dispatcher: AloneDispatcher) -> None:
+    def __init__(self, expert_ids: Tensor, dispatcher: OneProcessDispatcher) -> None:
         super().__init__(expert_ids, dispatcher)
         ranks = dispatcher.node_of_rank.numel()
         self._sums_in_turn = _partial_sums(

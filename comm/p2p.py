@@ -11,7 +11,7 @@ from torch import Tensor
 from .meter import Meter
 
 
-class Wires:
+class PipelineChannels:
     """Sends and receives of one pipeline rank.
 
     Every ordered pair of ranks has a group of its own. On NCCL the transfers of a group queue one behind the other,

@@ -27,9 +27,9 @@ from torch.autograd.function import once_differentiable
 from ..fp8.quantize import BlockQuantized
 from ..settings import UsageError
 from .dispatcher import Dispatched, Incoming, Pending
-from .hops import Hops, Travel, Underway
+from .hops import HoppedTransfer, Hops, InFlight
 from .meter import GroupMeter, Meter
-from .wire import PlainWire, Rows, Wire
+from .wire import PlainWire, Rows, WireFormat
 
 Way = Literal["out", "home"]
 
@@ -89,7 +89,7 @@ class RoutedDispatcher(ABC):
         num_experts: E, routed experts of the layer over the whole group.
         alignment: each expert's rows are filled up with zeros to a multiple of it. Matrix products in FP8 want that,
             and here it costs nothing: the rows are moved to their places anyhow.
-        wire: what travels to the experts.
+        wire: what transfers to the experts.
         meter: counts what is sent.
         underway: advances what takes several hops.
 
@@ -99,17 +99,17 @@ class RoutedDispatcher(ABC):
 
     hops = 1
     """All-to-alls, one after another, of each way."""
-    patience: Mapping[Way, int] = {"out": 1, "home": 1}
-    """See `Travel`, for ways to the experts and back."""
+    phases_before_next_hop: Mapping[Way, int] = {"out": 1, "home": 1}
+    """See `HoppedTransfer`, for ways to the experts and back."""
 
     def __init__(
         self,
         group: dist.ProcessGroup | None,
         num_experts: int,
         alignment: int = 1,
-        wire: Wire | None = None,
+        wire: WireFormat | None = None,
         meter: Meter | None = None,
-        underway: Underway | None = None,
+        underway: InFlight | None = None,
     ) -> None:
         size = 1 if group is None else group.size()
         if num_experts % size:
@@ -123,7 +123,7 @@ class RoutedDispatcher(ABC):
         self.alignment = alignment
         self.wire = wire or PlainWire()
         self.meter: GroupMeter | None = None if meter is None else meter.group(group)
-        self.underway = underway or Underway()
+        self.underway = underway or InFlight()
 
     @abstractmethod
     def begin_route(self, expert_ids: Tensor) -> HoppingRoute:
@@ -166,16 +166,16 @@ class _Passage:
         self.needs_grad: tuple[bool, ...] = ()
         self.codes: BlockQuantized | None = None
         self._dispatcher = dispatcher
-        self._travel: Travel[Any] | None = None
+        self._transfer: HoppedTransfer[Any] | None = None
 
     def begin(self, way: Way, hops: Hops[Any]) -> None:
-        self._travel = Travel(hops, self._dispatcher.hops, self._dispatcher.patience[way])
-        self._dispatcher.underway.add(self._travel)
+        self._transfer = HoppedTransfer(hops, self._dispatcher.hops, self._dispatcher.phases_before_next_hop[way])
+        self._dispatcher.underway.add(self._transfer)
 
     def wait(self) -> Any:
-        assert self._travel is not None, "waited twice for one transfer"
-        travel, self._travel = self._travel, None
-        return travel.wait()
+        assert self._transfer is not None, "waited twice for one transfer"
+        transfer, self._transfer = self._transfer, None
+        return transfer.wait()
 
 
 def _ticket(like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ With node-limited routing a token crosses to at most that many nodes, however ma
     dispatch    token -> [node] relay -> [rank] -> rows of its experts
     combine     rows -> sum a rank -> [relay] sum a node -> [token's rank] sum
 
-A token, its gate weights and its experts' numbers travel as one message. G ranks of the group, N nodes, n ranks of
+A token, its gate weights and its experts' numbers transfer as one message. G ranks of the group, N nodes, n ranks of
 this node, T tokens of this rank, P tokens it relays, A tokens that arrive, K top-k, H hidden.
 """
 
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from .exchange import Exchange
 from .expand import Expansion
-from .hops import Hops, Underway
+from .hops import Hops, InFlight
 from .meter import Meter
 from .permute import FanOut
 from .routed import Arrived, Returned, RoutedDispatcher, Way
-from .wire import Rows, Wire
+from .wire import Rows, WireFormat
 
 ALIGNMENT = 16  # bytes, of a message
 
@@ -73,7 +73,7 @@ class TwoHopDispatcher(RoutedDispatcher):
     """Token dispatch over nodes; see `RoutedDispatcher`.
 
     Sums are the flat dispatcher's up to their order: first over a token's experts on a rank, then over the ranks of a
-    node, then over nodes. Each partial sum is rounded to the type of the rows, as it travels.
+    node, then over nodes. Each partial sum is rounded to the type of the rows, as it transfers.
 
     Args:
         nodes: the node of each rank of the group, ascending; by default all are on one.
@@ -81,16 +81,16 @@ class TwoHopDispatcher(RoutedDispatcher):
 
     hops = 2
     # To the experts the first hop takes long and the second needs it whole; on the way back it is the other way round.
-    patience: Mapping[Way, int] = {"out": 2, "home": 1}
+    phases_before_next_hop: Mapping[Way, int] = {"out": 2, "home": 1}
 
     def __init__(
         self,
         group: dist.ProcessGroup | None,
         num_experts: int,
         alignment: int = 1,
-        wire: Wire | None = None,
+        wire: WireFormat | None = None,
         meter: Meter | None = None,
-        underway: Underway | None = None,
+        underway: InFlight | None = None,
         nodes: Sequence[int] | None = None,
     ) -> None:
         super().__init__(group, num_experts, alignment, wire, meter, underway)

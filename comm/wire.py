@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     """What they were quantised to, if they were; `values` is what it dequantises to, exactly."""
 
 
-class Wire(Protocol):
+class WireFormat(Protocol):
     """Turns tokens into what travels, and what has arrived into rows."""
 
     def encode(self, x: Tensor, direction: Direction) -> Tensor:

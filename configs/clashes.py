@@ -61,25 +61,25 @@ def _expert_clashes(config: Config) -> Iterator[Clash]:
 
 
 def _router_clashes(config: Config) -> Iterator[Clash]:
-    """Settings of `train` that the model's router cannot follow."""
-    model, train = config.model, config.train
+    """Settings of `balance` that the model's router cannot follow."""
+    model, balance = config.model, config.balance
     groups = [number for number in range(2, model.n_routed_experts + 1) if model.n_routed_experts % number == 0]
     for name in ("device_loss", "communication_loss", "capacity_factor"):
-        value = getattr(train, name)
+        value = getattr(balance, name)
         if value and model.n_group == 1:
             off = "null" if name == "capacity_factor" else "0"
             possible = [f"model.n_group {', '.join(map(str, groups))}"] if groups else []
-            works = " or ".join([*possible, f"train.{name} {off}"])
+            works = " or ".join([*possible, f"balance.{name} {off}"])
             message = f"{value:g} is for several groups of experts, but model.n_group is 1 (works: {works})"
-            yield Clash((f"train.{name}", "model.n_group"), message)
-    speed, default = train.bias_update_speed, type(train).model_fields["bias_update_speed"].default
+            yield Clash((f"balance.{name}", "model.n_group"), message)
+    speed, default = balance.bias_update_speed, type(balance).model_fields["bias_update_speed"].default
     moves = any(phase.value or phase.start or phase.end for phase in speed.phases)
     if moves and speed != default and not model.has_router_bias:
         message = (
             f"moves a bias that the router of model.topk_method {model.topk_method} has not "
-            "(leave it out or set it to 0, or model.topk_method noaux_tc; balance_loss works with every router)"
+            "(leave it out or set it to 0, or model.topk_method noaux_tc; balance.expert_loss works with every router)"
         )
-        yield Clash(("train.bias_update_speed", "model.topk_method"), message)
+        yield Clash(("balance.bias_update_speed", "model.topk_method"), message)
 
 
 def _width_clashes(config: Config) -> Iterator[Clash]:
@@ -95,7 +95,7 @@ def _width_clashes(config: Config) -> Iterator[Clash]:
 
 
 def _batch_clashes(config: Config) -> Iterator[Clash]:
-    """Global batches that no whole number of micro-batches makes up; with dp auto, `preflight` knows."""
+    """Global batches that no whole number of micro-batches makes up; with dp auto, `prepare_run` knows."""
     dp = config.parallel.dp
     if dp == "auto" or dp < 1:
         return

@@ -19,11 +19,13 @@ from .sections import LogConfig
 
 
 class RunConfig(Section):
-    """Name, place and seed of a run."""
+    """Name, folder, seed and device of a run."""
 
     name: str = key("run", "name of the run; its folder is DIR/NAME; when not given, the name of the config file")
     dir: str = key("runs", "folder that holds run folders")
     seed: int = key(1234, "seed of initial weights and data order", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "device; auto is cuda where there is a GPU")
+    compile: bool = key(False, "fuse the RMSNorm and SwiGLU kernels with torch.compile; needs a C++ compiler on CPUs")
 
     @field_validator("name")
     @classmethod
@@ -75,15 +77,13 @@ class BatchConfig(Section):
         return self.ramp.start + int(grown // self.ramp.increment) * self.ramp.increment
 
 
-class TrainConfig(Section):
-    """Length and recipe of training."""
+class BalanceConfig(Section):
+    """Balance of the load over experts."""
 
-    steps: int | None = key(None, "stop after this many steps", unit="steps", ge=1)
-    tokens: float | None = key(None, "stop at the first step that reaches this many tokens", unit="tokens", gt=0)
     bias_update_speed: TokenSchedule = key(
         TokenSchedule.model_validate(0.001), "step of the router bias after each batch (V3 §2.1.2); 0 freezes it"
     )
-    balance_loss: float = key(
+    expert_loss: float = key(
         1e-4, "weight alpha of the sequence-wise balance loss over experts (V3 eq. 17; V2's alpha1)", ge=0
     )
     device_loss: float = key(0.0, "weight alpha2 of the balance loss over groups of experts (V2 §2.2.3)", ge=0)
@@ -99,15 +99,25 @@ class TrainConfig(Section):
     keep_sequences: float = key(
         0.1, "share of the training sequences that capacity_factor spares (V2: 0.1)", ge=0, le=1
     )
+
+
+class MemoryConfig(Section):
+    """What a rank holds in memory during a step."""
+
+    recompute: Literal["none", "v3", "full"] = key(
+        "none", "activations computed again in the backward: v3 is RMSNorms, MLA up-projections and SwiGLU (V3 §3.2.3)"
+    )
+
+
+class TrainConfig(Section):
+    """Length of training, and its evaluations."""
+
+    steps: int | None = key(None, "stop after this many steps", unit="steps", ge=1)
+    tokens: float | None = key(None, "stop at the first step that reaches this many tokens", unit="tokens", gt=0)
     mtp_weight: TokenSchedule = key(TokenSchedule.model_validate(0.3), "weight lambda of the MTP loss (V3 §2.2)")
     evaluate_every: int = key(100, "steps between evaluations; the last step always evaluates", unit="steps", ge=1)
     evaluate_sequences: int = key(64, "held-out sequences of an evaluation", unit="sequences", ge=1)
     evaluate_ema: bool = key(True, "evaluate the averaged weights as well, where optim.ema_decay keeps them")
-    recompute: Literal["none", "v3", "full"] = key(
-        "none", "activations computed again in the backward: v3 is RMSNorms, MLA up-projections and SwiGLU (V3 §3.2.3)"
-    )
-    compile: bool = key(False, "fuse the RMSNorm and SwiGLU kernels with torch.compile; needs a C++ compiler on CPUs")
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "device; auto is cuda where there is a GPU")
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainConfig:
@@ -119,7 +129,7 @@ class TrainConfig(Section):
 class Config(Section):
     """A run, completely described."""
 
-    run: RunConfig = key(RunConfig(), "name, place and seed")
+    run: RunConfig = key(RunConfig(), "name, folder, seed and device")
     model: ModelConfig = key(ModelConfig(), "architecture")
     parallel: ParallelConfig = key(ParallelConfig(), "layout of the ranks")
     batch: BatchConfig = key(BatchConfig(), "sequences of a step")
@@ -128,7 +138,9 @@ class Config(Section):
     comm: CommConfig = key(CommConfig(), "communication")
     data: DataConfig = key(DataConfig(), "text")
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
-    train: TrainConfig = key(..., "length and recipe of training")
+    train: TrainConfig = key(..., "length of training, and its evaluations")
+    balance: BalanceConfig = key(BalanceConfig(), "balance of the load over experts")
+    memory: MemoryConfig = key(MemoryConfig(), "what a rank holds in memory during a step")
     log: LogConfig = key(LogConfig(), "what is written during a run")
 
     @model_validator(mode="after")

@@ -114,8 +114,8 @@ class _Report:
             if not any(path[: len(out)] == out for path in paths for out in self.taken_out):
                 # Of the keys involved, the line of the one that was written last: on the command line, above a base.
                 written = [found for path in paths if (found := self.tree.find(path))] or [self.tree.nearest(paths[0])]
-                place = min((found.place for found in written), key=lambda place: place.level)
-                faults.append(Fault(place, dotted(paths[0]), message))
+                location = min((found.location for found in written), key=lambda location: location.level)
+                faults.append(Fault(location, dotted(paths[0]), message))
             for path in paths:
                 self._hide(path)
         return faults
@@ -147,7 +147,7 @@ class _Error:
         return any(len(error.location) > size and error.location[:size] == self.location for error in errors)
 
     def fault(self, message: str) -> Fault:
-        return Fault(self.written.place, dotted(self.path), message)
+        return Fault(self.written.location, dotted(self.path), message)
 
     def help(self) -> str:
         """One-line help of the key that is missing."""

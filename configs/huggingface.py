@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from ..model.config import ModelConfig, RopeScaling
-from .located_yaml import Fault, Located, Place, Scalar, parse_yaml
+from .located_yaml import Fault, Located, Location, Scalar, parse_yaml
 
 _NOT_TAKEN = {"initializer_range"}
 _ROPE = {"rope_theta", "rope_scaling"}
@@ -61,12 +61,12 @@ _DOES_NOT_MATTER = _NOT_TAKEN | {
 _YARN = set(RopeScaling.model_fields) - {"type"}
 
 
-def read_architecture(path: Path, shown: str, asked: Place, faults: list[Fault]) -> dict[str, Located]:
+def read_architecture(path: Path, shown: str, asked: Location, faults: list[Fault]) -> dict[str, Located]:
     """The keys of the `model` section that the file at `path` determines, all of them.
 
     A key that the file leaves out has the default of transformers' configuration of its `model_type`; that of
-    DeepseekV3Config is also ours. `shown` is the file's name in messages, `asked` the place that named it; what cannot
-    be taken over is added to `faults`.
+    DeepseekV3Config is also ours. `shown` is the file's name in messages, `asked` the location that named it; what
+    cannot be taken over is added to `faults`.
     """
     if path.is_dir():
         path, shown = path / "config.json", f"{shown.rstrip('/')}/config.json"
@@ -80,7 +80,7 @@ def read_architecture(path: Path, shown: str, asked: Place, faults: list[Fault])
         faults.append(Fault(asked, "model.from", f"{shown} is not JSON: {error}"))
         return {}
     # JSON is YAML but for tabs, and there are none inside its strings: so lines are known here too.
-    tree = parse_yaml(text.replace("\t", " "), Place(shown, 1, asked.level), faults)
+    tree = parse_yaml(text.replace("\t", " "), Location(shown, 1, asked.level), faults)
     if tree is None or not isinstance(tree.value, dict):
         faults.append(Fault(asked, "model.from", f"{shown} holds no JSON object"))
         return {}
@@ -91,7 +91,7 @@ class _Architecture:
     """One config.json on its way into the `model` section."""
 
     def __init__(self, tree: Located, faults: list[Fault]) -> None:
-        self.entries, self.place, self.faults = tree.mapping, tree.place, faults
+        self.entries, self.location, self.faults = tree.mapping, tree.location, faults
         self.defaults: dict[str, Scalar | None] = {
             name: field.default for name, field in ModelConfig.model_fields.items() if name not in _NOT_TAKEN
         }
@@ -118,9 +118,9 @@ class _Architecture:
         absences = {"n_shared_experts": 0} | ({"n_group": 1, "topk_group": 1} if kind == "deepseek_v2" else {})
         for name, absent in absences.items():
             if name in taken and taken[name].value is None:
-                taken[name] = Located(absent, taken[name].place, str(absent))
+                taken[name] = Located(absent, taken[name].location, str(absent))
         taken |= self._rope()
-        return {name: taken.get(name) or Located(default, self.place) for name, default in self.defaults.items()}
+        return {name: taken.get(name) or Located(default, self.location) for name, default in self.defaults.items()}
 
     def _kind(self) -> str | None:
         """Which of the models known the file is of; None, and a fault, where it is of none."""
@@ -129,23 +129,23 @@ class _Architecture:
         for known, network in _KINDS.items():
             if (kind and kind.value == known) or network in names:
                 return known
-        place = kind.place if kind else self.place
+        location = kind.location if kind else self.location
         found = f"{kind.value!r}" if kind else "none"
         wanted = " or ".join(map(repr, _KINDS))
-        self._fault(place, "model_type", f"expects {wanted}, found {found}: this is the config of another model")
+        self._fault(location, "model_type", f"expects {wanted}, found {found}: this is the config of another model")
         return None
 
     def _check_v2(self) -> None:
         """What V2's files leave open, or what its two implementations read differently."""
         if "num_experts_per_tok" not in self.entries:
-            self._fault(self.place, "num_experts_per_tok", "is missing, and DeepseekV2Config has no default for it")
+            self._fault(self.location, "num_experts_per_tok", "is missing, and DeepseekV2Config has no default for it")
         normalised = self.entries.get("norm_topk_prob")
         if normalised is not None and normalised.value:
             message = (
                 "is true, which transformers ignores and DeepSeek's code takes for routed_scaling_factor's absence"
             )
             self._fault(
-                normalised.place, "norm_topk_prob", f"{message}; set false, and model.norm_topk_prob beside from"
+                normalised.location, "norm_topk_prob", f"{message}; set false, and model.norm_topk_prob beside from"
             )
 
     def _derived(self) -> dict[str, int | None]:
@@ -165,7 +165,7 @@ class _Architecture:
         if entry is None or entry.value is None or entry.value == expected:
             return
         wanted = str(expected).lower() if isinstance(expected, bool) else repr(expected)
-        self._fault(entry.place, name, f"is {entry.text or repr(entry.value)}; this model only knows {wanted}")
+        self._fault(entry.location, name, f"is {entry.text or repr(entry.value)}; this model only knows {wanted}")
 
     def _rope(self) -> dict[str, Located]:
         """rope_theta and rope_scaling, from either generation of files."""
@@ -182,22 +182,22 @@ class _Architecture:
             return rope
         kind = inner.get("rope_type") or inner.get("type")
         if not isinstance(given.value, dict) or kind is None:
-            self._fault(given.place, "rope_scaling", "expects an object with a `type` (or `rope_type`)")
+            self._fault(given.location, "rope_scaling", "expects an object with a `type` (or `rope_type`)")
         elif kind.value == "yarn":
-            rope["rope_scaling"] = Located(self._yarn(given.place, inner), given.place)
+            rope["rope_scaling"] = Located(self._yarn(given.location, inner), given.location)
         elif kind.value != "default":
-            self._fault(kind.place, "rope_scaling.type", f"is {kind.value!r}; this model only knows 'yarn'")
+            self._fault(kind.location, "rope_scaling.type", f"is {kind.value!r}; this model only knows 'yarn'")
         return rope
 
-    def _yarn(self, place: Place, inner: dict[str, Located]) -> dict[str, Located]:
+    def _yarn(self, location: Location, inner: dict[str, Located]) -> dict[str, Located]:
         """YaRN's keys; those left out get the meaning that transformers gives to their absence."""
         for name, entry in inner.items():
             if name == "attention_factor" and entry.value is not None:
                 self._fault(
-                    entry.place, "rope_scaling.attention_factor", "is not supported: use mscale, mscale_all_dim"
+                    entry.location, "rope_scaling.attention_factor", "is not supported: use mscale, mscale_all_dim"
                 )
             elif name == "truncate" and entry.value is not True:
-                self._fault(entry.place, "rope_scaling.truncate", f"is {entry.text}; this model only knows true")
+                self._fault(entry.location, "rope_scaling.truncate", f"is {entry.text}; this model only knows true")
             elif name not in _YARN | {"type", "rope_type", "rope_theta", "attention_factor", "truncate"}:
                 self._unknown(name, entry, "rope_scaling.", _YARN)
         mscale, all_dim = (inner[name].value if name in inner else None for name in ("mscale", "mscale_all_dim"))
@@ -205,20 +205,20 @@ class _Architecture:
             message = (
                 "give both mscale and mscale_all_dim: alone, transformers and DeepSeek's code read them differently"
             )
-            self._fault(place, "rope_scaling", message)
+            self._fault(location, "rope_scaling", message)
         if "factor" not in inner:
-            self._fault(place, "rope_scaling", "needs a `factor`")
+            self._fault(location, "rope_scaling", "needs a `factor`")
         yarn = {name: entry for name, entry in inner.items() if name in _YARN}
         if "original_max_position_embeddings" not in yarn and "max_position_embeddings" in self.entries:
             yarn["original_max_position_embeddings"] = self.entries["max_position_embeddings"]
         for name, absent in (("mscale", 1.0), ("mscale_all_dim", 0.0)):
-            yarn.setdefault(name, Located(absent, place))
+            yarn.setdefault(name, Located(absent, location))
         return yarn
 
     def _unknown(self, name: str, entry: Located, above: str = "", known: set[str] | None = None) -> None:
         near = difflib.get_close_matches(name, known or _TAKEN | set(_MUST_BE) | _ROPE | {"rope_parameters"}, n=1)
         hint = f"did you mean {near[0]}?" if near else "it may change the network; remove it if it does not"
-        self._fault(entry.place, above + name, f"unknown key ({hint})")
+        self._fault(entry.location, above + name, f"unknown key ({hint})")
 
-    def _fault(self, place: Place, name: str, message: str) -> None:
-        self.faults.append(Fault(place, name, message))
+    def _fault(self, location: Location, name: str, message: str) -> None:
+        self.faults.append(Fault(location, name, message))

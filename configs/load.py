@@ -13,7 +13,7 @@ from ..settings import UsageError
 from .config import Config
 from .faults import validate
 from .huggingface import read_architecture
-from .located_yaml import Fault, Located, Place, merge, parse_yaml
+from .located_yaml import Fault, Located, Location, merge, parse_yaml
 from .source import Source, find, run_name, show
 
 
@@ -28,8 +28,8 @@ class ConfigError(UsageError):
 
 def _position(fault: Fault) -> tuple[bool, int, str, int]:
     """The config itself first, by line; then its bases; the command line last."""
-    place = fault.place
-    return place.level < 0, place.level, place.source, place.line or 0
+    location = fault.location
+    return location.level < 0, location.level, location.source, location.line or 0
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ class _Unreadable(Exception):
 
 def _read_layers(source: Source, below: tuple[Source, ...], faults: list[Fault]) -> Located:
     """The file on top of its bases; `below` are the files whose base, directly or not, it is."""
-    top = Place(source.shown, 1, level=len(below))
+    top = Location(source.shown, 1, level=len(below))
     tree = parse_yaml(source.text, top, faults)
     if tree is None:
         raise _Unreadable
@@ -88,7 +88,7 @@ def _read_layers(source: Source, below: tuple[Source, ...], faults: list[Fault])
         if under.identity in [file.identity for file in chain]:
             raise UsageError("makes a circle: " + " -> ".join([*(file.shown for file in chain), under.shown]))
     except UsageError as error:
-        faults.append(Fault(base.place, "base", str(error)))
+        faults.append(Fault(base.location, "base", str(error)))
         raise _Unreadable from None
     return merge(_read_layers(under, chain, faults), layer)
 
@@ -98,40 +98,40 @@ def _without_commands(layer: Located, folder: Path, faults: list[Fault]) -> Loca
     sections = {name: entry for name, entry in layer.mapping.items() if name != "base"}
     for name, entry in sections.items():
         if entry.value is None:  # `log:` with nothing but comments below it
-            sections[name] = Located({}, entry.place)
+            sections[name] = Located({}, entry.location)
     model = sections.get("model")
     origin = model.mapping.get("from") if model else None
     if model is None or origin is None:
-        return Located(sections, layer.place)
-    own = Located({name: entry for name, entry in model.mapping.items() if name != "from"}, model.place)
+        return Located(sections, layer.location)
+    own = Located({name: entry for name, entry in model.mapping.items() if name != "from"}, model.location)
     if isinstance(origin.value, str):
         path = folder / Path(origin.value).expanduser()
-        read = read_architecture(path, show(path), origin.place, faults)
-        sections["model"] = merge(Located(dict(read), model.place), own)
+        read = read_architecture(path, show(path), origin.location, faults)
+        sections["model"] = merge(Located(dict(read), model.location), own)
     else:
-        faults.append(Fault(origin.place, "model.from", "expects the path of a Hugging Face config.json"))
+        faults.append(Fault(origin.location, "model.from", "expects the path of a Hugging Face config.json"))
         sections["model"] = own
-    return Located(sections, layer.place)
+    return Located(sections, layer.location)
 
 
 def _read_overrides(overrides: Sequence[str], faults: list[Fault]) -> Located:
     """All `--set a.b=value` as one layer, a later one over an earlier one."""
-    tree = Located({}, Place("--set", level=-1))
+    tree = Located({}, Location("--set", level=-1))
     for override in overrides:
-        place = Place(f"--set {override}", level=-1)
+        location = Location(f"--set {override}", level=-1)
         name, equals, text = override.partition("=")
         parts = name.strip().split(".")
         if not equals or not all(parts):
-            faults.append(Fault(place, "", "expects KEY=VALUE with a dotted key, such as optim.lr=1e-4"))
+            faults.append(Fault(location, "", "expects KEY=VALUE with a dotted key, such as optim.lr=1e-4"))
             continue
         if parts[0] == "base":
-            faults.append(Fault(place, "", "a base is given in a file only"))
+            faults.append(Fault(location, "", "a base is given in a file only"))
             continue
-        value = parse_yaml(text, place, faults)
+        value = parse_yaml(text, location, faults)
         if value is None:
             continue
         for part in reversed(parts):
-            value = Located({part: value}, place)
+            value = Located({part: value}, location)
         tree = merge(tree, value)
     return _without_commands(tree, Path(), faults)
 
@@ -141,5 +141,5 @@ def _with_run_name(tree: Located, source: Source) -> Located:
     run = tree.mapping.get("run")
     if run is not None and not isinstance(run.value, dict):
         return tree
-    named = Located({"name": Located(run_name(source.stem), tree.place)}, run.place if run else tree.place)
-    return merge(Located({"run": named}, tree.place), tree)
+    named = Located({"name": Located(run_name(source.stem), tree.location)}, run.location if run else tree.location)
+    return merge(Located({"run": named}, tree.location), tree)

@@ -16,7 +16,7 @@ Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where something was written: a line of a file, or a `--set` of the command line, which has no lines.
 
     `level` counts the files that stand above it: 0 for the config itself, 1 for its base; -1 for the command line.
@@ -34,20 +34,20 @@ class Place:
 class Fault:
     """One thing wrong with a configuration; as text `file.yaml:12: model.hidden_size: what is wrong`."""
 
-    place: Place
+    location: Location
     key: str
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (str(self.place), self.key, self.message) if part)
+        return ": ".join(part for part in (str(self.location), self.key, self.message) if part)
 
 
 @dataclass(frozen=True)
 class Located:
-    """A value and the place of its key. `text` is a scalar as it was written, None where it stood in quotes."""
+    """A value and the location of its key. `text` is a scalar as it was written, None where it stood in quotes."""
 
     value: Scalar | dict[str, Located] | list[Located]
-    place: Place
+    location: Location
     text: str | None = None
 
     @property
@@ -93,7 +93,7 @@ for _name, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
-def parse_yaml(text: str, top: Place, faults: list[Fault]) -> Located | None:
+def parse_yaml(text: str, top: Location, faults: list[Fault]) -> Located | None:
     """Read one YAML document (JSON is YAML). Problems are added to `faults`; None where nothing could be read.
 
     `top` is the text's first line; where it has no line, as on the command line, every value is located right there.
@@ -102,16 +102,16 @@ def parse_yaml(text: str, top: Place, faults: list[Fault]) -> Located | None:
         node = _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = _place(top, mark)
+        where = _location(top, mark)
         faults.append(Fault(where, "", f"cannot be read as YAML: {_explain(error)}"))
         return None
     except yaml.YAMLError as error:
-        faults.append(Fault(_place(top, None), "", f"cannot be read as YAML: {' '.join(str(error).split())}"))
+        faults.append(Fault(_location(top, None), "", f"cannot be read as YAML: {' '.join(str(error).split())}"))
         return None
     return Located(None, top, "") if node is None else _Builder(top, faults).build(node, top, "")
 
 
-def _place(top: Place, mark: yaml.Mark | None) -> Place:
+def _location(top: Location, mark: yaml.Mark | None) -> Location:
     return replace(top, line=None if top.line is None or mark is None else mark.line + 1)
 
 
@@ -127,61 +127,61 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
 class _Builder:
     """Turns PyYAML's nodes into `Located` values, and its duplicate keys and odd tags into faults."""
 
-    def __init__(self, top: Place, faults: list[Fault]) -> None:
+    def __init__(self, top: Location, faults: list[Fault]) -> None:
         self.top, self.faults = top, faults
         self.open: list[yaml.Node] = []
 
-    def build(self, node: yaml.Node, place: Place, key: str) -> Located:
+    def build(self, node: yaml.Node, location: Location, key: str) -> Located:
         if any(node is above for above in self.open):
-            self.faults.append(Fault(place, key, "is an alias of something it is part of"))
-            return Located(None, place)
+            self.faults.append(Fault(location, key, "is an alias of something it is part of"))
+            return Located(None, location)
         self.open.append(node)
         try:
             if isinstance(node, yaml.MappingNode):
-                return Located(self._mapping(node, key), place)
+                return Located(self._mapping(node, key), location)
             if isinstance(node, yaml.SequenceNode):
                 items = [
-                    self.build(item, _place(self.top, item.start_mark), f"{key}[{i}]")
+                    self.build(item, _location(self.top, item.start_mark), f"{key}[{i}]")
                     for i, item in enumerate(node.value)
                 ]
-                return Located(items, place)
+                return Located(items, location)
             assert isinstance(node, yaml.ScalarNode)
-            return self._scalar(node, place, key)
+            return self._scalar(node, location, key)
         finally:
             self.open.pop()
 
     def _mapping(self, node: yaml.MappingNode, above: str) -> dict[str, Located]:
         entries: dict[str, Located] = {}
         for key_node, value_node in node.value:
-            place = _place(self.top, key_node.start_mark)
+            location = _location(self.top, key_node.start_mark)
             name = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
             key = f"{above}.{name}" if above else name
             if not isinstance(key_node, yaml.ScalarNode):
-                self.faults.append(Fault(place, above, "a key is a single word"))
+                self.faults.append(Fault(location, above, "a key is a single word"))
             elif name in entries:
-                first = entries[name].place
-                self.faults.append(Fault(place, key, f"is given twice (first on line {first.line})"))
-            entries[name] = self.build(value_node, place, key)
+                first = entries[name].location
+                self.faults.append(Fault(location, key, f"is given twice (first on line {first.line})"))
+            entries[name] = self.build(value_node, location, key)
         return entries
 
-    def _scalar(self, node: yaml.ScalarNode, place: Place, key: str) -> Located:
+    def _scalar(self, node: yaml.ScalarNode, location: Location, key: str) -> Located:
         kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
         written = text if node.style is None else None
         try:
             if kind == "str":
-                return Located(text, place, written)
+                return Located(text, location, written)
             if kind == "int":
-                return Located(int(text), place, written)
+                return Located(int(text), location, written)
             if kind == "float":
-                return Located(float(re.sub(r"\.(?=inf|nan)", "", text.lower())), place, written)
+                return Located(float(re.sub(r"\.(?=inf|nan)", "", text.lower())), location, written)
             if kind == "bool":
-                return Located(text.lower() == "true", place, written)
+                return Located(text.lower() == "true", location, written)
             if kind == "null":
-                return Located(None, place, written)
+                return Located(None, location, written)
         except ValueError:
             pass
-        self.faults.append(Fault(place, key, f"cannot be read: {node.tag} {text!r} is not a plain YAML value"))
-        return Located(None, place)
+        self.faults.append(Fault(location, key, f"cannot be read: {node.tag} {text!r} is not a plain YAML value"))
+        return Located(None, location)
 
 
 def merge(under: Located, over: Located) -> Located:
@@ -195,4 +195,4 @@ def merge(under: Located, over: Located) -> Located:
     entries = dict(under.value)
     for name, value in over.value.items():
         entries[name] = merge(entries[name], value) if name in entries else value
-    return Located(entries, under.place if over.place.line is None else over.place)
+    return Located(entries, under.location if over.location.line is None else over.location)

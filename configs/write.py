@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from ..settings import Phase, Section, TokenSchedule
 from .config import Config
-from .located_yaml import Fault, Place, parse_yaml
+from .located_yaml import Fault, Location, parse_yaml
 from .schema import choices, section_of
 
 _WIDTH = 80
@@ -161,7 +161,7 @@ def _quoted(text: str) -> str:
     simple = re.fullmatch(r"[A-Za-z_/][\w./~+ -]*", text, re.ASCII) and not text.endswith(" ")
     if simple and text.lower() not in ("yes", "no", "on", "off", "y", "n"):  # words that YAML 1.1 takes for booleans
         faults: list[Fault] = []
-        read = parse_yaml(f"- {text}", Place(""), faults)
+        read = parse_yaml(f"- {text}", Location(""), faults)
         if not faults and read and isinstance(read.value, list) and read.value[0].value == text:
             return text
     return yaml.dump(text, default_style='"', width=float("inf"), allow_unicode=True).strip()

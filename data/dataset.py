@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..seeds import named_permutation
 from ..settings import UsageError
-from .order import named_permutation
 
 Tokens = NDArray[np.integer]
 _COUNTED_AT_ONCE = 1 << 24

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..phases import WeightQueue, now_or_later
+from ..weight_gradients import GradientSink, WeightQueue, now_or_later
 from .apex import Accumulate, find_accumulate
 from .emulated import Kept, QuantizedFunction, QuantizedWeight, keep
 from .recipe import LinearRecipe
 
 if TYPE_CHECKING:
     from .quantize import BlockQuantized
-    from .te.engine import Engine, GradientSink
+    from .te.engine import Engine
 
 
 class Linear(nn.Module):

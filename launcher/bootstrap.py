@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..settings import UsageError
-from .environment import Place
+from .environment import WorkerEnvironment
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def choose_device(
     local_rank: int,
     local_world_size: int,
 ) -> tuple[torch.device, Backend]:
-    """Device and collective library of a rank, from `train.device` and `comm.backend`.
+    """Device and collective library of a rank, from `run.device` and `comm.backend`.
 
     `auto` takes GPUs where there is one for each rank of the node. Raises UsageError where the machine cannot do
     what is asked.
@@ -52,20 +52,20 @@ def choose_device(
             raise UsageError("comm.backend nccl needs a GPU for every rank, and these train on the CPU: set it to auto")
         return torch.device("cpu"), "gloo"
     if gpus == 0:
-        raise UsageError("train.device is cuda, but torch finds no GPU here: set train.device to auto or cpu")
+        raise UsageError("run.device is cuda, but torch finds no GPU here: set run.device to auto or cpu")
     if backend == "gloo":
         return torch.device("cuda", local_rank % gpus), "gloo"
     if gpus < local_world_size:
         raise UsageError(
-            f"train.device is cuda and this node has {gpus} GPUs for its {local_world_size} ranks: start {gpus} ranks "
-            "a node, set train.device to cpu, or let ranks share a GPU with comm.backend gloo"
+            f"run.device is cuda and this node has {gpus} GPUs for its {local_world_size} ranks: start {gpus} ranks "
+            "a node, set run.device to cpu, or let ranks share a GPU with comm.backend gloo"
         )
     return torch.device("cuda", local_rank), "nccl"
 
 
 @contextmanager
 def bootstrap(
-    place: Place,
+    worker: WorkerEnvironment,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     backend: Literal["auto", "gloo", "nccl"] = "auto",
     timeout: float = 600.0,
@@ -76,24 +76,24 @@ def bootstrap(
     launched is a group of one and needs no rendezvous. Raises UsageError as `choose_device` does.
     """
     assert not dist.is_initialized(), "this process already belongs to a group"
-    chosen, library = choose_device(device, backend, place.local_rank, place.local_world_size)
-    if place.threads is not None:
-        torch.set_num_threads(place.threads)
+    chosen, library = choose_device(device, backend, worker.local_rank, worker.local_world_size)
+    if worker.threads is not None:
+        torch.set_num_threads(worker.threads)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group(
         library,
-        store=dist.HashStore() if place.launcher == "none" else None,  # None: the launcher's, from the environment
-        rank=place.rank,
-        world_size=place.world_size,
+        store=dist.HashStore() if worker.launcher == "none" else None,  # None: the launcher's, from the environment
+        rank=worker.rank,
+        world_size=worker.world_size,
         timeout=timedelta(seconds=timeout),
         device_id=chosen if library == "nccl" else None,
     )
     try:
-        yield Process(place.rank, place.world_size, place.local_rank, place.local_world_size, chosen)
+        yield Process(worker.rank, worker.world_size, worker.local_rank, worker.local_world_size, chosen)
     except BaseException:
         # Leaving a group in good order can wait for the others, and they may be waiting for this rank.
-        if place.world_size == 1:
+        if worker.world_size == 1:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()

@@ -15,7 +15,7 @@ PARENT_VARIABLE = "COUNTERFLOW_PARENT"  # process id of the `counterflow` that s
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerEnvironment:
     """One process among those of a run.
 
     `launcher` says who started it: nobody (a plain shell), `torchrun` or anything that sets its variables, or
@@ -33,14 +33,14 @@ class Place:
     threads: int | None = None
 
 
-def find_place(environ: Mapping[str, str], nproc: int = 1) -> Place:
-    """Read this process's place from the environment.
+def read_environment(environ: Mapping[str, str], nproc: int = 1) -> WorkerEnvironment:
+    """Read the rank, world size and launcher of this process from the environment.
 
     Raises UsageError where the variables are incomplete or wrong, or `nproc` asks for processes
     that torchrun has already started.
     """
     if not any(name in environ for name in RANK_VARIABLES):
-        return Place()
+        return WorkerEnvironment()
     numbers = {name: _number(environ, name) for name in RANK_VARIABLES}
     rank, world_size, local_rank, local_world_size = numbers.values()
     if rank >= world_size or local_rank >= local_world_size or local_world_size > world_size:
@@ -53,7 +53,7 @@ def find_place(environ: Mapping[str, str], nproc: int = 1) -> Place:
             "(RANK and WORLD_SIZE are set): leave out --nproc under torchrun"
         )
     error_file = environ.get("TORCHELASTIC_ERROR_FILE")
-    return Place(
+    return WorkerEnvironment(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..settings import UsageError
-from .environment import Place
+from .environment import WorkerEnvironment
 
 FAILED = 1
 BAD_USAGE = 2
@@ -84,23 +84,23 @@ def is_lost_peer(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def supervised(place: Place) -> Iterator[None]:
+def supervised(worker: WorkerEnvironment) -> Iterator[None]:
     """Run a worker's work under its launcher's eye: leave a record of a failure, and no orphan.
 
     A failure ends the process from here, with 2 for a UsageError and 1 for anything else. A process that nobody
     launched is left alone: its exceptions are the caller's.
     """
-    if place.launcher == "none":
+    if worker.launcher == "none":
         yield
         return
-    if place.parent is not None:
-        _die_with(place.parent)
+    if worker.parent is not None:
+        _die_with(worker.parent)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if place.error_file is None:
+        if worker.error_file is None:
             raise
-        _leave(error, place.error_file)
+        _leave(error, worker.error_file)
 
 
 def _leave(error: BaseException, error_file: Path) -> NoReturn:

@@ -37,22 +37,22 @@ class LatentAttention(nn.Module):
         self.out = Linear(heads * config.v_head_dim, hidden, recipe.linear("attention_out"))
         self._attend = recipe.attention(heads, config.qk_head_dim, config.v_head_dim)
 
-    def forward(self, x: Tensor, turns: Tensor, saved: Saved) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, saved: Saved) -> Tensor:
         again = saved.rebuilds(x)
         first = self.q_proj if self.config.q_lora_rank is None else self.q_down
         query = first(x, rebuilt=again)
         key_value, rotary_key = self.kv_down(x, rebuilt=again).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1
         )
-        parts = self._up_project(query, key_value, rotary_key, turns, saved)
+        parts = self._up_project(query, key_value, rotary_key, rotary, saved)
         # The latents are kept, their norms and up-projections are not (V3 §3.2.3).
-        saved.rebuild(parts, lambda: self._up_project(query, key_value, rotary_key, turns, Keep()))
+        saved.rebuild(parts, lambda: self._up_project(query, key_value, rotary_key, rotary, Keep()))
         attend = self._attend or causal_attention
         attended = attend(*parts).transpose(1, 2).flatten(2)
         return self.out(attended, self.out.keep(attended))
 
     def _up_project(
-        self, query: Tensor, key_value: Tensor, rotary_key: Tensor, turns: Tensor, saved: Saved
+        self, query: Tensor, key_value: Tensor, rotary_key: Tensor, rotary: Tensor, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From the latents to query, key and value `[B, A, S, …]` as attention takes them (A heads)."""
         heads = self.config.num_attention_heads
@@ -65,6 +65,6 @@ class LatentAttention(nn.Module):
             query.unflatten(-1, (heads, -1)),
             key_value.unflatten(-1, (heads, -1)),
             rotary_key,
-            turns,
+            rotary,
             self.scale,
         )

@@ -81,14 +81,14 @@ class DecoderBlock(nn.Module):
         else:
             self.mlp = MixtureOfExperts(config, experts, dispatcher, kernels, recipe)
 
-    def forward(self, x: Tensor, turns: Tensor, valid: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor, rotary: Tensor, valid: Tensor) -> tuple[Tensor, Routing | None]:
         """The phases in their plain order, as one graph."""
-        return run(self.phases(x, turns, valid, Uncut()))
+        return run(self.phases(x, rotary, valid, Uncut()))
 
     def phases(
         self,
         x: Tensor,
-        turns: Tensor,
+        rotary: Tensor,
         valid: Tensor,
         tape: Uncut | Tape,
         balance: BalanceWeights = UNWEIGHTED,
@@ -97,13 +97,13 @@ class DecoderBlock(nn.Module):
         """Yield each phase's name, then run it: x `[B, S, H]`, valid `[B]` bool -> the next residual stream, and the
         routing for its statistics. With a tape that cuts, the balance losses start a backward by their weights.
         """
-        saved = self._saved(x, turns, valid, dropping)
+        saved = self._saved(x, rotary, valid, dropping)
         try:
-            return (yield from self._phases(x, turns, valid, saved, tape, balance, dropping))
+            return (yield from self._phases(x, rotary, valid, saved, tape, balance, dropping))
         finally:
             saved.close()
 
-    def _saved(self, x: Tensor, turns: Tensor, valid: Tensor, dropping: Dropping | None) -> Saved:
+    def _saved(self, x: Tensor, rotary: Tensor, valid: Tensor, dropping: Dropping | None) -> Saved:
         """What the phases of one forward are given: which activations stay for the backward."""
         if not self.training or not torch.is_grad_enabled():
             return Keep()
@@ -114,7 +114,7 @@ class DecoderBlock(nn.Module):
             kept = x.detach()
             return Replay(
                 lambda collect: self._phases(
-                    kept.requires_grad_(), turns, valid, collect, Uncut(), UNWEIGHTED, dropping
+                    kept.requires_grad_(), rotary, valid, collect, Uncut(), UNWEIGHTED, dropping
                 ),
                 "combine",
             )
@@ -123,7 +123,7 @@ class DecoderBlock(nn.Module):
     def _phases(
         self,
         x: Tensor,
-        turns: Tensor,
+        rotary: Tensor,
         valid: Tensor,
         saved: Saved,
         tape: Uncut | Tape,
@@ -132,12 +132,12 @@ class DecoderBlock(nn.Module):
     ) -> Generator[str, None, tuple[Tensor, Routing | None]]:
         if not isinstance(self.mlp, MixtureOfExperts):
             yield tape.phase("dense")
-            x = self.run_dense(self.attend(x, turns, valid, saved), saved)
+            x = self.run_dense(self.attend(x, rotary, valid, saved), saved)
             if isinstance(saved, Replay):
                 tape.before_backward(saved.again)
             return x, None
         yield tape.phase("attention")
-        attended = self.attend(x, turns, valid, saved, dropping)
+        attended = self.attend(x, rotary, valid, saved, dropping)
         attended = attended.cut(tape, balance)
         assert attended.routing is not None
         yield tape.phase("dispatch")
@@ -159,11 +159,11 @@ class DecoderBlock(nn.Module):
         return self.finish(attended, combining.wait(), shared), attended.routing
 
     def attend(
-        self, x: Tensor, turns: Tensor, valid: Tensor, saved: Saved, dropping: Dropping | None = None
+        self, x: Tensor, rotary: Tensor, valid: Tensor, saved: Saved, dropping: Dropping | None = None
     ) -> Attended:
         """Attention, the second norm and the router's choice: computation; the counts of tokens start to travel."""
         with saved.hooks():
-            residual = x + self.attention(self.attention_norm(x, saved), turns, saved)
+            residual = x + self.attention(self.attention_norm(x, saved), rotary, saved)
             normed = self.mlp_norm(residual, saved)
             if not isinstance(self.mlp, MixtureOfExperts):
                 return Attended(residual, normed, None, None, None)

@@ -58,11 +58,11 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> t
     return torch.cat((torch.ops.aten.silu_backward(grad_silu, gate), grad_up), -1).to(gate_up.dtype), grad_weights
 
 
-def _rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Multiply neighbouring pairs of x `[..., R]`, read as complex numbers, by `turns` complex64 `[..., R/2]`."""
+def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Multiply neighbouring pairs of x `[..., R]`, read as complex numbers, by `rotary` complex64 `[..., R/2]`."""
     # A copy even of FP32: a slice of odd width cannot be read as complex numbers where it lies.
     pairs = torch.view_as_complex(x.to(torch.float32, copy=True).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
 
 
 BLOCK_ELEMENTS = 2**18  # FP32 temporaries of 1 MiB: they stay in the cache
@@ -182,25 +182,25 @@ class AssembleFunction(torch.autograd.Function):
     """Rotate and lay out queries, keys and values for attention.
 
     In: query `[B, S, A, N+R]`, keys and values `[B, S, A, N+V]`, the one rotary key `[B, S, R]` that all heads share,
-    turns `[S, R/2]` complex. Out, heads before positions (in memory only on CPUs, see `_by_head`): query
+    rotary `[S, R/2]` complex. Out, heads before positions (in memory only on CPUs, see `_by_head`): query
     `[B, A, S, N+R]` times `scale`, key `[B, A, S, N+R]`, value `[B, A, S, V]` (A heads, N plain width, R rotated width,
     V value width). Saves no activation.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key_value: Tensor, rotary_key: Tensor, turns: Tensor, scale: float
+        ctx: Any, query: Tensor, key_value: Tensor, rotary_key: Tensor, rotary: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         width = query.shape[-1]
         plain = width - rotary_key.shape[-1]
-        ctx.save_for_backward(turns)
+        ctx.save_for_backward(rotary)
         ctx.scale, ctx.plain = scale, plain
         out_query, out_key = _by_head(query, width), _by_head(query, width)
         torch.mul(query[..., :plain].transpose(1, 2), scale, out=out_query[..., :plain])
         # Turning by a longer arrow scales the rotated part for nothing.
-        out_query[..., plain:] = _rotate(query[..., plain:], turns[:, None] * scale).transpose(1, 2)
+        out_query[..., plain:] = _rotate(query[..., plain:], rotary[:, None] * scale).transpose(1, 2)
         out_key[..., :plain] = key_value[..., :plain].transpose(1, 2)
-        out_key[..., plain:] = _rotate(rotary_key, turns).unsqueeze(1)
+        out_key[..., plain:] = _rotate(rotary_key, rotary).unsqueeze(1)
         value = _by_head(key_value, key_value.shape[-1] - plain)
         return out_query, out_key, value.copy_(key_value[..., plain:].transpose(1, 2))
 
@@ -208,8 +208,8 @@ class AssembleFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)  # back to [B, S, A, …]
-        (turns,) = ctx.saved_tensors
-        plain, scale, back = ctx.plain, ctx.scale, turns.conj()
+        (rotary,) = ctx.saved_tensors
+        plain, scale, back = ctx.plain, ctx.scale, rotary.conj()
         out_query = grad_query.new_empty(grad_query.shape)
         torch.mul(grad_query[..., :plain], scale, out=out_query[..., :plain])
         out_query[..., plain:] = _rotate(grad_query[..., plain:], back[:, None] * scale)

@@ -6,17 +6,16 @@ w1 is the gate projection, w3 the up projection, w2 the down projection.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
-from ..local_parameter import Placed
+from ..local_parameter import LocalParameter
+from ..seeds import seed_of
 from .feed_forward import MixtureOfExperts
 from .transformer import Transformer
 
 
-def placements(model: Transformer) -> list[Placed]:
+def placements(model: Transformer) -> list[LocalParameter]:
     """Every parameter of this rank's model with the global tensors it holds, in a fixed order."""
     experts_of = {
         name: module.local_experts for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)
@@ -32,24 +31,18 @@ def router_biases(model: Transformer) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".gate.bias")}
 
 
-def _place(name: str, parameter: nn.Parameter, experts_of: dict[str, tuple[int, ...]]) -> Placed:
+def _place(name: str, parameter: nn.Parameter, experts_of: dict[str, tuple[int, ...]]) -> LocalParameter:
     path, _, leaf = name.rpartition(".")
     if leaf not in ("weight", "gain"):
-        return Placed(parameter, (name,))  # embedding, head
+        return LocalParameter(parameter, (name,))  # embedding, head
     layer, _, projection = path.rpartition(".")
     weights = {"gate_up": ("w1", "w3"), "down": ("w2",)}.get(projection)
     if weights is None:
-        return Placed(parameter, (path,))
+        return LocalParameter(parameter, (path,))
     if layer.endswith(".experts"):
         experts = experts_of[layer.removesuffix(".experts")]
-        return Placed(parameter, tuple(f"{layer}.{expert}.{w}" for expert in experts for w in weights), "edp")
-    return Placed(parameter, tuple(f"{layer}.{w}" for w in weights))
-
-
-def seed_of(*purpose: object) -> int:
-    """A 63-bit seed named by what it is for, independent of rank, layout and order."""
-    text = "/".join(map(str, purpose))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+        return LocalParameter(parameter, tuple(f"{layer}.{expert}.{w}" for expert in experts for w in weights), "edp")
+    return LocalParameter(parameter, tuple(f"{layer}.{w}" for w in weights))
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .config import ModelConfig, RopeScaling
 
 
-def rotary_turns(config: ModelConfig, length: int, device: torch.device | str = "cpu") -> Tensor:
+def rotary_factors(config: ModelConfig, length: int, device: torch.device | str = "cpu") -> Tensor:
     """What a position's pairs are multiplied by, `cos + i sin` of their angles: complex64 `[length, R/2]`.
 
     DeepSeek stores the members of a pair side by side, so a pair is a complex number as it lies in memory.

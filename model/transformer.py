@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..comm.dispatcher import Dispatcher
 from ..fp8.linear import GroupedLinear, Linear
 from ..fp8.recipe import Recipe
-from ..phases import Tape, Uncut, WeightQueue, run
+from ..phases import Tape, Uncut, run
+from ..weight_gradients import WeightQueue
 from .balance import BalanceWeights
 from .block import DecoderBlock
 from .capacity import Dropping
@@ -25,7 +26,7 @@ from .kernels import EmbeddingFunction, Kernels
 from .loss import IGNORED, cross_entropy_sum
 from .norm import RMSNorm
 from .recompute import Keep, RecomputePolicy
-from .rope import rotary_turns
+from .rope import rotary_factors
 from .router import Router, Routing
 
 
@@ -189,24 +190,24 @@ class Transformer(nn.Module):
             self.before_use(self.embedding)
             x = tape.cut(EmbeddingFunction.apply(batch.tokens[:, :length], self.embedding))
         assert x is not None
-        turns, routings = self._turns(length, x.device), []
+        rotary, routings = self._rotary(length, x.device), []
         for layer, block in self.layers.items():
             assert isinstance(block, DecoderBlock)
             self.before_use(block)
-            x, routing = yield from block.phases(x, turns, batch.valid, tape, batch.weights.of_routers, batch.dropping)
+            x, routing = yield from block.phases(x, rotary, batch.valid, tape, batch.weights.of_routers, batch.dropping)
             routings.append(routing)
             if self.part.last or int(layer) + 1 < self.part.layers.stop:
                 x = tape.cut(x)
         losses: list[Tensor] = []
         if self.part.last:
-            losses = yield from self._predict(batch, x, turns, tape, routings)
+            losses = yield from self._predict(batch, x, rotary, tape, routings)
         moe = [routing for routing in routings if routing is not None]
         zero = x.new_zeros((), dtype=torch.float32)
         output = Output(losses[0] if losses else zero, tuple(losses[1:]), *self._statistics(batch, moe, zero))
         return (None if self.part.last else tape.leave(x)), output
 
     def _predict(
-        self, batch: MicroBatch, x: Tensor, turns: Tensor, tape: Uncut | Tape, routings: list[Routing | None]
+        self, batch: MicroBatch, x: Tensor, rotary: Tensor, tape: Uncut | Tape, routings: list[Routing | None]
     ) -> Generator[str, None, list[Tensor]]:
         """The losses from the last layer's output: next token first, then each MTP depth."""
         targets = batch.tokens.masked_fill(~batch.valid.unsqueeze(1), IGNORED)
@@ -226,7 +227,9 @@ class Transformer(nn.Module):
             self.before_use(module, self.embedding)
             embedded = EmbeddingFunction.apply(batch.tokens[:, depth + 1 : length + depth + 1], self.embedding)
             x = tape.cut(module.join(hidden, embedded))
-            x, routing = yield from module.block.phases(x, turns, batch.valid, tape, weights.of_routers, batch.dropping)
+            x, routing = yield from module.block.phases(
+                x, rotary, batch.valid, tape, weights.of_routers, batch.dropping
+            )
             x = tape.cut(x)
             routings.append(routing)
             norm = module.norm
@@ -258,7 +261,7 @@ class Transformer(nn.Module):
         valid = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         x = EmbeddingFunction.apply(tokens, self.embedding)
         for block in self.layers.values():
-            x, _ = block(x, self._turns(tokens.shape[1], x.device), valid)
+            x, _ = block(x, self._rotary(tokens.shape[1], x.device), valid)
         return F.linear(self.norm(x, Keep()), self.head)
 
     def routers(self) -> list[Router]:
@@ -269,11 +272,11 @@ class Transformer(nn.Module):
         """The MoE layers it holds, in the order of `routers`."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
 
-    def _turns(self, length: int, device: torch.device) -> Tensor:
+    def _rotary(self, length: int, device: torch.device) -> Tensor:
         """Rotary factors of the first `length` positions, made at the first use and kept."""
         if self._table is None or self._table.shape[0] < length or self._table.device != device:
             with torch.inference_mode(False):  # a table made while sampling must serve training later
-                self._table = rotary_turns(self.config, length, device)
+                self._table = rotary_factors(self.config, length, device)
         return self._table[:length]
 
     def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ..comm.errors import CommunicationError, telling
-from ..comm.p2p import Transit, Wires
-from ..phases import Chunk, Phases, Tape, Uncut, drain, run
+from ..comm.errors import CommunicationError, comm_errors
+from ..comm.p2p import PipelineChannels, Transit
+from ..phases import Chunk, Phases, Tape, Uncut, run
+from ..weight_gradients import drain
 from .overlap import run_pair
 from .schedule.actions import Action, Overlap, Schedule, parts
 from .schedule.check import check
@@ -87,7 +88,7 @@ class Executor:
     def __init__(
         self,
         chunks: Mapping[int, Chunk],
-        wires: Wires,
+        wires: PipelineChannels,
         order: Sequence[str],
         shape: torch.Size,
         dtype: torch.dtype,
@@ -141,7 +142,7 @@ class _Run:
             if self.executor.watch is not None:
                 self.executor.watch.begin(action)
             start = self._clock()
-            with self._blaming("in {}".format, action):
+            with self._error_context("in {}".format, action):
                 self._perform(action)
             self.spans.append(Span(action, start, self._clock()))
         self._post(self.program.boundaries[len(actions)])
@@ -162,10 +163,10 @@ class _Run:
         wires = self.executor.wires
         for transfer in boundary.sends:  # before the receives: another rank waits for these
             tensor = self._made.pop(_key(transfer))
-            with self._blaming(_giving, transfer), telling("beginning to send"):
+            with self._error_context(_describe_send, transfer), comm_errors("beginning to send"):
                 self._sending.append((transfer, wires.send(tensor, transfer.target)))
         for transfer in boundary.receives:
-            with self._blaming(_waiting_for, transfer), telling("beginning to receive"):
+            with self._error_context(_describe_receive, transfer), comm_errors("beginning to receive"):
                 self._arriving[_key(transfer)] = wires.receive(*self.executor.buffer, transfer.source)
         while len(self._sending) > SENDS_IN_FLIGHT:
             self._finish_send()
@@ -173,16 +174,19 @@ class _Run:
     def _await(self, boundary: Boundary, action: Action | Overlap) -> None:
         for transfer in boundary.needs:
             key = _key(transfer)
-            with self._blaming(lambda t: f"{_waiting_for(t)}, to run {action}", transfer), telling("receiving"):
+            with (
+                self._error_context(lambda t: f"{_describe_receive(t)}, to run {action}", transfer),
+                comm_errors("receiving"),
+            ):
                 self._made[key] = self._arriving.pop(key).wait()
 
     def _finish_send(self) -> None:
         transfer, sent = self._sending.popleft()
-        with self._blaming(_giving, transfer), telling("sending"):
+        with self._error_context(_describe_send, transfer), comm_errors("sending"):
             sent.wait()
 
     @contextmanager
-    def _blaming(self, describe: Callable[[Any], str], doing: Any) -> Iterator[None]:
+    def _error_context(self, describe: Callable[[Any], str], doing: Any) -> Iterator[None]:
         try:
             yield
         except CommunicationError as error:
@@ -268,11 +272,11 @@ def _describe(transfer: Transfer) -> str:
     return f"{transfer.kind} of micro-batch {transfer.microbatch} that stage {transfer.stage} made"
 
 
-def _waiting_for(transfer: Transfer) -> str:
+def _describe_receive(transfer: Transfer) -> str:
     return f"waited for the {_describe(transfer)} from pipeline rank {transfer.source}"
 
 
-def _giving(transfer: Transfer) -> str:
+def _describe_send(transfer: Transfer) -> str:
     return f"waited for pipeline rank {transfer.target} to take the {_describe(transfer)}"
 
 

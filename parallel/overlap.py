@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Generic, TypeVar
 
-from ..phases import drain
+from ..weight_gradients import drain
 
 Result = TypeVar("Result")
 

@@ -214,7 +214,7 @@ def _predict(config: Config) -> Parts:
 
     def layer(kind: str) -> Work:
         gemms = 2 * (counts.attention.matmul + ffn[kind]) * unit
-        again = {"none": 0.0, "v3": 2 * _up_projections(model) * unit, "full": gemms + core}[config.train.recompute]
+        again = {"none": 0.0, "v3": 2 * _up_projections(model) * unit, "full": gemms + core}[config.memory.recompute]
         return Work(gemms + core, gemms + 2 * core + again, gemms)
 
     projection = 2 * counts.mtp_projection * unit
@@ -223,7 +223,7 @@ def _predict(config: Config) -> Parts:
 
 
 def _up_projections(model: ModelConfig) -> int:
-    """Weights of attention that `train.recompute: v3` multiplies by again."""
+    """Weights of attention that `memory.recompute: v3` multiplies by again."""
     heads = model.num_attention_heads
     query = 0 if model.q_lora_rank is None else model.q_lora_rank * heads * model.qk_head_dim
     return query + model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..configs.config import Config
-from ..configs.located_yaml import Fault, Place, parse_yaml
+from ..configs.located_yaml import Fault, Location, parse_yaml
 from ..parallel.layout import Layout
 from ..parallel.schedule.catalogue import find_schedule, schedule_names
 from ..parallel.schedule.check import check
@@ -248,7 +248,7 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
     for option in given:
         name, equals, text = option.partition("=")
         faults: list[Fault] = []
-        value = parse_yaml(text, Place(f"--option {option}", level=-1), faults)
+        value = parse_yaml(text, Location(f"--option {option}", level=-1), faults)
         if not equals or not name or faults or value is None or isinstance(value.value, list | dict | None):
             raise UsageError(f"--option {option}: expects KEY=VALUE, such as stages_per_rank=4")
         options[name] = value.value

@@ -56,8 +56,8 @@ def backend_faults(config: Config) -> list[str]:
     missing = version_fault()
     if missing is not None:
         faults.append(f"{missing}; {INSTEAD}")
-    if config.train.device == "cpu":
-        faults.append(f"train.device is cpu, and Transformer Engine computes on NVIDIA GPUs; {INSTEAD}")
+    if config.run.device == "cpu":
+        faults.append(f"run.device is cpu, and Transformer Engine computes on NVIDIA GPUs; {INSTEAD}")
     return [f"precision.backend is te: {fault}" for fault in faults]
 
 

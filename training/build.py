@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..comm.p2p import Wires
+from ..comm.p2p import PipelineChannels
 from ..comm.routed import RoutedDispatcher
 from ..configs.config import Config
 from ..fp8.linear import GroupedLinear, Linear
 from ..fp8.recipe import Recipe
-from ..local_parameter import Placed
+from ..local_parameter import LocalParameter
 from ..model.feed_forward import MixtureOfExperts
 from ..model.kernels import Kernels
 from ..model.naming import initial_tensor, placements, router_biases
@@ -56,9 +56,9 @@ class Model:
     dispatcher: RoutedDispatcher
     """Of all chunks."""
 
-    def placed(self) -> list[Placed]:
+    def placed(self) -> list[LocalParameter]:
         """Every parameter of this rank once: the embedding, then stage by stage."""
-        found: dict[int, Placed] = {}
+        found: dict[int, LocalParameter] = {}
         for stage, chunk in self.chunks.items():
             for item in placements(chunk):
                 held_by = replace(item, holders=self._holders(item.names[0], stage))
@@ -168,8 +168,8 @@ def _build_chunk(
             config.model,
             dispatcher,
             range(mine, mine + per_rank),
-            recompute=config.train.recompute,
-            kernels=Kernels.make(config.train.compile),
+            recompute=config.memory.recompute,
+            kernels=Kernels.make(config.run.compile),
             part=Part(split.layers[stage], first=stage == 0, last=stage == split.num_stages - 1),
             recipe=recipe,
         )
@@ -202,7 +202,7 @@ def build_executor(config: Config, model: Model, groups: Groups, device: torch.d
     batch = config.batch
     return Executor(
         model.chunks,
-        Wires(groups.coordinates.pp, groups.channels, groups.meter),
+        PipelineChannels(groups.coordinates.pp, groups.channels, groups.meter),
         find_order(config.parallel.overlap_order),
         torch.Size((batch.micro_sequences, batch.sequence_length, config.model.hidden_size)),
         DTYPES[config.precision.format],

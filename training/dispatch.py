@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..comm.deepep.library import Job
     from ..comm.routed import RoutedDispatcher
-    from ..comm.wire import Wire
+    from ..comm.wire import WireFormat
     from ..configs.config import Config
     from ..fp8.recipe import Recipe
     from ..parallel.groups import Groups
@@ -71,7 +71,7 @@ def dispatch_faults(config: Config, layout: Layout) -> list[str]:
         return []
     import torch
 
-    device = config.train.device
+    device = config.run.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return [f"comm.dispatcher is deepep: {fault}" for fault in deepep_faults_of(config, layout, device)]
@@ -104,17 +104,17 @@ def make_dispatcher(
 ) -> RoutedDispatcher:
     """The dispatcher of a rank, for all its layers. Raises UsageError where it cannot be had.
 
-    With `nodes`, that of a process by itself which adds up as ranks on these nodes would, see `AloneDispatcher`.
+    With `nodes`, that of a process by itself which adds up as ranks on these nodes would, see `OneProcessDispatcher`.
     """
     from ..comm.flat import FlatDispatcher
-    from ..comm.one_process import AloneDispatcher
+    from ..comm.one_process import OneProcessDispatcher
     from ..comm.two_hop import TwoHopDispatcher
 
     layout = groups.layout
     name = dispatcher_name(config, layout, device.type)
     experts, wire = config.model.n_routed_experts, make_wire(config, recipe, device.type)
     if nodes is not None:
-        return AloneDispatcher(experts, nodes, recipe.alignment, wire)
+        return OneProcessDispatcher(experts, nodes, recipe.alignment, wire)
     common = groups.ep, experts, recipe.alignment, wire, groups.meter
     if name == "flat":
         return FlatDispatcher(*common)
@@ -144,7 +144,7 @@ def partial_sums_of(config: Config, layout: Layout) -> list[int] | None:
     return nodes_of_group(layout, 0)
 
 
-def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> Wire:
+def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> WireFormat:
     """What travels: in FP8, what the recipe's experts make of it; a class in another format is quantised besides."""
     from ..comm.wire import FP8Wire, PlainWire, pack_on_gpu
     from ..fp8.recipe import Quantizer

@@ -24,7 +24,7 @@ from ..model.block import DecoderBlock
 from ..model.counts import count_parameters
 from ..model.kernels import EmbeddingFunction, Kernels
 from ..model.loss import LOGITS_BYTES, cross_entropy_sum
-from ..model.rope import rotary_turns
+from ..model.rope import rotary_factors
 from ..settings import UsageError
 from .backend import choose_recipe
 from .build import DTYPES
@@ -43,7 +43,7 @@ def measure_parts(config: Config) -> str:
     The parts run in turn, so that a slow moment of the machine meets all of them. Raises UsageError where the parts do
     not fit this machine's memory.
     """
-    device, _ = choose_device(config.train.device, "auto", 0, 1)
+    device, _ = choose_device(config.run.device, "auto", 0, 1)
     _refuse_too_large(config, device)
     batch = config.batch
     print(f"timing micro-batches of {batch.micro_sequences} x {batch.sequence_length} tokens", file=sys.stderr)
@@ -93,8 +93,8 @@ def _build(config: Config, device: torch.device) -> dict[str, Part]:
     model, batch, dtype = config.model, config.batch, DTYPES[config.precision.format]
     shape = batch.micro_sequences, batch.sequence_length
     experts = model.n_routed_experts // config.parallel.ep
-    kernels, recipe = Kernels.make(config.train.compile), choose_recipe(config, device)
-    turns = rotary_turns(model, batch.sequence_length, device)
+    kernels, recipe = Kernels.make(config.run.compile), choose_recipe(config, device)
+    rotary = rotary_factors(model, batch.sequence_length, device)
     valid = torch.ones(batch.micro_sequences, dtype=torch.bool, device=device)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -103,14 +103,14 @@ def _build(config: Config, device: torch.device) -> dict[str, Part]:
 
     def layer(local_experts: range | None) -> Part:
         with torch.device("meta"):
-            block = DecoderBlock(model, local_experts, _EvenShare(experts), kernels, config.train.recompute, recipe)
+            block = DecoderBlock(model, local_experts, _EvenShare(experts), kernels, config.memory.recompute, recipe)
         for parameter in block.parameters():
             parameter.data = parameter.data.to(dtype)
         _fill(block.to_empty(device=device), generator)
         x, gradient = random(*shape, model.hidden_size).requires_grad_(), random(*shape, model.hidden_size)
 
         def run() -> None:
-            y, _ = block(x, turns, valid)
+            y, _ = block(x, rotary, valid)
             y.backward(gradient)
 
         return run

@@ -7,34 +7,34 @@ import torch
 from ..configs.config import Config
 from ..data.loader import Batch
 from ..model.capacity import Dropping
-from ..model.naming import seed_of
 from ..model.transformer import Weights
 from ..plan.steps import Progress
+from ..seeds import seed_of
 
 
 def loss_weights(config: Config, before: Progress, sequences: int) -> Weights:
     """What makes means over a global batch of `sequences` of the sums that micro-batches give, times their weights."""
-    train, tokens = config.train, sequences * config.batch.sequence_length
+    balance, tokens = config.balance, sequences * config.batch.sequence_length
     depth = max(1, config.model.num_nextn_predict_layers)
     return Weights(
         token=1 / tokens,
-        mtp=train.mtp_weight.at(before.tokens) / depth / tokens,
-        balance=train.balance_loss / sequences,
-        device=train.device_loss / sequences,
-        communication=train.communication_loss / sequences,
+        mtp=config.train.mtp_weight.at(before.tokens) / depth / tokens,
+        balance=balance.expert_loss / sequences,
+        device=balance.device_loss / sequences,
+        communication=balance.communication_loss / sequences,
     )
 
 
 def dropping_of(config: Config, batch: Batch, device: torch.device | str = "cpu") -> Dropping | None:
-    """Which tokens of a training micro-batch may be dropped; None where `train.capacity_factor` drops none.
+    """Which tokens of a training micro-batch may be dropped; None where `balance.capacity_factor` drops none.
 
     A sequence is exempt by its number in the run alone, so by the same choice in every layout and after every resume.
     """
-    train = config.train
-    if train.capacity_factor is None:
+    balance = config.balance
+    if balance.capacity_factor is None:
         return None
-    exempt = [is_exempt(config.run.seed, number, train.keep_sequences) for number in batch.numbers]
-    return Dropping(train.capacity_factor, torch.tensor(exempt).to(device))
+    exempt = [is_exempt(config.run.seed, number, balance.keep_sequences) for number in batch.numbers]
+    return Dropping(balance.capacity_factor, torch.tensor(exempt).to(device))
 
 
 def is_exempt(seed: int, number: int, share: float) -> bool:

@@ -36,7 +36,7 @@ MORE_BUBBLE = 0.05
 
 
 @dataclass(frozen=True)
-class Flight:
+class RunPlan:
     """A run that can start: its layout, its folder and the checkpoint it goes on from.
 
     `notes` are sentences for the user on what will work, but not as well as it could.
@@ -56,7 +56,7 @@ class Flight:
         return self.progress.step >= self.total_steps
 
 
-def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool = False) -> Flight:
+def prepare_run(config: Config, world_size: int, ranks_per_node: int, fresh: bool = False) -> RunPlan:
     """Check a run on `world_size` ranks. `fresh` means that an existing run folder will be moved aside."""
     faults: list[str] = []
     layout = _collect(faults, lambda: _layout(config, world_size, ranks_per_node))
@@ -80,7 +80,7 @@ def preflight(config: Config, world_size: int, ranks_per_node: int, fresh: bool 
         *placement_notes(config, layout),
         *config.optim.notes(),
     )
-    return Flight(config, layout, run_dir, total_steps(config), data, checkpoint, progress, notes)
+    return RunPlan(config, layout, run_dir, total_steps(config), data, checkpoint, progress, notes)
 
 
 def _open_data(config: Config) -> Data:

@@ -21,49 +21,49 @@ from ..report.traffic import mean_step
 from ..settings import UsageError
 from .build import DTYPES
 from .dispatch import describe_dispatch
-from .preflight import Flight
+from .preflight import RunPlan
 from .trace import PipelineTrace
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def run_training(flight: Flight, groups: Groups, device: torch.device) -> None:
-    """Train from the flight's checkpoint, or from the start, to its last step."""
-    config, data = flight.config, flight.data
+def run_training(plan: RunPlan, groups: Groups, device: torch.device) -> None:
+    """Train from the checkpoint of `plan`, or from the start, to its last step."""
+    config, data = plan.config, plan.data
     peak = _peak(config, device)
     trainer = Trainer(config, groups, device, data, peak)
-    if flight.checkpoint is not None:
-        record = trainer.restore(flight.checkpoint)
-        logger.info("resumed from %s", flight.checkpoint)
+    if plan.checkpoint is not None:
+        record = trainer.restore(plan.checkpoint)
+        logger.info("resumed from %s", plan.checkpoint)
         if record["data_digest"] != data.digest:
             logger.warning("the text is not the one this run was started on: losses will not continue exactly")
     with ExitStack() as stack:
         stack.callback(trainer.close)
-        watch = stack.enter_context(_Watch(flight, groups, peak)) if groups.rank == 0 else None
+        watch = stack.enter_context(_Watch(plan, groups, peak)) if groups.rank == 0 else None
         metrics: StepMetrics | None = None
-        while trainer.progress.step < flight.total_steps:
+        while trainer.progress.step < plan.total_steps:
             timed = config.parallel.pp > 1 and trainer.progress.step + 1 == config.log.trace_step
             metrics = trainer.step(timed)
             trace = trainer.trace() if timed else None
-            step, last = metrics.step, metrics.step == flight.total_steps
+            step, last = metrics.step, metrics.step == plan.total_steps
             if last or step % config.train.evaluate_every == 0:
                 metrics = metrics.model_copy(update=trainer.validate())
             if watch is not None:
                 watch.step(metrics)
                 if trace is not None:
-                    watch.trace(trace, flight.run_dir / "traces" / f"step-{step}.html", metrics)
+                    watch.trace(trace, plan.run_dir / "traces" / f"step-{step}.html", metrics)
             if last or step % config.checkpoint.every == 0:
-                path = trainer.save(flight.run_dir / "checkpoints")
+                path = trainer.save(plan.run_dir / "checkpoints")
                 logger.info("checkpoint %s written", path)
         trainer.model.dispatcher.close()
 
 
-def summarise(flight: Flight) -> RunSummary:
+def summarise(plan: RunPlan) -> RunSummary:
     """The result of a finished run, from what it recorded."""
-    steps = list(read_metrics(flight.run_dir)) if (flight.run_dir / METRICS_FILE).exists() else []
+    steps = list(read_metrics(plan.run_dir)) if (plan.run_dir / METRICS_FILE).exists() else []
     if not steps:
-        raise UsageError(f"{flight.run_dir} has a checkpoint but no {METRICS_FILE}: start again with --fresh")
+        raise UsageError(f"{plan.run_dir} has a checkpoint but no {METRICS_FILE}: start again with --fresh")
     rates = sorted(step.tokens_per_second for step in steps)
     evaluated = [step for step in steps if step.validation_loss is not None]
     return RunSummary(
@@ -71,25 +71,25 @@ def summarise(flight: Flight) -> RunSummary:
         loss=steps[-1].loss,
         validation_loss=evaluated[-1].validation_loss if evaluated else None,
         validation_loss_ema=evaluated[-1].validation_loss_ema if evaluated else None,
-        unigram_entropy=flight.data.unigram_entropy,
+        unigram_entropy=plan.data.unigram_entropy,
         tokens_per_second=rates[len(rates) // 2],
         traffic=tuple(mean_step([step.traffic for step in steps if step.traffic])),
-        run_dir=str(flight.run_dir),
+        run_dir=str(plan.run_dir),
     )
 
 
 class _Watch(ExitStack):
     """What rank 0 shows and writes."""
 
-    def __init__(self, flight: Flight, groups: Groups, peak: Peak) -> None:
+    def __init__(self, plan: RunPlan, groups: Groups, peak: Peak) -> None:
         super().__init__()
-        config, first = flight.config, flight.progress.step
-        self._display = ProgressDisplay(config.log, config.run.name, flight.total_steps, first)
+        config, first = plan.config, plan.progress.step
+        self._display = ProgressDisplay(config.log, config.run.name, plan.total_steps, first)
         counts = count_parameters(config.model)
         self._display.note(draw_layout(groups.layout))
         if config.parallel.pp > 1:
             self._display.note(f"\n{describe_split(config)}")
-        for note in flight.notes:
+        for note in plan.notes:
             self._display.note(note)
         rows = describe_run(
             total_parameters=counts.total,
@@ -99,10 +99,10 @@ class _Watch(ExitStack):
             dispatch=describe_dispatch(config, groups.layout, groups.mesh.device_type),
             flop_convention=FLOP_CONVENTION,
             peak=peak,
-            run_dir=str(flight.run_dir),
+            run_dir=str(plan.run_dir),
         )
         self._display.show_rows(config.run.name, rows)
-        self._writer = self.enter_context(MetricsWriter(flight.run_dir, config.log.tensorboard, first))
+        self._writer = self.enter_context(MetricsWriter(plan.run_dir, config.log.tensorboard, first))
         self.enter_context(self._display)
 
     def step(self, metrics: StepMetrics) -> None:

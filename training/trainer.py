@@ -91,12 +91,13 @@ class Trainer:
         `timed` makes a GPU finish each action of the pipeline before the next, so that `trace` shows its time.
         """
         started = time.perf_counter()
-        train, before = self.config.train, self.progress
+        config, before = self.config, self.progress
         self.experts.rebalance(before.step)
         micro_batches, sequences = self._next_batch()
         tokens = sequences * self.config.batch.sequence_length
         lr = self.config.optim.lr.at(before.tokens)
-        speed, mtp_weight = train.bias_update_speed.at(before.tokens), train.mtp_weight.at(before.tokens)
+        speed = config.balance.bias_update_speed.at(before.tokens)
+        mtp_weight = config.train.mtp_weight.at(before.tokens)
         weights = loss_weights(self.config, before, sequences)
 
         if timed:

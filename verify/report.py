@@ -134,7 +134,7 @@ def _kept(config: Config, shrunk: Shrunk) -> list[str]:
     words.append(f"MTP depth {model.num_nextn_predict_layers}")
     words += [f"{model.num_experts_per_tok} experts a token"] * ("model.num_experts_per_tok" not in changed)
     words += [f"{model.topk_group} of {model.n_group} groups"] * (model.n_group > 1)
-    words += [f"recompute {config.train.recompute}", f"{config.precision.recipe}, moments {config.optim.moments}"]
+    words += [f"recompute {config.memory.recompute}", f"{config.precision.recipe}, moments {config.optim.moments}"]
     return words
 
 

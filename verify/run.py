@@ -168,7 +168,7 @@ class Alone(Watched):
 
 def _unused(config: Config) -> set[str]:
     """Losses that are measured, but have no weight in this run."""
-    weights = {"loss_device": config.train.device_loss, "loss_communication": config.train.communication_loss}
+    weights = {"loss_device": config.balance.device_loss, "loss_communication": config.balance.communication_loss}
     return {name for name, weight in weights.items() if not weight}
 
 
@@ -199,9 +199,12 @@ def plain_gradients(
         micro_sequences=config.batch.micro_sequences,
     ) as loader:
         for batch in next(loader):
-            out, train = network(batch.tokens, batch.valid, dropping=dropping_of(config, batch)), config.train
-            loss = out.loss / tokens + train.balance_loss * out.balance / sequences
-            loss = loss + (train.device_loss * out.device + train.communication_loss * out.communication) / sequences
+            out = network(batch.tokens, batch.valid, dropping=dropping_of(config, batch))
+            balance = config.balance
+            loss = out.loss / tokens + balance.expert_loss * out.balance / sequences
+            loss = (
+                loss + (balance.device_loss * out.device + balance.communication_loss * out.communication) / sequences
+            )
             for mtp_loss in out.mtp_losses:
                 loss = loss + config.train.mtp_weight.at(0) * mtp_loss / depths / tokens
             made = torch.autograd.grad(loss, parameters, allow_unused=True)

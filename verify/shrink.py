@@ -89,9 +89,9 @@ def shrink(config: Config, nproc: int | None = None, steps: int = 2) -> Shrunk:
     edits.set("optim.bucket_mb", min(config.optim.bucket_mb, BUCKET_MB), "several buckets, as yours has")
     edits.set("train.steps", steps)
     edits.quietly("train.tokens", None)
-    if config.train.compile:
-        edits.set("train.compile", False, "compiling takes minutes")
-    edits.quietly("train.device", "cpu")
+    if config.run.compile:
+        edits.set("run.compile", False, "compiling takes minutes")
+    edits.quietly("run.device", "cpu")
     edits.quietly("comm.backend", "gloo")
     if config.comm.dispatcher == "deepep":
         edits.set("comm.dispatcher", "two-hop", "what DeepEP does, on CPUs")
@@ -224,7 +224,7 @@ def _make_constant(config: Config, edits: _Edits) -> None:
     """A warm-up is longer than this run: without the largest value there would be nothing to see."""
     schedules: Mapping[str, TokenSchedule] = {
         "optim.lr": config.optim.lr,
-        "train.bias_update_speed": config.train.bias_update_speed,
+        "balance.bias_update_speed": config.balance.bias_update_speed,
         "train.mtp_weight": config.train.mtp_weight,
     }
     for path, schedule in schedules.items():

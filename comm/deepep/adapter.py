@@ -25,10 +25,10 @@ from ...fp8.quantize import BlockQuantized
 from ...fp8.tensor_formats import SIDE, WIRE_FORMAT
 from ...settings import UsageError
 from ..expand import Expansion
-from ..hops import Hops, Underway
+from ..hops import Hops, InFlight
 from ..meter import Meter
 from ..routed import Arrived, Returned, RoutedDispatcher
-from ..wire import Direction, FP8Wire, Rows, Wire
+from ..wire import Direction, FP8Wire, Rows, WireFormat
 from .buffers import Buffer, Payload
 from .crossings import BESIDES, Crossings
 
@@ -49,9 +49,9 @@ class DeepEPDispatcher(RoutedDispatcher):
         group: dist.ProcessGroup,
         num_experts: int,
         alignment: int = 1,
-        wire: Wire | None = None,
+        wire: WireFormat | None = None,
         meter: Meter | None = None,
-        underway: Underway | None = None,
+        underway: InFlight | None = None,
         *,
         buffer: Buffer,
         nodes: Sequence[int] | None = None,

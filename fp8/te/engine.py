@@ -19,31 +19,22 @@ shapes and checkpoints are those of any other backend. What is ours around it:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...phases import WeightQueue, memory_of, now_or_later
+from ...phases import memory_of
 from ...settings import UsageError
+from ...weight_gradients import GradientSink, WeightQueue, now_or_later
 from ..recipe import LinearRecipe
 from . import translate as recipes
 from .library import INSTEAD, Library
 
 if TYPE_CHECKING:
     from ..emulated import Kept
-
-
-class GradientSink(Protocol):
-    """Adds up the gradients of parameters in FP32: an optimizer. It is asked once, and the buffers stay."""
-
-    def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
-        """Where gradients of `parameter` are added up, FP32, in its shape."""
-
-    def arrived(self, parameter: nn.Parameter) -> None:
-        """One more of its gradients has been added to the buffer."""
 
 
 class Engine:

@@ -14,7 +14,7 @@ from ...configs.config import Config
 from ...configs.load import add_config_arguments, load_config
 from ...settings import UsageError
 from ...training.run_folder import locked
-from ..environment import Place, find_place
+from ..environment import WorkerEnvironment, read_environment
 
 if TYPE_CHECKING:
     from ...audit.run import Audit
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Audit; 1 where a run did not stay finite, or the losses are further apart than --bound."""
-    if find_place(os.environ).launcher != "none":
+    if read_environment(os.environ).launcher != "none":
         raise UsageError("audit trains in one process, whose maths is that of every layout: run it without torchrun")
     config = load_config(args.config, args.overrides)
     case = make_case(config, args.steps, args.every, args.against, args.out)
@@ -107,7 +107,7 @@ def _audit(case: Case, quiet: bool) -> dict[str, Any]:
 
     print(heading(case), file=out, flush=True)
     with (
-        bootstrap(Place(), config.train.device, config.comm.backend, config.parallel.timeout) as process,
+        bootstrap(WorkerEnvironment(), config.run.device, config.comm.backend, config.parallel.timeout) as process,
         audit_of(case, process.device) as audit,
     ):
         resumed = audit.resume()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...configs.load import add_config_arguments, load_config
 from ...settings import UsageError
-from ...training.preflight import Flight, preflight
+from ...training.preflight import RunPlan, prepare_run
 from ...training.run_folder import locked, move_aside, write_config
-from ..environment import Place, find_place
+from ..environment import WorkerEnvironment, read_environment
 
 if TYPE_CHECKING:
     from ..bootstrap import Process
@@ -32,18 +32,18 @@ def run(args: argparse.Namespace) -> int:
     """Train; an unfinished run of the same name goes on from its last checkpoint."""
     if args.nproc < 1:
         raise UsageError(f"--nproc is {args.nproc}: it must be at least 1")
-    place = find_place(os.environ, args.nproc)
-    if place.launcher == "none" and args.nproc > 1:
+    worker = read_environment(os.environ, args.nproc)
+    if worker.launcher == "none" and args.nproc > 1:
         return _launch(args)
     from ..failures import supervised
 
-    with supervised(place):
-        return _work(args, place)
+    with supervised(worker):
+        return _work(args, worker)
 
 
 def _launch(args: argparse.Namespace) -> int:
     """Check everything that can be checked, then start the ranks and wait for them."""
-    flight = preflight(load_config(args.config, args.overrides), args.nproc, args.nproc, args.fresh)
+    plan = prepare_run(load_config(args.config, args.overrides), args.nproc, args.nproc, args.fresh)
 
     from ..local_launch import launch_local
 
@@ -51,15 +51,15 @@ def _launch(args: argparse.Namespace) -> int:
     for override in args.overrides:
         command += ["--set", override]
     command += [flag for flag, given in (("--fresh", args.fresh), ("--json", args.json)) if given]
-    return launch_local(args.nproc, command, flight.run_dir / "logs")
+    return launch_local(args.nproc, command, plan.run_dir / "logs")
 
 
-def _work(args: argparse.Namespace, place: Place) -> int:
+def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
     """One rank, from its environment to the end of the run."""
     config = load_config(args.config, args.overrides)
     # An elastic launcher that starts ranks again means to go on, not to start afresh once more.
     fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    flight = preflight(config, place.world_size, place.local_world_size, fresh)
+    plan = prepare_run(config, worker.world_size, worker.local_world_size, fresh)
 
     import torch.distributed as dist
 
@@ -67,30 +67,30 @@ def _work(args: argparse.Namespace, place: Place) -> int:
     from ..logs import open_log
 
     with (
-        bootstrap(place, config.train.device, config.comm.backend, config.parallel.timeout) as process,
-        locked(flight.run_dir) if process.rank == 0 else nullcontext(),
+        bootstrap(worker, config.run.device, config.comm.backend, config.parallel.timeout) as process,
+        locked(plan.run_dir) if process.rank == 0 else nullcontext(),
     ):
-        _check_agreement(flight, process.world_size)
+        _check_agreement(plan, process.world_size)
         changes: list[str] = []
         if process.rank == 0:
             if fresh:
-                move_aside(flight.run_dir)
-            changes = write_config(flight.run_dir, config)
+                move_aside(plan.run_dir)
+            changes = write_config(plan.run_dir, config)
         dist.barrier()  # nobody opens a log in a folder that is about to be moved
-        with open_log(flight.run_dir / "logs", process.rank, process.world_size):
+        with open_log(plan.run_dir / "logs", process.rank, process.world_size):
             if changes:
                 logger.info("config changed since the last start of this run: %s", "; ".join(changes))
-            return _train(flight, process, args.json)
+            return _train(plan, process, args.json)
 
 
-def _check_agreement(flight: Flight, world_size: int) -> None:
+def _check_agreement(plan: RunPlan, world_size: int) -> None:
     """Raise UsageError if the ranks, on several machines perhaps, see other text or another checkpoint."""
     import torch.distributed as dist
 
     mine = {
-        "text": flight.data.digest[:12],
-        "step to go on from": flight.progress.step,
-        "last step": flight.total_steps,
+        "text": plan.data.digest[:12],
+        "step to go on from": plan.progress.step,
+        "last step": plan.total_steps,
     }
     everyone: list[dict[str, Any]] = [{}] * world_size
     dist.all_gather_object(everyone, mine)
@@ -103,21 +103,21 @@ def _check_agreement(flight: Flight, world_size: int) -> None:
                 )
 
 
-def _train(flight: Flight, process: Process, as_json: bool) -> int:
+def _train(plan: RunPlan, process: Process, as_json: bool) -> int:
     from ...report.progress import Progress
     from ...training.build import make_groups
     from ...training.run import run_training, summarise
 
-    config = flight.config
-    if flight.complete:
+    config = plan.config
+    if plan.complete:
         heading = "already complete: raise train.steps to go on, or start again with --fresh"
     else:
         heading = "done"
-        groups = make_groups(config, flight.layout, process.device.type)
-        run_training(flight, groups, process.device)
+        groups = make_groups(config, plan.layout, process.device.type)
+        run_training(plan, groups, process.device)
     if process.rank == 0:
-        summary = summarise(flight)
-        Progress(config.log, config.run.name, flight.total_steps).show_rows(heading, summary.rows())
+        summary = summarise(plan)
+        Progress(config.log, config.run.name, plan.total_steps).show_rows(heading, summary.rows())
         if as_json:
             print(summary.model_dump_json(), flush=True)
     return 0

@@ -19,7 +19,7 @@ from ...configs.config import Config
 from ...configs.load import add_config_arguments, load_config
 from ...settings import UsageError
 from ...verify.shrink import Shrunk, shrink
-from ..environment import Place, find_place
+from ..environment import WorkerEnvironment, read_environment
 
 if TYPE_CHECKING:
     from ...verify.check import Outcome
@@ -46,16 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify; 0 where all agrees, 1 where it does not."""
-    place = find_place(os.environ, args.nproc or 1)
-    if place.launcher == "torchrun":
+    worker = read_environment(os.environ, args.nproc or 1)
+    if worker.launcher == "torchrun":
         raise UsageError("verify starts its own processes on this machine: run it without torchrun, with --nproc N")
-    if place.launcher == "none":
+    if worker.launcher == "none":
         config = load_config(args.config, args.overrides)
         return _launch(args, config, shrink(config, args.nproc, args.steps))
     from ..failures import supervised
 
-    with supervised(place):
-        return _work(args, place)
+    with supervised(worker):
+        return _work(args, worker)
 
 
 def _launch(args: argparse.Namespace, config: Config, shrunk: Shrunk) -> int:
@@ -90,18 +90,18 @@ def _print_long(text: str) -> None:
     print()
 
 
-def _work(args: argparse.Namespace, place: Place) -> int:
+def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
     """One rank. What it found is no failure of a process, so it is left in a file, and the launcher gives the code."""
     from ...training.build import make_groups
     from ...verify.check import verify_ranks
     from ..bootstrap import bootstrap
 
     shrunk = shrink(load_config(args.config, args.overrides), args.nproc, args.steps)
-    assert shrunk.layout.world_size == place.world_size, (shrunk.layout, place)
-    with bootstrap(place, "cpu", "gloo", shrunk.config.parallel.timeout) as process:
+    assert shrunk.layout.world_size == worker.world_size, (shrunk.layout, worker)
+    with bootstrap(worker, "cpu", "gloo", shrunk.config.parallel.timeout) as process:
         groups = make_groups(shrunk.config, shrunk.layout, process.device.type)
         outcomes = verify_ranks(shrunk, groups)
-    if place.rank == 0:
+    if worker.rank == 0:
         args.result.write_bytes(pickle.dumps(outcomes))
     sys.stdout.flush()
     return 0

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...comm.errors import telling
+from ...comm.errors import comm_errors
 from ...comm.exchange import begin_all_to_all
 from ...comm.meter import GroupMeter
 
@@ -34,7 +34,7 @@ class Collective:
 
     def wait(self) -> Tensor:
         """Raises CommunicationError if a rank that takes part has gone or does not come in time."""
-        with telling(self._what):
+        with comm_errors(self._what):
             for work in self._works:
                 work.wait()
         return self._result()
@@ -53,13 +53,13 @@ def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: dist.ProcessGroup,
     shard = pieces.shape[1] * pieces.element_size()
     if pieces.dtype == torch.float32 and pieces.device.type != "cpu":
         meter.reduce_scatter("gradients", shard)
-        with telling(what):
+        with comm_errors(what):
             work = _reduce_scatter(into, pieces.view(-1), group=group, async_op=True)
         assert work is not None
         return Collective(what, [work], pieces, lambda: into)
     received, rows = torch.empty_like(pieces), [1] * len(pieces)
     meter.all_to_all("gradients", rows, shard)
-    with telling(what):
+    with comm_errors(what):
         works = begin_all_to_all(received, pieces, rows, rows, group)
     return Collective(what, works, pieces, lambda: _add_up(received, into))
 
@@ -69,7 +69,7 @@ def begin_all_gather(shard: Tensor, group: dist.ProcessGroup, meter: GroupMeter)
     gathered = shard.new_empty(group.size(), shard.numel())
     meter.all_gather("weights", shard.nbytes)
     what = f"the all-gather of weights over {_ranks(group)}"
-    with telling(what):
+    with comm_errors(what):
         work = _all_gather(gathered.view(-1), shard, group=group, async_op=True)
     assert work is not None
     return Collective(what, [work], shard, lambda: gathered)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...local_parameter import Placed
+from ...local_parameter import LocalParameter
 from ..config import OptimConfig
 from ..groups import Groups
 from .adamw import Update, adamw
@@ -33,7 +33,7 @@ class ShardedOptimizer:
     """AdamW over the parameters of `placed`, its state sharded over each parameter's replicas."""
 
     def __init__(
-        self, placed: Sequence[Placed], groups: Groups, config: OptimConfig, update: Callable[..., None] = adamw
+        self, placed: Sequence[LocalParameter], groups: Groups, config: OptimConfig, update: Callable[..., None] = adamw
     ) -> None:
         """`placed` are this rank's parameters in the model's order; every rank of the grid makes its optimizer.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...local_parameter import Placed, Replicas
+from ...local_parameter import LocalParameter, Replicas
 
 _Key = tuple[Replicas, tuple[int, ...], bool]  # replicas, holders, decayed
 
@@ -22,7 +22,7 @@ _Key = tuple[Replicas, tuple[int, ...], bool]  # replicas, holders, decayed
 class Slot:
     """One parameter's place in a bucket."""
 
-    placed: Placed
+    placed: LocalParameter
     ranks: int
     start: int
     """Offset in the bucket's parameter-by-parameter layout."""
@@ -105,7 +105,9 @@ class Plan:
                 target[:, rows.start : rows.stop] = slot.in_shard(shards[rank])[:, : len(rows)]
 
 
-def plan_buckets(placed: Iterable[Placed], ranks: Callable[[Placed], int], bucket_numel: int) -> list[Plan]:
+def plan_buckets(
+    placed: Iterable[LocalParameter], ranks: Callable[[LocalParameter], int], bucket_numel: int
+) -> list[Plan]:
     """Group parameters into buckets of about `bucket_numel` elements, in the order of their first parameters.
 
     One bucket has one set of `ranks(placed)` ranks and one decay, and takes its parameters in the given order, which

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .actions import Action, Overlap, Schedule, parts
-from .transfers import Places, Transfer, post_receives
+from .transfers import Dataflow, Transfer, post_receives
 
 
 class Wait(NamedTuple):
@@ -32,8 +32,8 @@ def find_deadlock(schedule: Schedule) -> list[Wait]:
     A rank reaches a boundary, posts its receives and sends there, and passes when what the coming action needs has
     been sent and the target of everything it sent has come to the boundary that receives it. Linear in the actions.
     """
-    places = Places(schedule)
-    posted_at = post_receives(schedule, places)
+    dataflow = Dataflow(schedule)
+    posted_at = post_receives(schedule, dataflow)
     reached = [0] * schedule.num_ranks
     stuck: list[int | None] = [None] * schedule.num_ranks  # the output that the rank waits to get or to be rid of
     sleepers: dict[tuple[int, int], list[int]] = {}  # who waits until this rank comes to this boundary
@@ -42,7 +42,7 @@ def find_deadlock(schedule: Schedule) -> list[Wait]:
         rank = ready.pop()
         stuck[rank] = None
         while reached[rank] <= len(schedule.actions[rank]):
-            for output, other, boundary in _conditions(schedule, places, posted_at, rank, reached[rank]):
+            for output, other, boundary in _conditions(schedule, dataflow, posted_at, rank, reached[rank]):
                 if reached[other] < boundary:
                     stuck[rank] = output
                     sleepers.setdefault((other, boundary), []).append(rank)
@@ -51,28 +51,28 @@ def find_deadlock(schedule: Schedule) -> list[Wait]:
                 break
             reached[rank] += 1
             ready += sleepers.pop((rank, reached[rank]), ())
-    return _circle(schedule, places, reached, stuck)
+    return _circle(schedule, dataflow, reached, stuck)
 
 
 def _conditions(
-    schedule: Schedule, places: Places, posted_at: list[int], rank: int, boundary: int
+    schedule: Schedule, dataflow: Dataflow, posted_at: list[int], rank: int, boundary: int
 ) -> Iterator[tuple[int, int, int]]:
     """What `rank` waits for at `boundary`: for each output concerned, which rank must have come to which boundary."""
     actions = schedule.actions[rank]
     if boundary < len(actions):
         for part in parts(actions[boundary]):
-            needed = places.input_of(part)
-            if needed >= 0 and places.ranks[needed] != rank:
-                yield needed, places.ranks[needed], places.positions[needed] + 1
+            needed = dataflow.input_of(part)
+            if needed >= 0 and dataflow.ranks[needed] != rank:
+                yield needed, dataflow.ranks[needed], dataflow.positions[needed] + 1
     if boundary > 0:
         for part in parts(actions[boundary - 1]):
-            target = places.target_of(part)
+            target = dataflow.target_of(part)
             if target is not None and target != rank:
-                output = places.number(part)
+                output = dataflow.number(part)
                 yield output, target, posted_at[output]
 
 
-def _circle(schedule: Schedule, places: Places, reached: list[int], stuck: list[int | None]) -> list[Wait]:
+def _circle(schedule: Schedule, dataflow: Dataflow, reached: list[int], stuck: list[int | None]) -> list[Wait]:
     """From a rank that is stuck along those it waits for, until one comes again: who stands in that circle."""
     rank = next((rank for rank, output in enumerate(stuck) if output is not None), None)
     waits: list[Wait] = []
@@ -80,9 +80,9 @@ def _circle(schedule: Schedule, places: Places, reached: list[int], stuck: list[
         output = stuck[rank]
         # A rank that is through has passed every boundary, so nobody waits for it.
         assert output is not None, f"rank {rank} is not stuck, yet another waits for it"
-        source = places.ranks[output]
-        made = parts(schedule.actions[source][places.positions[output]])
-        transfer = next(places.transfer_of(part, source) for part in made if places.number(part) == output)
+        source = dataflow.ranks[output]
+        made = parts(schedule.actions[source][dataflow.positions[output]])
+        transfer = next(dataflow.transfer_of(part, source) for part in made if dataflow.number(part) == output)
         assert transfer is not None, f"{made} was waited for, but leaves nothing for another rank"
         position, actions = reached[rank], schedule.actions[rank]
         other = transfer.target if rank == source else source

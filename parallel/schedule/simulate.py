@@ -7,7 +7,7 @@ from .actions import Action, Overlap, Schedule, parts
 from .check import check, peak_live
 from .costs import Costs
 from .timeline import Span, Timeline
-from .transfers import Places
+from .transfers import Dataflow
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
@@ -33,10 +33,10 @@ class _Simulation:
 
     def __init__(self, schedule: Schedule, costs: Costs) -> None:
         self.schedule, self.costs = schedule, costs
-        self.places = Places(schedule)
+        self.dataflow = Dataflow(schedule)
         self.spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
-        # By `Places.number`: when an output is where it is needed, and the rank that waits for it.
-        self.arrivals: list[float | None] = [None] * len(self.places.ranks)
+        # By `Dataflow.number`: when an output is where it is needed, and the rank that waits for it.
+        self.arrivals: list[float | None] = [None] * len(self.dataflow.ranks)
         self.waiting: dict[int, int] = {}
         self.channel_free_at: dict[tuple[int, int], float] = {}
         self.durations: dict[tuple[object, ...], float] = {}
@@ -58,7 +58,7 @@ class _Simulation:
             action = actions[position]
             start = now
             for part in parts(action):
-                needed = self.places.input_of(part)
+                needed = self.dataflow.input_of(part)
                 if needed >= 0:
                     arrival = self.arrivals[needed]
                     if arrival is None:
@@ -84,7 +84,7 @@ class _Simulation:
 
     def _deliver(self, rank: int, part: Action, now: float, awake: list[int]) -> None:
         """Take what `part` produced to the rank that needs it, which may be this one."""
-        target = self.places.target_of(part)
+        target = self.dataflow.target_of(part)
         if target is None:
             return
         if target != rank:
@@ -92,7 +92,7 @@ class _Simulation:
             sent = max(now, self.channel_free_at.get(channel, 0.0)) + self.costs.p2p_bytes / self.costs.p2p_bandwidth
             self.channel_free_at[channel] = sent
             now = sent + self.costs.p2p_latency
-        output = self.places.number(part)
+        output = self.dataflow.number(part)
         self.arrivals[output] = now
         waiting = self.waiting.pop(output, None)
         if waiting is not None:

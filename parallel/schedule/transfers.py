@@ -54,8 +54,8 @@ def plan_transfers(schedule: Schedule) -> tuple[tuple[Boundary, ...], ...]:
 
     Every stage of a micro-batch must have its forward and, where the schedule has any, its backward; `check` says so.
     """
-    places = Places(schedule)
-    posted_at = post_receives(schedule, places)
+    dataflow = Dataflow(schedule)
+    posted_at = post_receives(schedule, dataflow)
     made: dict[int, Transfer] = {}
     sends: list[list[tuple[Transfer, ...]]] = [[()] for _ in schedule.actions]
     receives: list[dict[int, list[Transfer]]] = [{} for _ in schedule.actions]
@@ -63,9 +63,9 @@ def plan_transfers(schedule: Schedule) -> tuple[tuple[Boundary, ...], ...]:
         for action in actions:
             sent = []
             for part in parts(action):
-                transfer = places.transfer_of(part, rank)
+                transfer = dataflow.transfer_of(part, rank)
                 if transfer is not None:
-                    output = places.number(part)
+                    output = dataflow.number(part)
                     made[output] = transfer
                     receives[transfer.target].setdefault(posted_at[output], []).append(transfer)
                     sent.append(transfer)
@@ -75,7 +75,7 @@ def plan_transfers(schedule: Schedule) -> tuple[tuple[Boundary, ...], ...]:
     for rank, actions in enumerate(schedule.actions):
         boundaries = []
         for position, action in enumerate(actions):
-            inputs = (made.get(places.input_of(part)) for part in parts(action))
+            inputs = (made.get(dataflow.input_of(part)) for part in parts(action))
             needs = tuple(transfer for transfer in inputs if transfer is not None)
             boundaries.append(Boundary(sends[rank][position], tuple(receives[rank].get(position, ())), needs))
         boundaries.append(Boundary(sends[rank][-1], (), ()))
@@ -83,7 +83,7 @@ def plan_transfers(schedule: Schedule) -> tuple[tuple[Boundary, ...], ...]:
     return tuple(plan)
 
 
-class Places:
+class Dataflow:
     """Where each forward and backward of a schedule runs, and so where its input comes from and its output goes.
 
     They are numbered: the forwards by stage and micro-batch, then likewise the backwards, a B or the I of one that is
@@ -111,7 +111,7 @@ class Places:
             return -1
         return self.number(part) + (-self.num_microbatches if kind == "F" else self.num_microbatches)
 
-    def user_of(self, part: Action) -> int:
+    def consumer_of(self, part: Action) -> int:
         """The forward or backward of another stage that needs the output of `part`, -1 if none does."""
         kind, stage, _ = part
         if kind == "W" or stage == (self.last_stage if kind == "F" else 0):
@@ -120,7 +120,7 @@ class Places:
 
     def target_of(self, part: Action) -> int | None:
         """The rank that needs the output of `part`, which may be its own, if one does."""
-        user = self.user_of(part)
+        user = self.consumer_of(part)
         if user < 0:
             return None
         assert self.ranks[user] >= 0, f"what follows {part} at the next stage is missing: check the schedule first"
@@ -134,17 +134,17 @@ class Places:
         return Transfer("activation" if part.kind == "F" else "gradient", part.stage, part.microbatch, rank, target)
 
 
-def post_receives(schedule: Schedule, places: Places) -> list[int]:
+def post_receives(schedule: Schedule, dataflow: Dataflow) -> list[int]:
     """For each output that leaves its rank the boundary at which its target begins to receive it, -1 for the others."""
     # What every channel carries, in the order of its source: outputs and the positions where they are needed.
     channels: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for rank, _, part in schedule.work():
-        target = places.target_of(part)
+        target = dataflow.target_of(part)
         if target is not None and target != rank:
-            needed_at = places.positions[places.user_of(part)]
-            channels.setdefault((rank, target), []).append((places.number(part), needed_at))
+            needed_at = dataflow.positions[dataflow.consumer_of(part)]
+            channels.setdefault((rank, target), []).append((dataflow.number(part), needed_at))
 
-    posted_at = [-1] * len(places.ranks)
+    posted_at = [-1] * len(dataflow.ranks)
     ahead = [_one_ahead(actions) for actions in schedule.actions]
     for (_, target), outputs in channels.items():
         boundary = len(ahead[target])

@@ -29,7 +29,7 @@ from counterflow.fp8.statistics import Statistics
 from counterflow.fp8.tensor_formats import KINDS
 from counterflow.launcher import cli
 from counterflow.launcher.bootstrap import bootstrap
-from counterflow.launcher.environment import Place
+from counterflow.launcher.environment import WorkerEnvironment
 from counterflow.parallel.layout import Layout
 from counterflow.training.build import make_groups
 from counterflow.training.trainer import Trainer
@@ -91,7 +91,7 @@ def trained(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         return {
             "steps": made.steps,
             "looks": made.looks,
-            "entropy": made.case.flight.data.unigram_entropy,
+            "entropy": made.case.plan.data.unigram_entropy,
             "at": folder,
         }
 
@@ -113,7 +113,7 @@ def audited(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def audit(small: Path, folder: Path, *overrides: str, steps: int = 4) -> Iterator[Audit]:
     case = make_case(load_config(str(small), overrides), steps, steps, "bf16", folder)
     folder.mkdir(exist_ok=True)
-    with bootstrap(Place(), "cpu") as process, audit_of(case, process.device) as made:
+    with bootstrap(WorkerEnvironment(), "cpu") as process, audit_of(case, process.device) as made:
         yield made
 
 
@@ -141,11 +141,11 @@ def test_losses_stay_together_over_60_steps_and_fall_below_the_unigram_entropy(t
 
 def test_each_run_is_the_one_that_train_makes(trained: dict[str, Any], small: Path) -> None:
     """Two at a time on two threads, each is bit for bit what it is alone."""
-    with bootstrap(Place(), "cpu") as process:
+    with bootstrap(WorkerEnvironment(), "cpu") as process:
         for recipe in ("fp8", "bf16"):
             case = make_case(load_config(str(small)), None, None, "bf16", None)
             config = case.config if recipe == "fp8" else case.plain("bf16")
-            trainer = Trainer(config, make_groups(config, Layout(1), "cpu"), process.device, case.flight.data)
+            trainer = Trainer(config, make_groups(config, Layout(1), "cpu"), process.device, case.plan.data)
             losses = [trainer.step().loss for _ in range(3)]
             trainer.close()
             assert losses == [step[recipe]["loss"] for step in trained["steps"][:3]]

@@ -18,7 +18,7 @@ from counterflow.comm.flat import FlatDispatcher
 from counterflow.comm.meter import Meter, Traffic
 from counterflow.comm.routed import RoutedDispatcher
 from counterflow.comm.two_hop import TwoHopDispatcher
-from counterflow.comm.wire import FP8Wire, Wire
+from counterflow.comm.wire import FP8Wire, WireFormat
 from counterflow.settings import UsageError
 from counterflow.tests.comm.deepep_parts import CALLS, Settings
 from counterflow.tests.comm.deepep_stand_in import stand_in
@@ -41,7 +41,7 @@ def dispatcher(
     generation: Generation,
     experts: int,
     peers: int,
-    wire: Wire | None = None,
+    wire: WireFormat | None = None,
     alignment: int = 1,
     meter: Meter | None = None,
     settings: Settings | None = None,

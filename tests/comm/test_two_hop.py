@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from counterflow.comm.flat import FlatDispatcher
-from counterflow.comm.hops import Underway
-from counterflow.comm.one_process import AloneDispatcher
+from counterflow.comm.hops import InFlight
+from counterflow.comm.one_process import OneProcessDispatcher
 from counterflow.comm.two_hop import Nodes, TwoHopDispatcher
 from counterflow.comm.wire import FP8Wire
 from counterflow.tests.comm.layer import (
@@ -103,7 +103,7 @@ def test_one_process_that_rounds_partial_sums_has_the_same_bits(dtype: torch.dty
             mine = _one_process(case, dtype) if alone else case
             x = mine.x[worker.rank].clone().requires_grad_()
             dispatcher = (
-                AloneDispatcher(len(case.up), nodes, wire=wire)
+                OneProcessDispatcher(len(case.up), nodes, wire=wire)
                 if alone
                 else TwoHopDispatcher(dist.group.WORLD, len(case.up), wire=wire, nodes=nodes)
             )
@@ -128,7 +128,7 @@ def test_partial_sums_are_rounded_where_they_travel() -> None:
     ids, weights = torch.tensor([[0, 1, 2]]), torch.ones(1, 3)
     values = torch.tensor([[1.0], [2.0**-8], [2.0**-8]], dtype=torch.bfloat16)
     for nodes, expected in (([0, 0, 1], 1.0), ([0, 1, 1], 1.0 + 2.0**-7)):
-        dispatcher = AloneDispatcher(3, nodes)
+        dispatcher = OneProcessDispatcher(3, nodes)
         dispatched = dispatcher.dispatch(torch.zeros(1, 1, dtype=torch.bfloat16), ids, weights)
         assert dispatcher.combine(values, dispatched).item() == expected, nodes
 
@@ -150,7 +150,7 @@ def test_experts_may_be_more_than_16_bits_count() -> None:
 
 def test_a_hop_is_launched_when_enough_phases_have_passed(pool: Pool) -> None:
     def watch(worker: Worker) -> list[int]:
-        underway = Underway()
+        underway = InFlight()
         case = make_case(0, [5, 9, 2, 7], 8, 2, torch.float32)
         dispatcher = TwoHopDispatcher(dist.group.WORLD, 8, underway=underway, nodes=[0, 0, 1, 1])
         x = case.x[worker.rank].requires_grad_()

@@ -48,7 +48,7 @@ def test_base_is_merged_key_by_key_and_lists_are_replaced_whole(write: Write) ->
     write("base: low.yaml\noptim: {lr: 3}\n", "middle.yaml")
     top = write("base: ../middle.yaml\ntrain: {steps: 8}\ndata: {patterns: [c]}\n", "runs/top.yaml")
     config = load_config(top)
-    assert (config.train.steps, config.train.compile) == (8, True)
+    assert (config.train.steps, config.run.compile) == (8, True)
     assert config.data.patterns == ("c",)
     assert config.data.path == "text"
     assert config.optim.lr == TokenSchedule.model_validate(3.0)
@@ -117,7 +117,7 @@ def test_set_parses_its_value_as_yaml(override: str, read: Callable[[Config], An
 
 def test_later_set_wins_over_earlier_and_over_the_file() -> None:
     config = load_config("tiny", ["train.steps=5", "train={compile: true}", "train.steps=6"])
-    assert (config.train.steps, config.train.compile) == (6, True)
+    assert (config.train.steps, config.run.compile) == (6, True)
 
 
 def test_run_is_named_after_its_config_unless_it_has_a_name(write: Write) -> None:
@@ -257,7 +257,7 @@ def test_shipped_configs_print_and_load_again(write: Write, name: str) -> None:
 
 
 def test_schedules_print_in_their_short_form() -> None:
-    overrides = ["optim.lr=2", "train.mtp_weight=[{tokens: 5, value: 1}]", "train.bias_update_speed=[{value: 1}]"]
+    overrides = ["optim.lr=2", "train.mtp_weight=[{tokens: 5, value: 1}]", "balance.bias_update_speed=[{value: 1}]"]
     short = plain(load_config("tiny", overrides))
     assert short["optim"]["lr"] == 2.0
     assert short["train"]["mtp_weight"] == [{"tokens": 5.0, "value": 1.0}]

@@ -69,12 +69,12 @@ train:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.compile=yes", "expects true or false, got 'yes' (write true)"),
-        ("train.compile=1", "expects true or false, got 1"),
+        ("run.compile=yes", "expects true or false, got 'yes' (write true)"),
+        ("run.compile=1", "expects true or false, got 1"),
         ("train.steps=true", "expects a whole number or null, got true"),
         ("train.evaluate_every=null", "expects a whole number, got null"),
         ("train.evaluate_every=[1]", "expects a whole number, got a list"),
-        ("train.recompute=ful", "expects none, v3 or full, got 'ful' (did you mean full?)"),
+        ("memory.recompute=ful", "expects none, v3 or full, got 'ful' (did you mean full?)"),
         ("optim.eps=0", "must be above 0, is 0"),
         ("optim.beta1=1", "must be below 1, is 1"),
         ("model.qk_rope_head_dim=7", "must be a multiple of 2, is 7"),
@@ -262,7 +262,7 @@ def test_faults_of_the_command_line_and_of_the_file_come_together() -> None:
 
 def test_config_error_is_a_usage_error_that_prints_all_its_faults() -> None:
     with pytest.raises(UsageError) as caught:
-        load_config("tiny", ["train.steps=x", "train.compile=x"])
+        load_config("tiny", ["train.steps=x", "run.compile=x"])
     lines = str(caught.value).splitlines()
     assert lines[0] == "2 faults in the configuration"
     assert [line.strip() for line in lines[1:]] == [str(fault) for fault in caught.value.faults]  # type: ignore[attr-defined]
@@ -283,23 +283,23 @@ ONE_GROUP = "is for several groups of experts, but model.n_group is 1 (works: mo
     ("overrides", "key", "message"),
     [
         (
-            ["train.device_loss=0.05", "model.n_group=1", "model.topk_group=1"],
-            "train.device_loss",
-            f"0.05 {ONE_GROUP} train.device_loss 0)",
+            ["balance.device_loss=0.05", "model.n_group=1", "model.topk_group=1"],
+            "balance.device_loss",
+            f"0.05 {ONE_GROUP} balance.device_loss 0)",
         ),
         (
-            ["train.communication_loss=0.02", "model.n_group=1", "model.topk_group=1", "model.topk_method=greedy"],
-            "train.communication_loss",
-            f"0.02 {ONE_GROUP} train.communication_loss 0)",
+            ["balance.communication_loss=0.02", "model.n_group=1", "model.topk_group=1", "model.topk_method=greedy"],
+            "balance.communication_loss",
+            f"0.02 {ONE_GROUP} balance.communication_loss 0)",
         ),
         (
-            ["train.capacity_factor=1", "model.n_group=1", "model.topk_group=1"],
-            "train.capacity_factor",
-            f"1 {ONE_GROUP} train.capacity_factor null)",
+            ["balance.capacity_factor=1", "model.n_group=1", "model.topk_group=1"],
+            "balance.capacity_factor",
+            f"1 {ONE_GROUP} balance.capacity_factor null)",
         ),
         (
-            ["train.bias_update_speed=0.01", "model.topk_method=greedy"],
-            "train.bias_update_speed",
+            ["balance.bias_update_speed=0.01", "model.topk_method=greedy"],
+            "balance.bias_update_speed",
             "moves a bias that the router of model.topk_method greedy has not (leave it out or set it to 0, or "
             "model.topk_method noaux_tc; balance_loss works with every router)",
         ),
@@ -323,7 +323,11 @@ def test_what_a_router_cannot_use_is_refused_with_what_works(overrides: list[str
 
 
 def test_a_router_without_a_bias_leaves_the_default_speed_alone() -> None:
-    for speed in ([], ["train.bias_update_speed=0"], ["train.bias_update_speed=[{tokens: 5, value: 0}, {value: 0}]"]):
+    for speed in (
+        [],
+        ["balance.bias_update_speed=0"],
+        ["balance.bias_update_speed=[{tokens: 5, value: 0}, {value: 0}]"],
+    ):
         assert load_config("tiny", ["model.topk_method=group_limited_greedy", *speed]).model.n_group == 4
     reached = ["model.topk_method=greedy", "model.num_experts_per_tok=5"]  # more than topk_group would allow
     assert load_config("tiny", reached).model.num_experts_per_tok == 5

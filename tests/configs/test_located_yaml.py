@@ -10,12 +10,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.configs.located_yaml import Fault, Located, Place, merge, parse_yaml
+from counterflow.configs.located_yaml import Fault, Located, Location, merge, parse_yaml
 
 
 def read(text: str) -> Located:
     faults: list[Fault] = []
-    tree = parse_yaml(text, Place("f.yaml", 1), faults)
+    tree = parse_yaml(text, Location("f.yaml", 1), faults)
     assert not faults
     assert tree is not None
     return tree
@@ -76,15 +76,15 @@ def test_every_value_knows_the_line_of_its_key() -> None:
     for path, line in lines.items():
         found = tree.find(path)
         assert found is not None
-        assert found.place == Place("f.yaml", line), path
+        assert found.location == Location("f.yaml", line), path
     assert tree.find(("b", "x")) is None
-    assert tree.nearest(("b", "c", 7)).place.line == 4
+    assert tree.nearest(("b", "c", 7)).location.line == 4
 
 
 def test_merge_replaces_what_is_no_mapping_and_keeps_both_files_lines() -> None:
     merged = merge(read("\n\na: {b: 1, c: [1, 2]}\nd: 1"), read("a: {c: [3], e: 4}\nd: {f: 1}"))
     assert values(merged) == {"a": {"b": 1, "c": [3], "e": 4}, "d": {"f": 1}}
-    assert [merged.nearest(("a", key)).place.line for key in "bce"] == [3, 1, 1]
+    assert [merged.nearest(("a", key)).location.line for key in "bce"] == [3, 1, 1]
 
 
 def test_aliases_are_followed() -> None:

@@ -71,7 +71,7 @@ def test_v3_architecture_is_the_published_one(v3: Config) -> None:
 
 def test_v3_recipe_ends_at_14_8_trillion_tokens_in_every_schedule(v3: Config) -> None:
     assert v3.train.tokens == 14.8e12
-    for schedule in (v3.optim.lr, v3.train.bias_update_speed, v3.train.mtp_weight):
+    for schedule in (v3.optim.lr, v3.balance.bias_update_speed, v3.train.mtp_weight):
         assert schedule.total_tokens == pytest.approx(14.8e12, rel=1e-12)
 
 
@@ -94,10 +94,10 @@ def test_v3_warm_up_is_two_thousand_steps_of_the_growing_batch(v3: Config) -> No
 
 
 def test_v3_router_and_mtp_phases(v3: Config) -> None:
-    speed, weight = v3.train.bias_update_speed, v3.train.mtp_weight
+    speed, weight = v3.balance.bias_update_speed, v3.train.mtp_weight
     assert (speed.at(14.3e12 - 1), speed.at(14.3e12 + 1)) == (0.001, 0.0)
     assert (weight.at(10e12 - 1), weight.at(10e12 + 1)) == (0.3, 0.1)
-    assert v3.train.balance_loss == 1e-4
+    assert v3.balance.expert_loss == 1e-4
 
 
 def test_v3_optimizer(v3: Config) -> None:
@@ -147,12 +147,12 @@ def test_16b_keeps_what_makes_v3_v3(lite: Config, v3: Config) -> None:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_nextn_predict_layers"):
         assert getattr(lite.model, name) == getattr(v3.model, name)
     assert lite.optim.model_copy(update={"lr": v3.optim.lr}) == v3.optim
-    assert lite.train.recompute == v3.train.recompute
+    assert lite.memory.recompute == v3.memory.recompute
 
 
 def test_16b_recipe_fits_its_length(lite: Config) -> None:
     assert lite.train.tokens == 5.7e12
-    for schedule in (lite.optim.lr, lite.train.bias_update_speed, lite.train.mtp_weight):
+    for schedule in (lite.optim.lr, lite.balance.bias_update_speed, lite.train.mtp_weight):
         assert schedule.total_tokens == pytest.approx(5.7e12, rel=1e-12)
     assert tokens_after(lite.batch, 2000) == pytest.approx(lite.optim.lr.phases[0].tokens, rel=1e-3)
     steps = [lite.optim.lr.at(share * 5.7e12) for share in (0.79, 0.81, 0.91)]

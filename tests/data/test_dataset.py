@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counterflow.data.dataset import OrderedDataset, PackedDataset
-from counterflow.data.order import named_permutation
+from counterflow.seeds import named_permutation
 from counterflow.settings import UsageError
 
 GOLDEN = [7, 5, 0, 4, 1, 6, 3, 2]

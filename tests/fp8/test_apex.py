@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from counterflow.fp8 import apex as accumulate
 from counterflow.fp8 import linear
 from counterflow.fp8.linear import Linear
-from counterflow.phases import WeightQueue, drain
+from counterflow.weight_gradients import WeightQueue, drain
 
 
 @pytest.fixture(autouse=True)

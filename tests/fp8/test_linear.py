@@ -16,8 +16,8 @@ from counterflow.fp8.emulated import Kept
 from counterflow.fp8.linear import GroupedLinear, Linear
 from counterflow.fp8.recipe import LinearRecipe
 from counterflow.fp8.tensor_formats import KINDS, Kind
-from counterflow.phases import WeightQueue, drain
 from counterflow.tests.fp8.oracle import quantize_tiles
+from counterflow.weight_gradients import WeightQueue, drain
 
 T, K, N = 300, 200, 136  # partial tiles on every side
 

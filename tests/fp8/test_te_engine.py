@@ -16,9 +16,9 @@ from counterflow.fp8.linear import GroupedLinear, Linear
 from counterflow.fp8.recipe import LinearRecipe
 from counterflow.fp8.te.backend import TransformerEngine
 from counterflow.fp8.tensor_formats import Kind
-from counterflow.phases import WeightQueue, drain
 from counterflow.settings import UsageError
 from counterflow.tests.fp8 import fake_te
+from counterflow.weight_gradients import WeightQueue, drain
 
 T, K, N = 160, 192, 144  # partial tiles on every side
 COUNTS = [32, 0, 96, 32]

@@ -38,8 +38,8 @@ def test_off_the_cpu_attention_gets_positions_before_heads_in_memory() -> None:
     """That is what GPU kernels read; `meta` stands for a GPU here."""
     sizes = {"query": (2, 20, 3, 24), "key_value": (2, 20, 3, 32), "rotary_key": (2, 20, 8)}
     parts = [torch.empty(size, device="meta", dtype=torch.bfloat16) for size in sizes.values()]
-    turns = torch.empty(20, 4, dtype=torch.complex64, device="meta")
-    for made, width in zip(AssembleFunction.apply(*parts, turns, 0.2), (24, 24, 16), strict=True):
+    rotary = torch.empty(20, 4, dtype=torch.complex64, device="meta")
+    for made, width in zip(AssembleFunction.apply(*parts, rotary, 0.2), (24, 24, 16), strict=True):
         assert made.shape == (2, 3, 20, width)
         assert made.transpose(1, 2).is_contiguous()
 

@@ -196,12 +196,12 @@ def test_auto_takes_it_on_gpus_and_says_why_not(
 
 def test_a_run_that_asks_for_it_ends_before_a_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "2.3.0")
-    faults = backend_faults(config("precision.backend=te", "train.device=cpu"))
+    faults = backend_faults(config("precision.backend=te", "run.device=cpu"))
     assert [fault.split(":")[0] for fault in faults] == ["precision.backend is te"] * len(faults)
     told = "\n".join(faults)
-    assert "Transformer Engine 2.3.0 is installed, and 2.9 is the oldest" in told and "train.device is cpu" in told
+    assert "Transformer Engine 2.3.0 is installed, and 2.9 is the oldest" in told and "run.device is cpu" in told
     assert "kv_lora_rank + qk_rope_head_dim is 24: " in told and "(nearest: 16 or 32)" in told
-    assert backend_faults(config("train.device=cpu")) == []
+    assert backend_faults(config("run.device=cpu")) == []
 
 
 def test_v3_itself_has_widths_it_takes() -> None:

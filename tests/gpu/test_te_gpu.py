@@ -30,11 +30,11 @@ from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.layout import Layout
 from counterflow.parallel.optimizer.adamw import Update, adamw
 from counterflow.parallel.optimizer.fused_adamw import FusedAdamW
-from counterflow.phases import WeightQueue, drain
 from counterflow.settings import UsageError
 from counterflow.tests.training.harness import open_text, tiny, write_text
 from counterflow.training.build import make_groups
 from counterflow.training.trainer import Trainer
+from counterflow.weight_gradients import WeightQueue, drain
 
 DEVICE = torch.device("cuda")
 T, K, N = 512, 576, 1536  # 576 is 4.5 tiles, as DeepSeek-V3's latents of keys and values
@@ -322,7 +322,7 @@ def test_a_step_of_training_is_emulations(recompute: str, library: Library, one_
     wide += ["model.qk_rope_head_dim=32", "batch.sequence_length=64", "precision.recipe=fp8"]
     losses = {}
     for backend in ("emulated", "te"):
-        config = tiny(text, *wide, f"train.recompute={recompute}", f"precision.backend={backend}")
+        config = tiny(text, *wide, f"memory.recompute={recompute}", f"precision.backend={backend}")
         trainer = Trainer(config, make_groups(config, Layout(1, 1, 1), DEVICE.type), DEVICE, open_text(config))
         assert (trainer.model.recipe.backend is not None) == (backend == "te")
         steps = [trainer.step() for _ in range(3)]

@@ -141,7 +141,7 @@ def test_keys_in_running_text_exist(pages: dict[str, str]) -> None:
     sections = "|".join(Config.model_fields)
     key = re.compile(rf"(?:{sections})\.[a-z_]+(?:\.[a-z_]+)*(?=:|$)")
     named = {found[0] for page in pages.values() for code in code_of(page) if (found := key.match(code)) is not None}
-    assert {"train.recompute", "parallel.dp", "log.tensorboard"} <= named
+    assert {"memory.recompute", "parallel.dp", "log.tensorboard"} <= named
     assert named - {"config.yaml", "data.md"} <= KEYS
 
 
@@ -177,7 +177,7 @@ def test_exit_codes_are_the_programs(pages: dict[str, str]) -> None:
 
 
 def test_recompute_policies_are_all_described(pages: dict[str, str]) -> None:
-    (line,) = re.findall(r"^- `train.recompute`: (.*?)^- ", pages["docs/training.md"], re.MULTILINE | re.DOTALL)
+    (line,) = re.findall(r"^- `memory.recompute`: (.*?)^- ", pages["docs/training.md"], re.MULTILINE | re.DOTALL)
     assert tuple(CODE.findall(line)) == get_args(TrainConfig.model_fields["recompute"].annotation)
 
 

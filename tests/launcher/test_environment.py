@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from counterflow.launcher.bootstrap import bootstrap, choose_device
-from counterflow.launcher.environment import Place, find_place, threads_per_process, usable_cores
+from counterflow.launcher.environment import WorkerEnvironment, read_environment, threads_per_process, usable_cores
 from counterflow.launcher.failures import FailureRecord, is_lost_peer
 from counterflow.launcher.logs import open_log
 from counterflow.settings import UsageError
@@ -21,18 +21,18 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 
 
 def test_plain_shell_is_one_process_whatever_nproc_says() -> None:
-    assert find_place({}) == find_place({"PATH": "bin"}, nproc=4) == Place(0, 1, 0, 1, "none")
+    assert read_environment({}) == read_environment({"PATH": "bin"}, nproc=4) == WorkerEnvironment(0, 1, 0, 1, "none")
 
 
 def test_torchrun_gives_the_place() -> None:
-    place = find_place({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": "error.json", "OMP_NUM_THREADS": "3"})
-    assert place == Place(5, 8, 1, 4, "torchrun", error_file=Path("error.json"), threads=3)
+    worker = read_environment({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": "error.json", "OMP_NUM_THREADS": "3"})
+    assert worker == WorkerEnvironment(5, 8, 1, 4, "torchrun", error_file=Path("error.json"), threads=3)
 
 
 def test_nproc_is_refused_under_torchrun_and_not_in_our_own_workers() -> None:
     with pytest.raises(UsageError, match=r"--nproc 4 .* process 5 of 8"):
-        find_place(TORCHRUN, nproc=4)
-    worker = find_place({**TORCHRUN, "COUNTERFLOW_PARENT": "321"}, nproc=4)
+        read_environment(TORCHRUN, nproc=4)
+    worker = read_environment({**TORCHRUN, "COUNTERFLOW_PARENT": "321"}, nproc=4)
     assert (worker.launcher, worker.parent, worker.rank) == ("local", 321, 5)
 
 
@@ -50,7 +50,7 @@ def test_nproc_is_refused_under_torchrun_and_not_in_our_own_workers() -> None:
 def test_wrong_environment_is_named(changes: dict[str, str | None], message: str) -> None:
     environ = {name: value for name, value in {**TORCHRUN, **changes}.items() if value is not None}
     with pytest.raises(UsageError, match=message):
-        find_place(environ)
+        read_environment(environ)
 
 
 def test_threads_share_the_cores_and_never_vanish() -> None:
@@ -67,7 +67,7 @@ def connections() -> set[object]:
 def test_single_process_is_a_group_of_one_without_a_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     before = connections()
-    with bootstrap(Place(), device="cpu", timeout=5.0) as process:
+    with bootstrap(WorkerEnvironment(), device="cpu", timeout=5.0) as process:
         assert (process.rank, process.world_size, process.device) == (0, 1, torch.device("cpu"))
         assert dist.get_backend() == "gloo"
         total = torch.tensor([3.0])
@@ -78,7 +78,7 @@ def test_single_process_is_a_group_of_one_without_a_rendezvous(monkeypatch: pyte
 
 
 def test_group_of_one_is_left_after_a_failure_too() -> None:
-    with pytest.raises(KeyError), bootstrap(Place(), device="cpu"):
+    with pytest.raises(KeyError), bootstrap(WorkerEnvironment(), device="cpu"):
         raise KeyError
     assert not dist.is_initialized()
 
@@ -86,7 +86,7 @@ def test_group_of_one_is_left_after_a_failure_too() -> None:
 def test_bootstrap_sets_the_threads() -> None:
     before = torch.get_num_threads()
     try:
-        with bootstrap(Place(threads=before + 1), device="cpu"):
+        with bootstrap(WorkerEnvironment(threads=before + 1), device="cpu"):
             assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)

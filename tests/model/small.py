@@ -13,9 +13,10 @@ from counterflow.comm.flat import FlatDispatcher
 from counterflow.fp8.recipe import Recipe
 from counterflow.model.config import ModelConfig, RopeScaling
 from counterflow.model.kernels import Kernels
-from counterflow.model.naming import placements, router_biases, seed_of
+from counterflow.model.naming import placements, router_biases
 from counterflow.model.recompute import RecomputePolicy
 from counterflow.model.transformer import Output, Transformer
+from counterflow.seeds import seed_of
 
 
 def random_config(seed: int, **fixed: Any) -> ModelConfig:

@@ -66,8 +66,8 @@ def our_swiglu(kernels: Kernels, gate_up: Tensor, weights: Tensor | None = None)
 
 def our_assemble(kernels: Kernels, query: Tensor, key_value: Tensor, rotary_key: Tensor) -> Any:
     table = angles(query.shape[1], rotary_key.shape[-1] // 2)
-    turns = torch.complex(table.cos(), table.sin()).to(torch.complex64)
-    return AssembleFunction.apply(query, key_value, rotary_key, turns, SCALE)
+    rotary = torch.complex(table.cos(), table.sin()).to(torch.complex64)
+    return AssembleFunction.apply(query, key_value, rotary_key, rotary, SCALE)
 
 
 # Our kernel, the formula, and the shapes of the inputs; routing weights stay FP32.

@@ -9,8 +9,9 @@ from torch import Tensor
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.model.config import ModelConfig
 from counterflow.model.counts import count_parameters
-from counterflow.model.naming import initial_tensor, initialise, placements, router_biases, seed_of
+from counterflow.model.naming import initial_tensor, initialise, placements, router_biases
 from counterflow.model.transformer import Transformer
+from counterflow.seeds import seed_of
 from counterflow.tests.model.small import (
     build,
     global_gradients,

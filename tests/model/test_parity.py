@@ -18,7 +18,7 @@ from counterflow.checkpoint.hf_names import to_hugging_face
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.model.config import ModelConfig, RopeScaling
 from counterflow.model.naming import router_biases
-from counterflow.model.rope import rotary_turns, softmax_scale
+from counterflow.model.rope import rotary_factors, softmax_scale
 from counterflow.model.transformer import Transformer
 from counterflow.tests.model.small import (
     build,
@@ -217,11 +217,11 @@ def test_rotary_factors_and_softmax_scale_equal_transformers(config: ModelConfig
     rotary = theirs.DeepseekV3RotaryEmbedding(expected)
     cos, sin = rotary(torch.empty(1, dtype=torch.float32), torch.arange(length).unsqueeze(0))
     half = config.qk_rope_head_dim // 2
-    turns = rotary_turns(config, length)
-    assert turns.shape == (length, half)
+    rotary = rotary_factors(config, length)
+    assert rotary.shape == (length, half)
     # An angle of 4,096 is known to 2e-4 in FP32.
-    assert torch.allclose(turns.real, cos[0, :, :half], atol=5e-4)
-    assert torch.allclose(turns.imag, sin[0, :, :half], atol=5e-4)
+    assert torch.allclose(rotary.real, cos[0, :, :half], atol=5e-4)
+    assert torch.allclose(rotary.imag, sin[0, :, :half], atol=5e-4)
     with torch.device("meta"):
         attention = theirs.DeepseekV3Attention(expected, 0)
     assert softmax_scale(config) == pytest.approx(attention.scaling, rel=1e-12)

@@ -228,8 +228,8 @@ def two_blocks(
     model = build(config, recompute=policy, kernels=kernels, dtype=dtype)
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(2, 2, 50, config.hidden_size, generator=generator).to(dtype)
-    turns, valid = model._turns(50, torch.device("cpu")), torch.tensor([True, True])
-    return model, [(x.requires_grad_(), turns, valid) for x in inputs.unbind()]
+    rotary, valid = model._rotary(50, torch.device("cpu")), torch.tensor([True, True])
+    return model, [(x.requires_grad_(), rotary, valid) for x in inputs.unbind()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from counterflow.local_parameter import Placed
+from counterflow.local_parameter import LocalParameter
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
 
@@ -89,18 +89,18 @@ class Part:
         per_rank = EXPERTS // groups.layout.ep
         mine = range(ep * per_rank, (ep + 1) * per_rank)
         self.groups = groups
-        self.placed: list[Placed] = []
+        self.placed: list[LocalParameter] = []
         if here in case.embedding:
-            self.placed.append(Placed(_empty(EMBEDDING, dtype), ("embedding",), holders=case.embedding))
+            self.placed.append(LocalParameter(_empty(EMBEDDING, dtype), ("embedding",), holders=case.embedding))
         for stage, held in enumerate(case.stages):
             if here in held:
                 for name, shape in DENSE.items():
-                    self.placed.append(Placed(_empty(shape, dtype), (f"stages.{stage}.{name}",), holders=held))
+                    self.placed.append(LocalParameter(_empty(shape, dtype), (f"stages.{stage}.{name}",), holders=held))
                 stack = _empty((per_rank, *EXPERT), dtype)
                 names = tuple(f"stages.{stage}.experts.{e}" for e in mine)
-                self.placed.append(Placed(stack, names, "edp", held))
+                self.placed.append(LocalParameter(stack, names, "edp", held))
 
-    def micro_batches(self, item: Placed) -> list[int]:
+    def micro_batches(self, item: LocalParameter) -> list[int]:
         """Those that this rank runs, of each step: they are dealt out among the ranks that hold the same."""
         group = self.groups.replicas(item.replicas, item.holders).get_group()
         return list(range(dist.get_rank(group), MICRO_BATCHES, dist.get_world_size(group)))
@@ -109,13 +109,13 @@ class Part:
         """Gradients that each parameter gets in a step."""
         return {item.parameter: len(self.micro_batches(item)) for item in self.placed}
 
-    def backward(self, gradient: Callable[[str, int], Tensor], items: Iterable[Placed] | None = None) -> None:
+    def backward(self, gradient: Callable[[str, int], Tensor], items: Iterable[LocalParameter] | None = None) -> None:
         """Give `items`, by default all from last to first, the gradients `gradient(name, micro_batch)` of a step."""
         for item in reversed(self.placed) if items is None else items:
             for micro_batch in self.micro_batches(item):
                 self.accumulate(item, micro_batch, gradient)
 
-    def accumulate(self, item: Placed, micro_batch: int, gradient: Callable[[str, int], Tensor]) -> None:
+    def accumulate(self, item: LocalParameter, micro_batch: int, gradient: Callable[[str, int], Tensor]) -> None:
         parameter = item.parameter
         wanted = torch.stack([gradient(name, micro_batch) for name in item.names]).view(parameter.shape)
         wanted = wanted.to(parameter.dtype)

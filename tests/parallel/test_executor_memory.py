@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from counterflow.comm.p2p import Wires
+from counterflow.comm.p2p import PipelineChannels
 from counterflow.model.recompute import RecomputePolicy
 from counterflow.model.transformer import MicroBatch
 from counterflow.parallel.executor import Executor, Program
@@ -46,7 +46,7 @@ def ledger_of(schedule: Schedule, recompute: RecomputePolicy) -> tuple[Ledger, i
         for seed in range(MICRO_BATCHES)
     ]
     shape = torch.Size((SEQUENCES, LENGTH, config.hidden_size))
-    executor = Executor({0: model}, Wires(0, {}), (), shape, torch.float32, torch.device("cpu"))
+    executor = Executor({0: model}, PipelineChannels(0, {}), (), shape, torch.float32, torch.device("cpu"))
     program = Program.of(schedule, 0)
     executor.train(program, batches)  # rotary tables are made once and stay
     with Allocations() as allocations:

@@ -10,7 +10,7 @@ import torch
 
 from counterflow.benchmarks.pipeline import RANKS, make_runners, run_rounds, simulated_units
 from counterflow.benchmarks.pipeline_chunks import COSTS, SHAPE, Device, SleepingChunk
-from counterflow.comm.p2p import Wires
+from counterflow.comm.p2p import PipelineChannels
 from counterflow.parallel.executor import Executor, Program, microbatches_of
 from counterflow.parallel.overlap_orders import find_order
 from counterflow.parallel.schedule.catalogue import find_schedule
@@ -48,7 +48,7 @@ def test_every_action_takes_exactly_its_cost(name: str, options: dict[str, Any])
     schedule = find_schedule(name)(1, MICRO_BATCHES, **options)
     device = TurnedByHand()
     chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.placement[0]}
-    unconnected: Wires = None  # type: ignore[assignment]
+    unconnected: PipelineChannels = None  # type: ignore[assignment]
     executor = Executor(chunks, unconnected, find_order("v3"), SHAPE, torch.float32, torch.device("cpu"))
     starts: list[float] = []
     executor.watch = SimpleNamespace(begin=lambda action: starts.append(device.now()), backward=lambda running: None)

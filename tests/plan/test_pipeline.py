@@ -26,7 +26,7 @@ from counterflow.plan.pipeline import (
     stage_work,
 )
 from counterflow.settings import UsageError
-from counterflow.training.preflight import bubble_notes, preflight
+from counterflow.training.preflight import bubble_notes, prepare_run
 
 OWN_SCHEDULE = '''
 import dataclasses
@@ -137,7 +137,7 @@ def test_schedule_of_the_users_own_file_takes_its_options_and_refuses_its_number
 def test_counts_of_micro_batches_the_schedule_refuses_stop_a_run_before_it_starts() -> None:
     Path("own.py").write_text(OWN_SCHEDULE)
     with pytest.raises(UsageError, match=r"of 8 sequences is 8 micro-batches a pipeline: one_more takes .* in threes"):
-        preflight(load("pp=3", "schedule=own.py:one_more"), 3, 3)
+        prepare_run(load("pp=3", "schedule=own.py:one_more"), 3, 3)
 
 
 def test_pipeline_gets_its_replicas_share_of_the_batch() -> None:
@@ -159,7 +159,7 @@ def test_v3_has_four_layers_a_stage_and_one_beside_head_and_mtp() -> None:
 def test_predicted_work_adds_up_to_the_models_flops(recompute: str) -> None:
     """An independent count: 6 FLOPs a matmul parameter, attention cores over half the sequence as masked."""
     for name in ("deepseek-v3-671b", "deepseek-v3-16b", "tiny"):
-        config = load_config(name, [f"train.recompute={recompute}", "batch.micro_sequences=1"])
+        config = load_config(name, [f"memory.recompute={recompute}", "batch.micro_sequences=1"])
         model, length = config.model, config.batch.sequence_length
         cores = 3 * 2 * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim) * length
         cores *= model.num_hidden_layers + model.num_nextn_predict_layers

@@ -59,7 +59,7 @@ def settings(text: Path) -> list[str]:
         "batch.sequence_length=16",
         "optim.lr=5e-4",
         "optim.moments=fp32",
-        "train.bias_update_speed=0.02",
+        "balance.bias_update_speed=0.02",
     ]
 
 

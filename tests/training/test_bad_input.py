@@ -177,10 +177,8 @@ def test_starting_afresh_leaves_the_old_run_alone_if_the_ranks_cannot_start(text
     before = contents(run.parent)
     no_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-P", "-m", "counterflow", "train", "tiny", "--nproc", "2", "--fresh"]
-    sets = [
-        part for each in (*settings(text), f"run.dir={run.parent}", "train.device=cuda") for part in ("--set", each)
-    ]
+    sets = [part for each in (*settings(text), f"run.dir={run.parent}", "run.device=cuda") for part in ("--set", each)]
     done = subprocess.run([*command, *sets], capture_output=True, text=True, timeout=120, env=no_gpu)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("counterflow: error: train.device is cuda, but torch finds no GPU")
+    assert done.stderr.splitlines()[-1].startswith("counterflow: error: run.device is cuda, but torch finds no GPU")
     assert contents(run.parent) == before

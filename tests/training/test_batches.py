@@ -54,7 +54,7 @@ def test_a_batch_ramp_takes_the_same_steps_in_every_layout(pool: Pool, text: Pat
 def test_schedules_are_read_at_the_tokens_before_the_step(pool: Pool, text: Path) -> None:
     overrides = (
         "optim.lr=[{tokens: 256, start: 0, end: 1e-3}, {value: 2e-4}]",
-        "train.bias_update_speed=[{tokens: 256, value: 0.01}, {value: 0}]",
+        "balance.bias_update_speed=[{tokens: 256, value: 0.01}, {value: 0}]",
         "train.mtp_weight=[{tokens: 128, value: 0.3}, {value: 0.1}]",
     )
     stepped, weights = pool.run(_scheduled, 1, tiny(text, *overrides))[0]

@@ -41,7 +41,7 @@ CASES = [
     Case(2),
     Case(4),
     Case(2, ep=2),
-    Case(4, ep=2, more=("precision.recipe=bf16", "train.recompute=full")),
+    Case(4, ep=2, more=("precision.recipe=bf16", "memory.recompute=full")),
     Case(2, more=PIPELINE),  # both stages twice
     Case(4, ep=2, more=(*PIPELINE, "precision.recipe=fp8")),
     Case(4, more=("parallel.pp=2", "parallel.schedule=1f1b")),  # one embedding on the first and the last rank

@@ -56,9 +56,9 @@ def test_deepep_that_cannot_carry_the_run_is_refused_with_what_works() -> None:
     assert "comm.dispatcher: deepep carries BF16 and FP8, and activations are FP32" in said
     assert "auto, flat and two-hop carry them" in said
     bf16 = "precision.recipe=bf16", "parallel.ep=2", "comm.dispatcher=deepep"
-    (absent,) = dispatch_faults(config(*bf16, "train.device=cpu"), Layout(2, ep=2))
+    (absent,) = dispatch_faults(config(*bf16, "run.device=cpu"), Layout(2, ep=2))
     assert "this run's device is cpu" in absent and "comm.dispatcher two-hop needs neither it nor a GPU" in absent
-    found = dispatch_faults(config(*bf16, "train.device=cuda"), Layout(2, ep=2))
+    found = dispatch_faults(config(*bf16, "run.device=cuda"), Layout(2, ep=2))
     assert any("DeepEP is not installed" in fault and "two-hop" in fault for fault in found)
     (alone,) = dispatch_faults(config("precision.recipe=bf16", "comm.dispatcher=deepep"), Layout(1))
     assert "comm.dispatcher flat works" in alone
@@ -66,7 +66,7 @@ def test_deepep_that_cannot_carry_the_run_is_refused_with_what_works() -> None:
 
 
 def test_a_run_that_asks_for_deepep_in_vain_does_not_start(capfd: pytest.CaptureFixture[str]) -> None:
-    asked = ["precision.recipe=bf16", "comm.dispatcher=deepep", "train.device=cpu"]
+    asked = ["precision.recipe=bf16", "comm.dispatcher=deepep", "run.device=cpu"]
     assert main(["train", "tiny", *(word for override in asked for word in ("--set", override))]) == 2
     assert "comm.dispatcher is deepep" in capfd.readouterr().err
 
@@ -129,7 +129,7 @@ def test_groups_that_do_not_lie_on_a_node_each_are_noted() -> None:
     (note,) = routing_notes(v3, on_four)
     assert "8 of 16 nodes" in note and "4 groups (model.topk_group)" in note
     assert routing_notes(v3, Layout(2048, pp=16, ep=64, gpus_per_node=64)) == (), "nothing crosses"
-    greedy = config("model.topk_method=greedy", "train.bias_update_speed=0", name="deepseek-v3-671b")
+    greedy = config("model.topk_method=greedy", "balance.bias_update_speed=0", name="deepseek-v3-671b")
     assert routing_notes(greedy, on_four) == (), "its groups limit nothing"
     # A node of five ranks is a matter of where groups of eight begin.
     assert nodes_a_token_reaches(v3, Layout(64, ep=64, gpus_per_node=5)) == 8

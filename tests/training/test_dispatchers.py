@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from counterflow.comm.hops import Travel
+from counterflow.comm.hops import HoppedTransfer
 from counterflow.comm.two_hop import TwoHopDispatcher
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, Curve, make_trainer, relative, replicas, tiny, train
@@ -31,7 +31,7 @@ def _layout(pp: int, node: int, schedule: str, recompute: str) -> tuple[str, ...
         f"parallel.pp={pp}",
         f"parallel.schedule={schedule}",
         f"parallel.gpus_per_node={node}",
-        f"train.recompute={recompute}",
+        f"memory.recompute={recompute}",
     )
 
 
@@ -82,7 +82,7 @@ def test_orders_of_overlap_give_the_same_bits_in_two_hops(pool: Pool, text: Path
 def test_pairs_launch_second_hops_before_anybody_waits_for_them(pool: Pool, text: Path) -> None:
     def launched(worker: Worker) -> int:
         trainer = make_trainer(tiny(text, *DEEP, *_layout(2, 1, "dualpipe", "none")), 4, 2)
-        with mock.patch.object(Travel, "advance", autospec=True, side_effect=Travel.advance) as advance:
+        with mock.patch.object(HoppedTransfer, "advance", autospec=True, side_effect=HoppedTransfer.advance) as advance:
             trainer.step()
         trainer.close()
         return advance.call_count

@@ -37,7 +37,7 @@ from counterflow.training.trainer import Trainer
 # Everything that is kept of an expert, in all its formats, and routing that is uneven enough for experts to move.
 # The norm of gradients is a sum over the ranks' parts: where experts change ranks, its last bit of FP64 may change, and
 # with it what clipping makes of the gradients. So nothing is clipped.
-KEPT = ("optim.ema_decay=0.8", "optim.moments=bf16", "train.bias_update_speed=0", "optim.clip_norm=null")
+KEPT = ("optim.ema_decay=0.8", "optim.moments=bf16", "balance.bias_update_speed=0", "optim.clip_norm=null")
 SMALL = ("model.num_hidden_layers=2", "train.evaluate_sequences=8", *KEPT)
 MOVING = ("parallel.expert_placement.every=1", "parallel.expert_placement.gain=0")
 STEPS = 3  # experts move before steps 2 and 3; the checkpoint is of step 2

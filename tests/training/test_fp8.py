@@ -55,7 +55,7 @@ def test_the_single_process_is_worth_comparing_with(pool: Pool, text: Path, alon
 def test_layouts_schedules_and_recompute_follow_the_single_process(
     pool: Pool, text: Path, alone: Curve, world: int, ep: int, schedule: str, recompute: str, pp: int
 ) -> None:
-    layout = (f"parallel.pp={pp}", f"parallel.schedule={schedule}", f"train.recompute={recompute}")
+    layout = (f"parallel.pp={pp}", f"parallel.schedule={schedule}", f"memory.recompute={recompute}")
     ranks = pool.run(train, world, tiny(text, *FP8, *layout), ep, STEPS)
     for rank in ranks:
         for found, expected in zip(rank.numbers, alone.numbers, strict=True):
@@ -85,7 +85,7 @@ def test_v3s_fp32_scales_let_the_layout_show(pool: Pool, text: Path, alone: Curv
 
 def test_orders_of_overlap_and_recompute_give_the_same_bits(pool: Pool, text: Path) -> None:
     fixed = ("precision.recipe=fp8", "model.num_hidden_layers=4", "parallel.pp=2", "parallel.schedule=dualpipe")
-    given = ["parallel.overlap_order=sequence", "train.recompute=v3", "train.recompute=full"]
+    given = ["parallel.overlap_order=sequence", "memory.recompute=v3", "memory.recompute=full"]
     defer = "parallel.schedule_options.defer_weights=true"
     curves = [pool.run(train, 4, tiny(text, *fixed, more), 2, 2) for more in (*given, defer)]
     for more, ranks in zip(given, curves, strict=False):

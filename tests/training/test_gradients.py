@@ -162,7 +162,7 @@ def _step_and_formula(worker: Worker, config: Config) -> tuple[float, dict[str, 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_step_has_the_gradient_of_the_formula(pool: Pool, text: Path, depth: int) -> None:
-    overrides = ("train.balance_loss=0.01", "train.mtp_weight=0.3", f"model.num_nextn_predict_layers={depth}")
+    overrides = ("balance.expert_loss=0.01", "train.mtp_weight=0.3", f"model.num_nextn_predict_layers={depth}")
     mtp_loss, stepped, formula = pool.run(_step_and_formula, 1, tiny(text, *overrides))[0]
     assert mtp_loss == pytest.approx(math.log(320), rel=0.05), "a mean over depths and tokens"
     for name, expected in formula.items():

@@ -58,7 +58,7 @@ def test_replicas_are_bit_equal_after_20_steps(runs: Runs, world: int, ep: int) 
 
 
 def test_bf16_replicas_are_bit_equal_and_losses_near_the_single_processs(pool: Pool, text: Path) -> None:
-    config = tiny(text, "precision.recipe=bf16", "optim.moments=bf16", "train.recompute=v3")
+    config = tiny(text, "precision.recipe=bf16", "optim.moments=bf16", "memory.recompute=v3")
     (alone,) = pool.run(train, 1, config, 1, 4)
     ranks = pool.run(train, 4, config, 2, 4)
     for name, copies in replicas(ranks).items():

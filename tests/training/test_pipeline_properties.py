@@ -110,7 +110,7 @@ CORNERS = {
 @pytest.mark.parametrize("corner", CORNERS)
 def test_models_of_every_shape_train_alike_in_a_pipeline(pool: Pool, text: Path, corner: str) -> None:
     (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1, *CORNERS[corner]), 1, 2)
-    config = pipeline(text, "dualpipe", 2, *CORNERS[corner], "train.recompute=full")
+    config = pipeline(text, "dualpipe", 2, *CORNERS[corner], "memory.recompute=full")
     ranks = pool.run(train, 2, config, 1, 2)
     for rank in ranks:
         for a, b in zip(expected.numbers, rank.numbers, strict=True):
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_any_pipeline_goes_on_in_any_other(pool: Pool, text: Pat
 
 
 def test_bf16_copies_of_a_stage_stay_bit_equal(pool: Pool, text: Path) -> None:
-    config = pipeline(text, "dualpipe", 2, "precision.recipe=bf16", "optim.moments=bf16", "train.recompute=v3")
+    config = pipeline(text, "dualpipe", 2, "precision.recipe=bf16", "optim.moments=bf16", "memory.recompute=v3")
     held = replicas(pool.run(train, 4, config, 2, 4))
     for name, copies in held.items():
         assert len(copies) == (2 if ".experts." in name else 4), name
@@ -253,7 +253,7 @@ def _spoil_zeros(_: Any, given: Any) -> Any:
 def test_a_nan_that_comes_with_the_data_is_named_whatever_is_run_again(
     pool: Pool, text: Path, recompute: str, micro_batch: int
 ) -> None:
-    config = pipeline(text, "dualpipe", 2, f"train.recompute={recompute}")
+    config = pipeline(text, "dualpipe", 2, f"memory.recompute={recompute}")
     said, also = pool.run(_named_by_data, 2, config, micro_batch)
     assert said == also
     rank = int(micro_batch >= 4)  # the second half of the micro-batches enters at the other end

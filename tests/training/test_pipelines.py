@@ -181,8 +181,8 @@ def test_orders_of_overlap_and_recompute_give_the_same_bits(pool: Pool, text: Pa
         ("parallel.overlap_order=sequence",),
         ("parallel.overlap_order=v3",),
         (f"parallel.overlap_order={alternate}",),
-        ("train.recompute=v3",),
-        ("train.recompute=full",),
+        ("memory.recompute=v3",),
+        ("memory.recompute=full",),
     ]
     fixed = (f"precision.recipe={precision}", "model.num_nextn_predict_layers=2", "model.num_hidden_layers=4")
     curves = [pool.run(train, case.world, case.config(text, *fixed, *more), case.ep, 2) for more in given]

@@ -15,19 +15,19 @@ from counterflow.tests.training.harness import biases, make_trainer, relative, r
 from counterflow.training.objective import dropping_of, is_exempt
 
 SOFTMAX = ("model.scoring_func=softmax", "model.norm_topk_prob=false")
-LOSSES = ("train.balance_loss=0.003", "train.device_loss=0.05", "train.communication_loss=0.02")  # V2 §3.1.2
-DROPS = ("train.capacity_factor=1.0", "train.keep_sequences=0.3")
+LOSSES = ("balance.expert_loss=0.003", "balance.device_loss=0.05", "balance.communication_loss=0.02")  # V2 §3.1.2
+DROPS = ("balance.capacity_factor=1.0", "balance.keep_sequences=0.3")
 ROUTERS = {
     "V2": ("model.topk_method=group_limited_greedy", *SOFTMAX, *LOSSES, *DROPS),
-    "plain": ("model.topk_method=greedy", *SOFTMAX, "train.balance_loss=0.01", "train.bias_update_speed=0"),
+    "plain": ("model.topk_method=greedy", *SOFTMAX, "balance.expert_loss=0.01", "balance.bias_update_speed=0"),
     "V3 with drops": (*LOSSES, *DROPS),
 }
 DEEP = ("model.num_hidden_layers=4",)
 # World size, ep, sequences of a micro-batch, and what is set beside.
 LAYOUTS: list[tuple[int, int, int, tuple[str, ...]]] = [
     (4, 2, 2, ()),
-    (8, 4, 1, ("train.recompute=v3",)),
-    (4, 2, 2, ("parallel.pp=2", "parallel.schedule=dualpipe", "train.recompute=full")),
+    (8, 4, 1, ("memory.recompute=v3",)),
+    (4, 2, 2, ("parallel.pp=2", "parallel.schedule=dualpipe", "memory.recompute=full")),
 ]
 MEASURED = (
     *("loss", "loss_mtp", "loss_balance", "loss_device", "loss_communication", "grad_norm"),
@@ -38,7 +38,7 @@ MEASURED = (
 def config_of(text: Path, router: str, *more: str) -> Config:
     given = [*DEEP, *ROUTERS[router], *more]
     if "group_limited_greedy" in given[1]:
-        given.append("train.bias_update_speed=0")
+        given.append("balance.bias_update_speed=0")
     return tiny(text, *given)
 
 
@@ -79,7 +79,7 @@ def _with_and_without(worker: Worker, config: Config, other: Config) -> tuple[St
 
 
 def test_evaluation_drops_nothing(pool: Pool, text: Path) -> None:
-    config, other = config_of(text, "V2"), config_of(text, "V2", "train.capacity_factor=null")
+    config, other = config_of(text, "V2"), config_of(text, "V2", "balance.capacity_factor=null")
     first, second, (with_it, without) = pool.run(_with_and_without, 1, config, other)[0]
     assert with_it == without
     assert first.dropped and second.dropped == 0.0
@@ -132,9 +132,9 @@ def _last_balance(worker: Worker, config: Config, steps: int) -> tuple[float, fl
 def test_the_bias_alone_balances_and_without_it_nothing_does(pool: Pool, text: Path) -> None:
     """512 tokens a step are few: of 128 an expert in perfect balance some get a third more by chance alone."""
     more = ("batch.sequence_length=64", "batch.micro_sequences=8", "optim.lr=3e-4", "model.num_nextn_predict_layers=0")
-    fast_then_slow = "train.bias_update_speed=[{tokens: 20480, value: 0.02}, {value: 0.005}]"
+    fast_then_slow = "balance.bias_update_speed=[{tokens: 20480, value: 0.02}, {value: 0.005}]"
     sides = (
-        tiny(text, *more, "train.balance_loss=0", speed) for speed in (fast_then_slow, "train.bias_update_speed=0")
+        tiny(text, *more, "balance.expert_loss=0", speed) for speed in (fast_then_slow, "balance.bias_update_speed=0")
     )
     balanced, left_alone = (pool.run(_last_balance, 1, side, 60)[0] for side in sides)
     assert balanced[0] == left_alone[0] > 0.8

@@ -17,7 +17,7 @@ from counterflow.plan.steps import Progress
 from counterflow.settings import UsageError
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import tiny
-from counterflow.training.preflight import preflight
+from counterflow.training.preflight import prepare_run
 from counterflow.training.run_folder import locked, move_aside
 
 HOLD = """
@@ -90,7 +90,7 @@ def test_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def _verdict(worker: Worker, config: Config, odd_rank: int, changes: dict[str, Any]) -> str:
     """What a rank says where one sees something else."""
-    flight = preflight(config, worker.world_size, worker.world_size)
+    flight = prepare_run(config, worker.world_size, worker.world_size)
     if worker.rank == odd_rank:
         digest = changes.get("digest", flight.data.digest)
         others = {name: value for name, value in changes.items() if name != "digest"}
@@ -122,6 +122,6 @@ def test_ranks_that_see_another_text_or_checkpoint_do_not_start(
 def test_a_tilde_is_the_users_home(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(text.parent))
     monkeypatch.chdir(tmp_path)
-    flight = preflight(tiny(text, "run.dir=~/x", f"data.path=~/{text.name}"), 1, 1)
+    flight = prepare_run(tiny(text, "run.dir=~/x", f"data.path=~/{text.name}"), 1, 1)
     assert flight.run_dir == text.parent / "x" / "tiny"
-    assert flight.data.digest == preflight(tiny(text), 1, 1).data.digest
+    assert flight.data.digest == prepare_run(tiny(text), 1, 1).data.digest

@@ -20,7 +20,7 @@ from counterflow.tests.training.harness import Curve, make_trainer, relative, ru
 from counterflow.training.trainer import Trainer
 
 # Widths in multiples of 16, and several micro-batches.
-FP8 = ["precision.recipe=fp8", "model.qk_rope_head_dim=16", "batch.sequence_length=32", "train.recompute=none"]
+FP8 = ["precision.recipe=fp8", "model.qk_rope_head_dim=16", "batch.sequence_length=32", "memory.recompute=none"]
 
 
 def config(text: Path, *overrides: str) -> Config:
@@ -116,7 +116,7 @@ def test_training_has_the_bits_of_emulation(layout: Any, pool: Pool, text: Path)
 @pytest.mark.parametrize("policy", ["v3", "full"])
 def test_recomputation_differs_in_values_far_below_their_tiles_largest(policy: str, pool: Pool, text: Path) -> None:
     """What is made again is quantised from itself along the rows, where emulation quantises what fprop saw."""
-    settings = config(text, f"train.recompute={policy}")
+    settings = config(text, f"memory.recompute={policy}")
     expected = pool.run(train, 2, settings, "emulated", 2)
     found = pool.run(train, 2, settings, "te", 2)
     for (mine, seen), (other, _) in zip(found, expected, strict=True):

@@ -60,7 +60,7 @@ CASES = [
     (V3, []),
     (V3, ["parallel.schedule=dualpipev", "parallel.pp=15"]),
     (V3, ["parallel.schedule=zb1p", "parallel.overlap_order=sequence", "model.num_nextn_predict_layers=2"]),
-    (V3, ["parallel.schedule_options.defer_weights=true", "train.recompute=full"]),
+    (V3, ["parallel.schedule_options.defer_weights=true", "memory.recompute=full"]),
     (V3, ["parallel.schedule=interleaved", "parallel.schedule_options.stages_per_rank=3", "batch.ramp=null"]),
     ("deepseek-v3-16b", []),
     ("smoke", []),
@@ -77,7 +77,7 @@ def test_the_topology_stays(name: str, overrides: list[str]) -> None:
     for key in ("schedule_options", "overlap_order", "stage_costs"):
         assert getattr(small.parallel, key) == getattr(config.parallel, key)
     assert (small.parallel.split == "balanced") == (config.parallel.split == "balanced")
-    assert small.train.recompute == config.train.recompute and small.precision == config.precision
+    assert small.memory.recompute == config.memory.recompute and small.precision == config.precision
     for key in ("n_group", "topk_group", "num_nextn_predict_layers", "n_shared_experts", "norm_topk_prob"):
         assert getattr(small.model, key) == getattr(config.model, key)
     assert (small.model.q_lora_rank is None) == (config.model.q_lora_rank is None)
@@ -136,7 +136,7 @@ def test_an_explicit_split_keeps_its_form(sizes: tuple[int, ...], stages: int, e
 
 def test_a_warm_up_does_not_make_the_run_stand_still() -> None:
     small = shrink(loaded(V3)).config
-    assert (small.optim.lr.at(0), small.train.bias_update_speed.at(0), small.train.mtp_weight.at(0)) == (
+    assert (small.optim.lr.at(0), small.balance.bias_update_speed.at(0), small.train.mtp_weight.at(0)) == (
         2.2e-4,
         0.001,
         0.3,

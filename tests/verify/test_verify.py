@@ -58,7 +58,7 @@ def run(pool: Pool, shrunk: Shrunk, plant: Callable[[Groups], None] | None = Non
 
 @pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
 def test_a_sound_run_agrees(pool: Pool, schedule: str) -> None:
-    config, shrunk = small(f"parallel.schedule={schedule}", "train.recompute=v3")
+    config, shrunk = small(f"parallel.schedule={schedule}", "memory.recompute=v3")
     assert shrunk.layout.world_size == 4
     outcome = run(pool, shrunk)
     assert outcome.agrees and outcome.last.first is None
@@ -76,7 +76,7 @@ def test_a_sound_run_agrees(pool: Pool, schedule: str) -> None:
 
 def test_v2s_router_with_its_losses_and_drops_agrees(pool: Pool) -> None:
     router = ("model.topk_method=group_limited_greedy", "model.scoring_func=softmax", "model.norm_topk_prob=false")
-    losses = ("train.device_loss=0.05", "train.communication_loss=0.02", "train.capacity_factor=1.0")
+    losses = ("balance.device_loss=0.05", "balance.communication_loss=0.02", "balance.capacity_factor=1.0")
     config, shrunk = small("parallel.schedule=dualpipe", *router, *losses)
     outcome = run(pool, shrunk)
     assert outcome.agrees
@@ -271,7 +271,7 @@ def test_bf16_is_verified_in_fp32_too(pool: Pool) -> None:
 
 def test_fp8_is_verified_with_all_else_in_fp32_too(pool: Pool) -> None:
     config = load_config(
-        "tiny", ["parallel.pp=2", "parallel.ep=2", "parallel.dp=2", "precision.recipe=fp8", "train.recompute=v3"]
+        "tiny", ["parallel.pp=2", "parallel.ep=2", "parallel.dp=2", "precision.recipe=fp8", "memory.recompute=v3"]
     )
     outcomes, *_ = pool.run(verified, 4, shrink(config, None, 4))
     assert [(outcome.recipe, outcome.agrees) for outcome in outcomes] == [("fp8", True), ("fp8 on fp32", True)]

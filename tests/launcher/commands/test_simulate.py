@@ -245,7 +245,7 @@ def test_all_misplaced_arguments_are_named_at_once(capsys: pytest.CaptureFixture
 
 
 def test_measured_costs_can_be_pasted_into_a_config(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["simulate", "tiny", "--measure", "--set", "train.recompute=v3"]) == 0
+    assert main(["simulate", "tiny", "--measure", "--set", "memory.recompute=v3"]) == 0
     Path("measured.yaml").write_text("base: tiny\n" + capsys.readouterr().out)
     costs = load_config("measured.yaml", ["parallel.pp=2"]).parallel.stage_costs
     assert costs is not None
@@ -254,7 +254,7 @@ def test_measured_costs_can_be_pasted_into_a_config(capsys: pytest.CaptureFixtur
 
 
 def test_model_too_large_to_measure_is_refused_with_the_numbers() -> None:
-    config = load_config("deepseek-v3-671b", ["parallel.dp=auto", "train.device=cpu", "batch.micro_sequences=9999"])
+    config = load_config("deepseek-v3-671b", ["parallel.dp=auto", "run.device=cpu", "batch.micro_sequences=9999"])
     with pytest.raises(UsageError, match=r"takes about \d+\.\d GiB, and .* are free on cpu: set a larger parallel.ep"):
         measure_parts(config)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from counterflow.local_parameter import Placed
+from counterflow.local_parameter import LocalParameter
 from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
@@ -225,10 +225,10 @@ class Model:
         groups = Groups.create(Layout(worker.world_size, 1, ep), "cpu")
         per_rank = EXPERTS // ep
         mine = range(groups.coordinates.ep * per_rank, (groups.coordinates.ep + 1) * per_rank)
-        self.placed = [Placed(nn.Parameter(torch.empty(s, dtype=dtype)), (n,)) for n, s in DENSE.items()]
+        self.placed = [LocalParameter(nn.Parameter(torch.empty(s, dtype=dtype)), (n,)) for n, s in DENSE.items()]
         for w, shape in EXPERT.items():
             stack = nn.Parameter(torch.empty((per_rank, *shape), dtype=dtype))
-            self.placed.append(Placed(stack, tuple(f"experts.{e}.{w}" for e in mine), "edp"))
+            self.placed.append(LocalParameter(stack, tuple(f"experts.{e}.{w}" for e in mine), "edp"))
         few = {"ema_decay": DECAY, "moments": "fp32", "clip_norm": None, "bucket_mb": 60 * 4 / 2**20}
         config = OptimConfig.model_validate({**few, **keys})
         self.optimizer = ShardedOptimizer(self.placed, groups, config)

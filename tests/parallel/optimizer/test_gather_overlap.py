@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from counterflow.comm.errors import CommunicationError
-from counterflow.local_parameter import Placed
+from counterflow.local_parameter import LocalParameter
 from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
@@ -76,7 +76,7 @@ class Layers:
     def __init__(self, **keys: Any) -> None:
         self.groups = Groups.create(Layout(2), "cpu", timeout=keys.pop("timeout", 60.0))
         self.layers = [nn.Parameter(torch.empty(6, 4)) for _ in range(4)]
-        placed = [Placed(layer, (f"layers.{i}",)) for i, layer in enumerate(self.layers)]
+        placed = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(self.layers)]
         self.optimizer = ShardedOptimizer(placed, self.groups, optim(1, **keys))
         self.optimizer.initialise(initial)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from counterflow.local_parameter import Placed
+from counterflow.local_parameter import LocalParameter
 from counterflow.parallel.config import BF16_BETA2, OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
@@ -191,7 +191,7 @@ def bytes_of_state(worker: Worker, moments: str) -> dict[str, float]:
     """Bytes a parameter of every tensor that the optimizer keeps, by the attribute that keeps it; storages once."""
     groups = Groups.create(Layout(worker.world_size), "cpu")
     parameters = [nn.Parameter(torch.empty(64, 32, dtype=torch.bfloat16)) for _ in range(3)]
-    placed = [Placed(parameter, (f"w{number}",)) for number, parameter in enumerate(parameters)]
+    placed = [LocalParameter(parameter, (f"w{number}",)) for number, parameter in enumerate(parameters)]
     optimizer = ShardedOptimizer(placed, groups, optim(moments=moments, bucket_mb=64 * 32 * 4 / 2**20))
     seen: set[int] = set()
     found: dict[str, float] = {}

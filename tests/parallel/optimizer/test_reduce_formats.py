@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from counterflow.local_parameter import Placed
+from counterflow.local_parameter import LocalParameter
 from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
@@ -74,7 +74,7 @@ def _small_after_large(worker: Worker) -> tuple[float, float]:
     """The first rank has 1, each of the others 2^-9; and what adding up in BF16 would make of it."""
     groups = Groups.create(Layout(worker.world_size), "cpu")
     weight = nn.Parameter(torch.ones(worker.world_size))
-    optimizer = ShardedOptimizer([Placed(weight, ("w",))], groups, optim("bf16"))
+    optimizer = ShardedOptimizer([LocalParameter(weight, ("w",))], groups, optim("bf16"))
     optimizer.begin_step({weight: 1})
     value = 1.0 if worker.rank == 0 else 2.0**-9
     (weight * value).sum().backward()
@@ -94,7 +94,7 @@ def _bytes(worker: Worker, ep: int, reduce: str, dtype: torch.dtype) -> tuple[in
     groups = Groups.create(Layout(worker.world_size, 1, ep), "cpu")
     dense, experts = nn.Parameter(torch.empty(16, 5, dtype=dtype)), nn.Parameter(torch.empty(2, 8, 3, dtype=dtype))
     mine = range(2 * groups.coordinates.ep, 2 * groups.coordinates.ep + 2)
-    placed = [Placed(dense, ("dense",)), Placed(experts, tuple(f"experts.{e}" for e in mine), "edp")]
+    placed = [LocalParameter(dense, ("dense",)), LocalParameter(experts, tuple(f"experts.{e}" for e in mine), "edp")]
     optimizer = ShardedOptimizer(placed, groups, optim(reduce))
     optimizer.initialise(initial)
     groups.meter.take()
@@ -127,7 +127,7 @@ def test_bytes_are_those_of_the_formats(pool: Pool, world: int, ep: int, dtype: 
 def _non_finite(worker: Worker, value: float) -> tuple[float, Any]:
     groups = Groups.create(Layout(2), "cpu")
     weight = nn.Parameter(torch.ones(4))
-    optimizer = ShardedOptimizer([Placed(weight, ("w",))], groups, optim("bf16"))
+    optimizer = ShardedOptimizer([LocalParameter(weight, ("w",))], groups, optim("bf16"))
     optimizer.zero_gradients()
     factor = torch.tensor([1.0, 1.0, value if worker.rank else 1.0, 1.0])
     (weight * factor).sum().backward()

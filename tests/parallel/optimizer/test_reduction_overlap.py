@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from counterflow.local_parameter import Placed
+from counterflow.local_parameter import LocalParameter
 from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
@@ -30,13 +30,13 @@ def optim(elements: int) -> OptimConfig:
     )
 
 
-def stage_of(item: Placed) -> int:
+def stage_of(item: LocalParameter) -> int:
     """Stage that `item` is in; the embedding is in the first."""
     name = item.names[0]
     return 0 if name == "embedding" else int(name.split(".")[1])
 
 
-def in_own_order(part: Part) -> list[list[Placed]]:
+def in_own_order(part: Part) -> list[list[LocalParameter]]:
     """This rank's parameters stage by stage as it finishes them: the upper half of the ranks begins at the low end."""
     stages = sorted({stage_of(item) for item in part.placed}, reverse=True)
     if part.groups.coordinates.pp >= part.groups.layout.pp // 2:
@@ -133,7 +133,7 @@ def _backwards_through_layers(worker: Worker) -> list[int]:
     """A plain stack of layers: launched reductions after each backward of the last two micro-batches."""
     groups = Groups.create(Layout(2), "cpu")
     layers = [nn.Parameter(torch.ones(8, 4)) for _ in range(4)]
-    placed = [Placed(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
+    placed = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
     optimizer = ShardedOptimizer(placed, groups, optim(64))  # two layers a bucket
     optimizer.begin_step(dict.fromkeys(layers, 2))
     early = []
@@ -160,7 +160,7 @@ def _unannounced(worker: Worker) -> tuple[list[int], float]:
     """Of the three layers of two gradients each, nobody knows how many the middle one will get."""
     groups = Groups.create(Layout(2), "cpu")
     layers = [nn.Parameter(torch.ones(4)) for _ in range(3)]
-    placed = [Placed(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
+    placed = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
     optimizer = ShardedOptimizer(placed, groups, optim(4))
     optimizer.begin_step({layers[0]: 2, layers[2]: 2})
     early = []
@@ -202,7 +202,7 @@ def test_gradients_of_a_leaf_itself_count_as_any_other(pool: Pool) -> None:
 def _extra(worker: Worker, when: str) -> str:
     groups = Groups.create(Layout(worker.world_size), "cpu")
     layers = {name: nn.Parameter(torch.ones(4)) for name in ("first", "last")}
-    placed = [Placed(layer, (name,)) for name, layer in layers.items()]
+    placed = [LocalParameter(layer, (name,)) for name, layer in layers.items()]
     optimizer = ShardedOptimizer(placed, groups, optim(4))
     optimizer.begin_step({layers["last"]: 1, layers["first"]: 2} if when != "unannounced" else None)
     layers["first"].sum().backward()

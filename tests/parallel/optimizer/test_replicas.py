@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from counterflow.local_parameter import Placed
+from counterflow.local_parameter import LocalParameter
 from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
@@ -117,7 +117,9 @@ def test_copies_cost_no_further_optimizer_state(pool: Pool, case: Case) -> None:
 def _shard_elements(worker: Worker, case: Case) -> int:
     part = Part(case, case.groups())
     # Rows that the ranks divide, so that there is no padding in what is counted.
-    matrix = [Placed(nn.Parameter(torch.empty(16, 4)), (item.names[0],), holders=item.holders) for item in part.placed]
+    matrix = [
+        LocalParameter(nn.Parameter(torch.empty(16, 4)), (item.names[0],), holders=item.holders) for item in part.placed
+    ]
     optimizer = ShardedOptimizer(matrix, part.groups, optim())
     return sum(tensor.to_local().untyped_storage().nbytes() for tensor in [*optimizer.state().values()][:1])
 
@@ -147,7 +149,7 @@ def _used_by_two_chunks(worker: Worker) -> tuple[Tensor, int]:
     """The embedding of first and last stage on one rank is one parameter; each chunk has its graph."""
     groups = Groups.create(Layout(2, 2), "cpu", holders=[(0, 1)])
     embedding = nn.Parameter(torch.zeros(5, 3))
-    optimizer = ShardedOptimizer([Placed(embedding, ("embedding",), holders=(0, 1))], groups, optim())
+    optimizer = ShardedOptimizer([LocalParameter(embedding, ("embedding",), holders=(0, 1))], groups, optim())
     optimizer.begin_step({embedding: 2})
     for chunk in range(2):
         (embedding * (1 + chunk + 10 * worker.rank)).sum().backward()
@@ -164,7 +166,11 @@ def test_a_parameter_of_two_chunks_is_placed_once_and_sums_both(pool: Pool) -> N
 
 def _placed_twice(worker: Worker) -> None:
     weight = nn.Parameter(torch.zeros(5, 3))
-    ShardedOptimizer([Placed(weight, ("first",)), Placed(weight, ("last",))], Groups.create(Layout(1), "cpu"), optim())
+    ShardedOptimizer(
+        [LocalParameter(weight, ("first",)), LocalParameter(weight, ("last",))],
+        Groups.create(Layout(1), "cpu"),
+        optim(),
+    )
 
 
 def test_a_parameter_that_is_placed_twice_is_refused(pool: Pool) -> None:
@@ -214,7 +220,7 @@ def test_a_holder_that_lacks_the_parameter_is_named(pool: Pool) -> None:
 def _released(worker: Worker) -> list[bool]:
     groups = Groups.create(Layout(1), "cpu")
     weight = nn.Parameter(torch.zeros(4, 4))
-    optimizer = ShardedOptimizer([Placed(weight, ("w",))], groups, optim())
+    optimizer = ShardedOptimizer([LocalParameter(weight, ("w",))], groups, optim())
     gc.collect()
     gc.disable()
     gone = weakref.ref(optimizer)

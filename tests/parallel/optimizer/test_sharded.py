@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from counterflow.local_parameter import Placed
+from counterflow.local_parameter import LocalParameter
 from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
@@ -52,11 +52,13 @@ class Model:
         first = groups.coordinates.ep * per_rank
         mine = range(first, first + per_rank)
         self.groups = groups
-        self.placed = [Placed(parameter(shape, dtype), (name,)) for name, shape in DENSE.items()]
+        self.placed = [LocalParameter(parameter(shape, dtype), (name,)) for name, shape in DENSE.items()]
         for projections in (("w1", "w3"), ("w2",)):
             rows, columns = EXPERT[projections[0]]
             stack = parameter((per_rank, len(projections) * rows, columns), dtype)
-            self.placed.append(Placed(stack, tuple(f"experts.{e}.{w}" for e in mine for w in projections), "edp"))
+            self.placed.append(
+                LocalParameter(stack, tuple(f"experts.{e}.{w}" for e in mine for w in projections), "edp")
+            )
 
     def backward(self, of: Callable[[str, int], Tensor]) -> None:
         """Run this rank's micro-batches; `of(name, micro_batch)` is the gradient of a global tensor."""
@@ -193,7 +195,7 @@ def test_published_parameters_are_the_rounded_master_weights(pool: Pool) -> None
 def _sum_of_ones(worker: Worker, count: int) -> tuple[Tensor, bool, float]:
     groups = Groups.create(Layout(worker.world_size), "cpu")
     weight = nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
-    optimizer = ShardedOptimizer([Placed(weight, ("w",))], groups, optim())
+    optimizer = ShardedOptimizer([LocalParameter(weight, ("w",))], groups, optim())
     for _ in range(count):
         weight.sum().backward()
     kept = weight.grad is not None
@@ -229,7 +231,7 @@ def test_gradients_of_one_have_the_norm_of_the_parameter_count(pool: Pool, world
 def _views(worker: Worker) -> bool:
     groups = Groups.create(Layout(worker.world_size), "cpu")
     weight = nn.Parameter(torch.empty(5, 2))
-    optimizer = ShardedOptimizer([Placed(weight, ("w",))], groups, optim())
+    optimizer = ShardedOptimizer([LocalParameter(weight, ("w",))], groups, optim())
     optimizer.initialise(initial)
     optimizer.state()["weights.w"].to_local().fill_(7.0)
     optimizer.publish()
