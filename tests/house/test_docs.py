@@ -15,7 +15,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from counterflow.configs.config import Config, TrainConfig
+from counterflow.configs.config import Config, MemoryConfig
 from counterflow.configs.load import load_config
 from counterflow.configs.schema import all_keys
 from counterflow.configs.source import shipped
@@ -34,6 +34,7 @@ from counterflow.report.metrics import StepMetrics
 from counterflow.report.summary import RunSummary
 from counterflow.report.text.layout import draw_layout
 from counterflow.report.text.numbers import format_count
+from counterflow.tests.house.stated import arrows, limits, rows_of
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
@@ -153,14 +154,6 @@ def test_sections_shown_as_yaml_load(pages: dict[str, str]) -> None:
                     Config.model_fields[section].annotation.model_validate(values)
 
 
-def rows_of(page: str, heading: str) -> list[list[str]]:
-    """Cells of the first table after `heading`, without its head."""
-    _, found, after = page.partition(f"{heading}\n")
-    assert found, heading
-    (table, *_) = re.findall(r"(?:^\|.*\n)+", after, re.MULTILINE)
-    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()[2:]]
-
-
 def test_metrics_are_listed_as_they_are_written(pages: dict[str, str]) -> None:
     rows = rows_of(pages["docs/training.md"], "## metrics.jsonl")
     assert [row[0].strip("`") for row in rows] == list(StepMetrics.model_fields)
@@ -178,7 +171,7 @@ def test_exit_codes_are_the_programs(pages: dict[str, str]) -> None:
 
 def test_recompute_policies_are_all_described(pages: dict[str, str]) -> None:
     (line,) = re.findall(r"^- `memory.recompute`: (.*?)^- ", pages["docs/training.md"], re.MULTILINE | re.DOTALL)
-    assert tuple(CODE.findall(line)) == get_args(TrainConfig.model_fields["recompute"].annotation)
+    assert tuple(CODE.findall(line)) == get_args(MemoryConfig.model_fields["recompute"].annotation)
 
 
 def test_readme_lists_the_shipped_configs_with_their_sizes(pages: dict[str, str]) -> None:
@@ -210,10 +203,30 @@ def is_defined(path: Path, name: str) -> bool:
     return bool(body)
 
 
-def test_folders_are_described_as_they_are(pages: dict[str, str], package_files: list[Path]) -> None:
-    folders = {path.parts[0] for path in package_files if len(path.parts) > 1}
-    rows = rows_of(pages["docs/architecture.md"], "## Folders")
-    assert {row[0].strip("`/") for row in rows} == folders
+def test_every_folder_is_described_once(pages: dict[str, str], project_files: list[Path]) -> None:
+    folders = {path.parts[0] for path in project_files if len(path.parts) > 1 and not path.parts[0].startswith(".")}
+    listed = [row[0].strip("`/") for row in rows_of(pages["docs/architecture.md"], "## Folders")]
+    assert sorted(listed) == sorted(folders)
+
+
+def test_contributing_states_the_limits(pages: dict[str, str]) -> None:
+    assert limits(pages["CONTRIBUTING.md"]) == {
+        "lines of a file": 400,
+        "statements of a function": 50,
+        "files of a folder": 20,
+        "per cent of the package's lines in the largest folder": 16,
+    }
+
+
+def test_contributing_states_the_arrows(pages: dict[str, str], package_files: list[Path]) -> None:
+    stated = arrows(pages["CONTRIBUTING.md"])
+    assert set(stated) == {path.parts[0] for path in package_files if len(path.parts) > 1} | {"slurm"}
+    assert stated["fp8"] == set() and stated["comm"] == {"fp8"}
+    assert stated["configs"] == {"fp8", "data", "comm", "model", "parallel", "checkpoint"}
+    assert stated["plan"] == {"configs", "model", "parallel"}
+    assert stated["training"] == {*stated["configs"], "configs", "plan", "report"}
+    assert stated["verify"] == stated["audit"] == {*stated["training"], "training"}
+    assert stated["launcher"] == set(stated) - {"launcher"}
 
 
 def test_picture_needs_nothing_from_elsewhere(root: Path, pages: dict[str, str]) -> None:
