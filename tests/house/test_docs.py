@@ -175,7 +175,7 @@ def test_recompute_policies_are_all_described(pages: dict[str, str]) -> None:
 
 
 def test_readme_lists_the_shipped_configs_with_their_sizes(pages: dict[str, str]) -> None:
-    rows = rows_of(pages["README.md"], "## Go on")
+    rows = rows_of(pages["README.md"], "## Next steps")
     listed = {name.strip("`"): (total, active) for name, total, active, _ in rows}
     counts = {name: count_parameters(load_config(name).model) for name in shipped()}
     assert listed == {name: (format_count(each.total), format_count(each.active)) for name, each in counts.items()}
