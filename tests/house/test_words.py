@@ -12,27 +12,8 @@ from counterflow.tests.house.imports import parsed
 
 HEADLESS = frozenset(
     [
-        "What",
-        "Of",
-        "That",
-        "Those",
-        "These",
-        "Where",
-        "How",
-        "Which",
-        "Whose",
-        "As",
-        "Such",
-        "Who",
-        "Whoever",
-        "It",
-        "They",
-        "Them",
-        "Once",
-        "Besides",
-        "Also",
-        "And",
-        "But",
+        *("What", "Of", "That", "Those", "These", "Where", "How", "Which", "Whose", "As", "Such", "Who", "Whoever"),
+        *("It", "They", "Them", "Once", "Besides", "Also", "And", "But"),
     ]
 )
 """First words that leave a reader to look for the noun. `What` and `Where` begin a clause in place of a name."""
