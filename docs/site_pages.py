@@ -1,8 +1,8 @@
 """Pages of the site that are not in docs/: the documents of the root, and an API page for each module.
 
-mkdocs calls the `on_…` functions (`hooks` of mkdocs.yml). Links keep the form that works in a clone: the root's documents
-link into docs/, and pages of docs/ link to sources. Here each link is turned towards the site's own page, and a source
-without a page is copied into the site.
+mkdocs calls the `on_…` functions (`hooks` of mkdocs.yml). In the repository links have the form that works in a clone:
+documents of the root link into docs/, and pages of docs/ link to sources. Here each link is turned towards the site's
+own page. A source without a page is copied into the site.
 """
 
 from __future__ import annotations

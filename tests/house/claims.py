@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -288,8 +289,8 @@ CLAIMS: dict[str, tuple[str, ...]] = {
 
 MEASURED = {
     "After 1,000 steps of 20 million parameters the loss is 0.085 % from BF16's": (
-        "The figure itself takes hours: `make audit` measures it, and [FP8](fp8.md#audit) has the result. The tests run "
-        "the same audit for 60 steps."
+        "The figure itself takes long: `make audit` measures it, and [FP8](fp8.md#audit) has the result. "
+        "The tests run the same audit for 60 steps."
     ),
 }
 """Claims with a figure that is too costly for a test, and what measures each."""
@@ -312,7 +313,7 @@ class Proof(NamedTuple):
     @property
     def sentence(self) -> str:
         """The name as words, which are the test's claim."""
-        words = self.name.replace("_", " ")
+        words = self.name.replace("_", " ").replace("processs", "process's")
         return words[0].upper() + words[1:]
 
 
@@ -350,9 +351,13 @@ def render(readme: str, tests: list[Proof]) -> str:
 def _lines(readme: str, tests: list[Proof]) -> Iterator[str]:
     yield "# Claims"
     yield ""
-    yield "Each claim of the [README](../README.md), and the tests that prove it. A test's name is its claim, so names are"
-    yield "printed as sentences, and with a docstring its first sentence. `make claims` writes this page from"
-    yield "`tests/house/claims.py`; a test fails where a claim has no test, or where the page is out of date."
+    yield from textwrap.wrap(
+        "Each claim of the [README](../README.md), and the tests that prove it. A test's name is its claim, so names "
+        "are printed as sentences; where a test has a docstring, its first sentence follows. `make claims` writes this "
+        "page from `tests/house/claims.py`. A test fails where a claim has no test, or where the page is out of date.",
+        width=120,
+        break_on_hyphens=False,
+    )
     title = ""
     for claim in claims_of(readme):
         if claim.title != title:

@@ -1,21 +1,16 @@
-"""Rules that CONTRIBUTING.md states, read from its tables, so that the tests hold the same numbers and arrows."""
+"""Tables of the documents, and the arrows between folders that CONTRIBUTING.md states in one."""
 
 from __future__ import annotations
 
 import re
 
 
-def rows_of(page: str, heading: str) -> list[list[str]]:
-    """Cells of the first table after `heading`, without its head."""
+def rows_of(page: str, heading: str, skip: int = 2) -> list[list[str]]:
+    """Cells of the first table after the line `heading`, without its first `skip` lines: its head."""
     _, found, after = page.partition(f"{heading}\n")
     assert found, heading
-    (table, *_) = re.findall(r"(?:^\|.*\n)+", after, re.MULTILINE)
-    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()[2:]]
-
-
-def limits(contributing: str) -> dict[str, int]:
-    """Numbers of the section *Limits*, each by the words of its row."""
-    return {name: int(number) for name, number in rows_of(contributing, "## Limits")}
+    (table, *_) = re.findall(r"(?:^ *\|.*\n)+", after, re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("| \n").split("|")] for line in table.splitlines()[skip:]]
 
 
 def arrows(contributing: str) -> dict[str, set[str]]:
