@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_COPY = ROOT / "build" / "package" / "counterflow"
-"""Where the API pages read the package: the clone itself has tests, runs and an environment in it."""
+"""Copy of the package for the API pages: the clone itself has tests, runs and an environment in it."""
 
 ROOT_PAGES = {
     "README.md": "index.md",

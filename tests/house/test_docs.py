@@ -1,4 +1,4 @@
-"""What the documents say exists: commands, keys, fields, files and figures are those of the program."""
+"""Things that the documents name exist: commands, keys, fields, files and figures are those of the program."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def pages(root: Path, project_files: list[Path]) -> dict[str, str]:
 
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
-    """The program's own command line, up to where a command would begin."""
+    """Return a function that parses words by the program's own command line, and stops before the command runs."""
     parsed: list[argparse.Namespace] = []
 
     def note(args: argparse.Namespace) -> int:

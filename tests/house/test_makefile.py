@@ -1,4 +1,4 @@
-"""What `make` installs, seen by a stand-in for Python that writes down what it is asked to do."""
+"""Installations by `make`, seen by a stand-in for Python that writes down each call."""
 
 from __future__ import annotations
 

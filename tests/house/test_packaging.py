@@ -1,4 +1,4 @@
-"""What a user gets who installs the package instead of cloning it."""
+"""Contents of the installed package, for users who do not clone it."""
 
 from __future__ import annotations
 
