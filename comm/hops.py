@@ -60,8 +60,8 @@ class InFlight:
 
     Between two hops rows have to be received and sorted, which nobody does while the host computes. So whoever runs a
     model's phases calls `boundary` after each: a transfer goes on to its next hop once `phases_before_next_hop` phases
-    have run since the one in which its last hop was launched. The ranks of a group run the same phases in the same order, so they
-    launch the same hops in the same order, as collective libraries want it.
+    have run since the one in which its last hop was launched. The ranks of a group run the same phases in the same
+    order, so they launch the same hops in the same order, as collective libraries want it.
     """
 
     def __init__(self) -> None:
