@@ -8,7 +8,7 @@ from typing import Any
 
 from ..report.pages.curves import Line, curve_style, draw_curves, legend
 from ..report.pages.page import draw_page, read_asset
-from ..report.text.numbers import format_count
+from ..report.text.numbers import count, format_count, plural
 from .report import CLASS_HEAD, CLASS_NOTES, attribution_cells, class_rows, percent, signed
 from .result import Result, windows, worst_first
 
@@ -32,7 +32,7 @@ def draw(result: Result) -> str:
     about += "".join(f" Here: {change}." for change in model["changes"])
     stopped = ""
     if result["stopped"] is not None:
-        stopped = f"<p><b>Stopped after {result['steps']} steps:</b> {escape(result['stopped'])}</p>"
+        stopped = f"<p><b>Stopped after {count(result['steps'], 'step')}:</b> {escape(result['stopped'])}</p>"
     style = curve_style() + read_asset(__package__, "page.css")
     return draw_page(title, "\n".join([f'<p class="soft">{escape(about)}</p>', stopped, *sections]), style)
 
@@ -49,7 +49,10 @@ def _losses(result: Result) -> str:
         Line(f"mean of {_size(curve)}", "fp8", [(point["step"], 100 * point["error"]) for point in smooth]),
     ][len(smooth) == len(curve) :]
     facts = [
-        (f"mean loss of the last {loss['last']} steps, fp8", f"{loss['fp8']:.4f}"),
+        (
+            f"mean loss of the last {plural(loss['last'], 'step', count(loss['last'], 'step'))}, fp8",
+            f"{loss['fp8']:.4f}",
+        ),
         (against, f"{loss[against]:.4f}"),
         ("relative error", signed(loss["error"])),
     ]
@@ -139,4 +142,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) ->
 
 def _size(curve: Sequence[Any]) -> str:
     size = max(1, -(-len(curve) // SMOOTHED))
-    return f"{size} steps" if size > 1 else "1 step"
+    return count(size, "step")

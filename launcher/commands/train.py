@@ -104,7 +104,7 @@ def _check_agreement(plan: RunPlan, world_size: int) -> None:
 
 
 def _train(plan: RunPlan, process: Process, as_json: bool) -> int:
-    from ...report.progress import Progress
+    from ...report.progress import ProgressDisplay
     from ...training.build import make_groups
     from ...training.run import run_training, summarise
 
@@ -117,7 +117,7 @@ def _train(plan: RunPlan, process: Process, as_json: bool) -> int:
         run_training(plan, groups, process.device)
     if process.rank == 0:
         summary = summarise(plan)
-        Progress(config.log, config.run.name, plan.total_steps).show_rows(heading, summary.rows())
+        ProgressDisplay(config.log, config.run.name, plan.total_steps).show_rows(heading, summary.rows())
         if as_json:
             print(summary.model_dump_json(), flush=True)
     return 0

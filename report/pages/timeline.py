@@ -25,7 +25,7 @@ from typing import Any
 
 from ...parallel.schedule.actions import Action, Overlap, Schedule
 from ...parallel.schedule.timeline import Span, Timeline
-from ..text.timeline import number, share
+from ..text.numbers import number, share
 from .page import draw_page, read_asset
 
 KINDS = "FIWB"
