@@ -71,7 +71,7 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
         bootstrap(worker, config.run.device, config.comm.backend, config.parallel.timeout) as process,
         locked(plan.run_dir) if process.rank == 0 else nullcontext(),
     ):
-        _check_agreement(plan, process.world_size)
+        check_agreement(plan, process.world_size)
         changes: list[str] = []
         if process.rank == 0:
             if fresh:
@@ -84,7 +84,7 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
             return _train(plan, process, args.json)
 
 
-def _check_agreement(plan: RunPlan, world_size: int) -> None:
+def check_agreement(plan: RunPlan, world_size: int) -> None:
     """Raise UsageError if ranks, perhaps on several machines, differ in text, checkpoint or length of the run."""
     import torch.distributed as dist
 

@@ -197,7 +197,7 @@ def test_header_names_sizes_layout_convention_and_peak_within_80_columns(clock: 
         run_dir="runs/deepseek-v3-671b",
     )
     assert rows["model"] == "671.0B parameters, 37.6B active per token; MTP adds 11.6B"
-    assert rows["peak"] == "0.213 TFLOP/s a rank, measured with a 2048-cubed bfloat16 matmul"
+    assert rows["peak"] == "0.213 TFLOP/s per rank, measured with a 2048-cubed bfloat16 matmul"
     output = io.StringIO()
     ProgressDisplay(LogConfig(), "smoke", 1, console=Console(file=output)).show_rows("counterflow", rows)
     assert all(len(line) <= 80 for line in output.getvalue().splitlines())

@@ -56,9 +56,9 @@ def test_the_mean_of_steps_counts_what_a_step_did_not_send_as_nothing() -> None:
 
 
 def test_a_line_names_what_fills_the_slow_links() -> None:
-    assert describe_traffic(STEP) == ("1.1 KiB within nodes a step, 4.0 MiB between nodes, most of it dispatch (75%)")
-    assert describe_traffic(STEP[:1]) == "1.0 KiB within nodes a step"
-    assert describe_traffic(STEP[2:3]) == "1.0 MiB between nodes a step, most of it combine (100%)"
+    assert describe_traffic(STEP) == ("1.1 KiB within nodes per step, 4.0 MiB between nodes, most of it dispatch (75%)")
+    assert describe_traffic(STEP[:1]) == "1.0 KiB within nodes per step"
+    assert describe_traffic(STEP[2:3]) == "1.0 MiB between nodes per step, most of it combine (100%)"
     assert describe_traffic(()) == "nothing is sent"
 
 
