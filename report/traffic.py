@@ -74,7 +74,7 @@ def _cells(links: dict[str, tuple[int, int]]) -> tuple[str, ...]:
 
 
 def describe_traffic(sent: Sequence[Sent]) -> str:
-    """One line on what a step sends over each kind of link."""
+    """Summary in one line: the bytes that a step sends over each kind of link."""
     between, within = bytes_over(sent, "between"), bytes_over(sent, "within")
     if not within and not between:
         return "nothing is sent"

@@ -1,4 +1,4 @@
-"""What a user sees: two lines that fit 80 columns on a terminal, plain lines in a log, nothing on standard output."""
+"""Progress on a terminal (two lines of 80 columns), in a log (plain lines) and on standard output (nothing)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from counterflow.report.text.numbers import format_count, format_duration
 
 
 def metrics_of(step: int, **changed: Any) -> StepMetrics:
-    """The widest numbers that a real run shows."""
+    """Measurements with the widest numbers of a real run."""
     values: dict[str, Any] = {
         "step": step,
         "tokens": step * 63_000_000,
@@ -44,7 +44,7 @@ def metrics_of(step: int, **changed: Any) -> StepMetrics:
 
 
 class Clock:
-    """A clock that stands still until it is told."""
+    """Clock that moves only when a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -59,7 +59,7 @@ def clock() -> Clock:
 
 
 def show(config: LogConfig, steps: range, total: int, clock: Clock, terminal: int = 0, **changed: Any) -> str:
-    """The output of a run of two-second steps on a terminal of that many columns, or in a log where it is 0."""
+    """Output of a run of two-second steps on a terminal of `terminal` columns, or in a log where that is 0."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal > 0, width=terminal or None, legacy_windows=False)
     with ProgressDisplay(config, "deepseek-v3-671b", total, steps.start - 1, console, clock) as progress:
@@ -70,7 +70,7 @@ def show(config: LogConfig, steps: range, total: int, clock: Clock, terminal: in
 
 
 def visible(output: str) -> list[str]:
-    """Terminal output as the lines that were drawn, without control sequences."""
+    """Lines that were drawn on a terminal, without control sequences."""
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output))
 
 
@@ -177,8 +177,8 @@ print(RunSummary(steps=2, loss=1, validation_loss=None, unigram_entropy=None, to
       .model_dump_json())
 """
     ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    *others, last = ran.stdout.splitlines()
-    assert others == [f"from training {terminal} {step}" for terminal in (False, True) for step in (1, 2)]
+    *printed, last = ran.stdout.splitlines()
+    assert printed == [f"from training {terminal} {step}" for terminal in (False, True) for step in (1, 2)]
     assert json.loads(last)["steps"] == 2
     assert ran.stderr.count("runs/x") == 2
     assert ran.stderr.count("11.8599") >= 4

@@ -1,4 +1,4 @@
-"""Traffic as a person reads it, and `counterflow report`."""
+"""Traffic in words and tables, and `counterflow report`."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def test_a_table_has_a_row_for_each_purpose_and_their_sum() -> None:
     ]
     assert traffic_table(STEP[:1]) == [("dispatch", "all_to_all", "1.0 KiB", "2", "-", "-")]
     seldom = mean_step([STEP[2:3], [], []])
-    assert traffic_table(seldom) == [("combine", "all_to_all", "-", "-", "341.3 KiB", "0")], "less than once a step"
+    assert traffic_table(seldom) == [("combine", "all_to_all", "-", "-", "341.3 KiB", "0")], "less than once per step"
 
 
-def test_the_mean_of_steps_counts_what_a_step_did_not_send_as_nothing() -> None:
+def test_the_mean_of_steps_counts_a_kind_that_a_step_did_not_send_as_zero() -> None:
     mean = mean_step([STEP, STEP[:1]])
     assert {(each.purpose, each.link): (each.bytes, each.messages) for each in mean} == {
         ("dispatch", "within"): (1024, 2),
