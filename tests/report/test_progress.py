@@ -20,7 +20,7 @@ from counterflow.report.hardware import Peak
 from counterflow.report.metrics import StepMetrics
 from counterflow.report.progress import ProgressDisplay
 from counterflow.report.summary import RunSummary, describe_run
-from counterflow.report.text.numbers import format_count, format_duration
+from counterflow.report.text.numbers import format_duration
 
 
 def metrics_of(step: int, **changed: Any) -> StepMetrics:
@@ -215,27 +215,3 @@ def test_summary_shows_validation_loss_beside_the_unigram_entropy() -> None:
     assert {"steps", "loss", "validation_loss", "tokens_per_second", "run_dir"} <= json.loads(
         summary.model_dump_json()
     ).keys()
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (987, "987"),
-        (12_345, "12.3K"),
-        (999_949, "999.9K"),
-        (999_960, "1.0M"),
-        (671.026e9, "671.0B"),
-        (14.8e12, "14.8T"),
-    ],
-)
-def test_counts_are_short(value: float, text: str) -> None:
-    assert format_count(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (64.6, "1:05"), (7384, "2:03:04"), (12 * 86400 + 3 * 3600 + 59, "12d 03h"), (float("nan"), "--:--")],
-)
-def test_durations_read_as_clock_times(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text

@@ -9,7 +9,6 @@ import pytest
 
 from counterflow.launcher.cli import main
 from counterflow.report.metrics import MetricsWriter, StepMetrics, read_metrics
-from counterflow.report.text.numbers import format_bytes
 from counterflow.report.traffic import Sent, bytes_over, describe_traffic, mean_step, traffic_table
 
 
@@ -60,14 +59,6 @@ def test_a_line_names_what_fills_the_slow_links() -> None:
     assert describe_traffic(STEP[:1]) == "1.0 KiB within nodes per step"
     assert describe_traffic(STEP[2:3]) == "1.0 MiB between nodes per step, most of it combine (100%)"
     assert describe_traffic(()) == "nothing is sent"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2**20 - 1, "1.0 MiB"), (5.5 * 2**40, "5.5 TiB")],
-)
-def test_bytes_are_short(value: float, text: str) -> None:
-    assert format_bytes(value) == text
 
 
 def test_metrics_keep_traffic_and_steps_without_it(tmp_path: Path) -> None:
