@@ -1,4 +1,4 @@
-"""From measured times to costs, so that a step that ran can be laid beside its simulation."""
+"""Costs from measured times, to compare a step that ran with its simulation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .timeline import Timeline
 def measured_costs(timeline: Timeline) -> Costs:
     """The mean durations of each stage's actions in a timeline; transfers are free.
 
-    A stage's B divides into I and W as those of the stage do that ran alone, or in halves. A stage that ran only in
-    pairs is given the mean of the others, and its pairs what is left to save.
+    A stage's B divides into I and W in the ratio of the stage's I and W that ran alone, or in halves. A stage that ran
+    only in pairs gets the mean of the others, and its pairs save the rest.
     """
     alone: dict[tuple[str, int], list[float]] = defaultdict(list)
     pairs: list[tuple[Overlap, float]] = []
@@ -44,10 +44,10 @@ def measured_costs(timeline: Timeline) -> Costs:
 
 
 def _saved(costs: Costs, pairs: Iterable[tuple[Overlap, float]], num_stages: int) -> tuple[float, ...]:
-    """What pairs save, by stage: each pair's saving counts for the stages of both of its halves.
+    """Time that pairs save, by stage: each pair's saving counts for the stages of both of its halves.
 
-    It is at most the shorter of the stage's F and B. Where those that ran alone were slowed down by something else,
-    pairs would seem to take no time.
+    A saving is at most the shorter of the stage's F and B. Without this bound pairs would seem to take no time where
+    another program slowed down the actions that ran alone.
     """
     saved: dict[int, list[float]] = defaultdict(list)
     for pair, duration in pairs:
@@ -63,7 +63,7 @@ def _saved(costs: Costs, pairs: Iterable[tuple[Overlap, float]], num_stages: int
 
 
 def _fill(durations: Sequence[Sequence[float]]) -> list[float] | None:
-    """The mean of each stage, and for a stage without any that of the other stages; None if none has any."""
+    """The mean of each stage; a stage without durations gets the mean of the others. None if no stage has any."""
     known = [fmean(each) for each in durations if each]
     if not known:
         return None

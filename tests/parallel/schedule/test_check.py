@@ -236,7 +236,7 @@ def is_sound(schedule: Schedule) -> bool:
             places = [at[part] for part in (whole if len(mine) == 2 else split)]
             if places != sorted(set(places)) or len({rank for rank, _ in places}) > 1:
                 return False
-            if stage not in schedule.placement[places[0][0]]:
+            if stage not in schedule.stages_of_rank[places[0][0]]:
                 return False
             # Forward up, then backward down, where neighbouring stages share a rank.
             for kinds in ("F", "BI"):
