@@ -263,19 +263,15 @@ def microbatches_of(schedule: Schedule, rank: int) -> dict[int, int]:
 
 
 def _key(transfer: Transfer) -> _Key:
-    return transfer.kind, transfer.stage, transfer.microbatch
-
-
-def _describe(transfer: Transfer) -> str:
-    return f"{transfer.kind} of micro-batch {transfer.microbatch} that stage {transfer.stage} made"
+    return transfer[:3]
 
 
 def _describe_receive(transfer: Transfer) -> str:
-    return f"waited for the {_describe(transfer)} from pipeline rank {transfer.source}"
+    return f"waited for the {transfer.tensor} from pipeline rank {transfer.source}"
 
 
 def _describe_send(transfer: Transfer) -> str:
-    return f"waited for pipeline rank {transfer.target} to take the {_describe(transfer)}"
+    return f"waited for pipeline rank {transfer.target} to take the {transfer.tensor}"
 
 
 def _watched(phases: Generator[str, None, _Ended], watch: Watch) -> Generator[str, None, _Ended]:

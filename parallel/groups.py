@@ -56,7 +56,7 @@ class Groups:
         each other; both are the same on every rank. Each rank makes its own groups alone, so the cost does not grow
         with the number of groups.
         """
-        make = _Maker.of(layout, device_type, ranks, timeout)
+        make = _Maker(layout, device_type, ranks, timeout)
         sets = list(holders)
         assert all(0 <= pp < layout.pp for held in sets for pp in held), (sets, layout)
         world = make.group(range(layout.world_size), "world")
@@ -130,7 +130,6 @@ class Groups:
         return self.shared[kind, holders]
 
 
-@dataclass(frozen=True)
 class _Maker:
     """Maker of groups of a grid's ranks, of which every rank makes equally many.
 
@@ -140,21 +139,15 @@ class _Maker:
     need be a placeholder of its own.
     """
 
-    layout: Layout
-    device_type: str
-    members: list[int]
-    """Global rank of each rank of the grid."""
-    rank: int
-    timeout: timedelta
-
-    @classmethod
-    def of(cls, layout: Layout, device_type: str, ranks: Sequence[int] | None, timeout: float) -> _Maker:
-        members = list(range(layout.world_size)) if ranks is None else list(ranks)
+    def __init__(self, layout: Layout, device_type: str, ranks: Sequence[int] | None, timeout: float) -> None:
+        self.layout, self.device_type, self.timeout = layout, device_type, timedelta(seconds=timeout)
+        self.members = members = list(range(layout.world_size)) if ranks is None else list(ranks)
+        """Global rank of each rank of the grid."""
         assert len(members) == layout.world_size, (members, layout)
         assert members == sorted(set(members)), f"torch sorts the ranks of a group, so these must ascend: {members}"
         # NCCL splits a communicator with every rank of the world, which a part of the world cannot do.
         assert ranks is None or device_type == "cpu", "a grid on a part of the world is for tests on CPUs"
-        return cls(layout, device_type, members, members.index(dist.get_rank()), timedelta(seconds=timeout))
+        self.rank = members.index(dist.get_rank())
 
     def group(self, local: Iterable[int], name: str) -> dist.ProcessGroup:
         """Make a group of the grid's ranks `local`, this one among them."""

@@ -1,7 +1,5 @@
 """The split of layers into pipeline stages: an explicit list, or the split whose costliest stage is cheapest.
 
-Where a rank holds several stages, layers then move off the busiest rank, one at a time, while the ranks get more even.
-
 The embedding is on the first stage; the head and the MTP modules are on the last. They are no layers and are added to
 these. Pure arithmetic on costs, which are numbers in any one unit.
 """
@@ -127,17 +125,14 @@ def _relieve_ranks(sums: list[int], sizes: Sequence[int], stages_of_rank: Sequen
 
     best, loads = weigh(sizes)
     while True:
-        busiest = stages_of_rank[loads.index(max(loads))]
-        moves = [_moved(sizes, a, b) for a in busiest if sizes[a] > 1 for b in range(len(sizes)) if b != a]
+        busiest, stages = stages_of_rank[loads.index(max(loads))], range(len(sizes))
+        pairs = [(a, b) for a in busiest if sizes[a] > 1 for b in stages if b != a]
+        moves = [[size - (stage == a) + (stage == b) for stage, size in enumerate(sizes)] for a, b in pairs]
         found = min(moves, key=lambda moved: weigh(moved)[0], default=sizes)
         weight, loads = weigh(found)
         if weight >= best:
             return list(sizes)
         best, sizes = weight, found
-
-
-def _moved(sizes: Sequence[int], source: int, target: int) -> list[int]:
-    return [size - (stage == source) + (stage == target) for stage, size in enumerate(sizes)]
 
 
 def _smallest_maximum(sums: list[int], num_stages: int) -> int:

@@ -87,10 +87,7 @@ def move_experts(
 def copy_experts(
     weight: Tensor, before: Placement, after: Sequence[int], group: dist.ProcessGroup, meter: Meter
 ) -> Tensor:
-    """Copy the experts' weights `[E_local, …]` to the places `after` `[P]`, replicas included: `[P / ranks, …]`.
-
-    Every rank of the expert parallel `group` calls it.
-    """
+    """Copy experts' weights `[E_local, …]` to the places `after` `[P]`: `[P / ranks, …]`, on every rank of `group`."""
     moves = Moves.between(before, after, group.rank(), group.size(), every_place=True)
     rows = weight.detach().flatten(1)[list(moves.leaving)]
     received = _exchange(rows, moves, group, meter)

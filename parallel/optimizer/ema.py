@@ -90,10 +90,7 @@ def share_of_newest(decay: float, updates: int) -> float:
 
 
 class DeviceCopy:
-    """Copies of GPU tensors in pinned memory, made on a separate stream beside the GPU's other work.
-
-    No method but `wait`, for another thread, blocks the caller: the GPU itself keeps the order.
-    """
+    """Copies of GPU tensors in pinned memory, made on a separate stream. Only `wait` blocks its (other) thread."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,36 +48,30 @@ class ShardedOptimizer:
         self.config = config
         self.groups = groups
         self._update = update
-        plans = plan_buckets(
-            parameters,
-            lambda local: groups.replicas(local.replicas, local.holders).size(),
-            int(config.bucket_mb * 2**20 / 4),
-        )
+
+        def ranks(local: LocalParameter) -> int:
+            return groups.replicas(local.replicas, local.holders).size()
+
+        plans = plan_buckets(parameters, ranks, int(config.bucket_mb * 2**20 / 4))
         check_agreement(plans, groups)
         self._buckets = [Bucket(plan, groups, config) for plan in plans]
-        self.ema = None
-        """The moving average of the master weights; None where the configuration asks for none."""
-        if config.ema_decay is not None:
-            self.ema = Ema([bucket.master for bucket in self._buckets], config.ema_decay)
+        masters = [bucket.master for bucket in self._buckets]
+        self.ema = None if config.ema_decay is None else Ema(masters, config.ema_decay)
+        """The moving average of the master weights, if the configuration has one."""
         self._averaged = False
         self._to_reduce: deque[Bucket] = deque(reversed(self._buckets))
         self._arriving: set[int] = set()
-        self._slots = {
-            slot.local.parameter: (b, s)
-            for b, bucket in enumerate(self._buckets)
-            for s, slot in enumerate(bucket.plan.slots)
-        }
+        numbered = [(b, s, slot) for b, bucket in enumerate(self._buckets) for s, slot in enumerate(bucket.plan.slots)]
+        self._slots = {slot.local.parameter: (b, s) for b, s, slot in numbered}
         self._follow_gradients()
+        self.num_buckets = len(self._buckets)
         self.steps = 0
         self.launched_early = 0
         """Buckets of this step whose reduction started during backward, before `reduce_gradients`."""
 
     @torch.no_grad()
     def initialise(self, value: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Set the master weights to `value(name, shape)`, FP32, of each global tensor, and the parameters to match.
-
-        A moving average begins again.
-        """
+        """Set master weights and parameters to `value(name, shape)`, FP32, by global name; restart a moving average."""
         self.finish_gathers()
         if self.ema is not None:
             self.ema.finish()
@@ -111,15 +106,6 @@ class ShardedOptimizer:
         self._to_reduce = deque(reversed(self._buckets))
         self.launched_early = 0
 
-    def zero_gradients(self) -> None:
-        """Begin a step in which all reductions wait for `reduce_gradients`."""
-        self.begin_step()
-
-    @property
-    def num_buckets(self) -> int:
-        """Reductions in a step, and all-gathers."""
-        return len(self._buckets)
-
     def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
         """Buffer of this rank's summed gradients of `parameter`, FP32, in its shape.
 
@@ -150,13 +136,10 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def reduce_gradients(self) -> float:
-        """Sum gradients over the replicas; returns the norm over every parameter of the model, each counted once.
-
-        It also waits for parameters of the last step that no micro-batch has used.
-        """
+        """Sum gradients over the replicas; returns the norm over every parameter of the model, each counted once."""
         while self._to_reduce:
             self._to_reduce.popleft().start_reduce()
-        self.finish_gathers()
+        self.finish_gathers()  # of parameters that no micro-batch has used
         for bucket in self._buckets:
             bucket.finish_reduce()
         parts = [torch.linalg.vector_norm(bucket.shard_gradient, dtype=torch.float64) for bucket in self._buckets]
@@ -202,21 +185,15 @@ class ShardedOptimizer:
                 self._arrive(self._slots[parameter][0])
 
     def finish_gathers(self) -> None:
-        """Wait until all parameters have the weights of the last step.
-
-        Call it before any use of the parameters or the state but in a forward.
-        """
+        """Wait until all parameters have the weights of the last step: before any use of them but in a forward."""
         for index in sorted(self._arriving):
             self._arrive(index)
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Refresh the parameters of all replicas from the master weights."""
-        self._publish([None] * len(self._buckets))
-
-    def _publish(self, shards: Sequence[Tensor | None]) -> None:
+    def publish(self, shards: Sequence[Tensor | None] | None = None) -> None:
+        """Refresh the parameters of all replicas from the master weights, or from other `shards` of the buckets."""
         self.finish_gathers()
-        for bucket, shard in zip(self._buckets, shards, strict=True):
+        for bucket, shard in zip(self._buckets, shards or [None] * len(self._buckets), strict=True):
             bucket.start_gather(shard)
             bucket.finish_gather()  # one at a time: received weights take memory
 
@@ -277,7 +254,7 @@ class ShardedOptimizer:
         a collective here would wait for ranks that never come.
         """
         assert self.ema is not None, "there is no average: optim.ema_decay is null"
-        self._publish(self.ema.shards())
+        self.publish(self.ema.shards())
         self._averaged = True
         yield
         self._averaged = False
@@ -287,15 +264,12 @@ class ShardedOptimizer:
         """Hook each parameter, to take over every gradient that autograd gives it."""
         reference = weakref.ref(self)  # a parameter keeps its hook, which must not keep the optimizer in turn
 
-        def follow(parameter: nn.Parameter, bucket: int, slot: int) -> None:
-            def hook(parameter: Tensor) -> None:
-                if (optimizer := reference()) is not None:
-                    optimizer._accumulate(parameter, bucket, slot)
-
-            parameter.register_post_accumulate_grad_hook(hook)
+        def hook(bucket: int, slot: int, parameter: Tensor) -> None:
+            if (optimizer := reference()) is not None:
+                optimizer._accumulate(parameter, bucket, slot)
 
         for parameter, (bucket, slot) in self._slots.items():
-            follow(parameter, bucket, slot)
+            parameter.register_post_accumulate_grad_hook(partial(hook, bucket, slot))
 
     def _accumulate(self, parameter: Tensor, bucket: int, slot: int) -> None:
         if parameter.grad is None:  # a layer that deferred its weight gradient passes none

@@ -126,10 +126,7 @@ def _execute(path: Path) -> ModuleType:
 
 
 def _where(fault: Exception, file: Path | None) -> str:
-    """` (my.py, line 41)`: the innermost line of `file` that the fault passed through; empty if it passed none.
-
-    A SyntaxError names its line itself.
-    """
+    """` (my.py, line 41)`: the innermost line of `file` in the traceback, else empty. A SyntaxError has its own."""
     frames = traceback.extract_tb(fault.__traceback__)
     lines = [frame.lineno for frame in frames if file is not None and Path(frame.filename).resolve() == file.resolve()]
     return f" ({file.name}, line {lines[-1]})" if file is not None and lines else ""

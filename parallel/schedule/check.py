@@ -11,10 +11,7 @@ from .rendezvous import find_deadlock
 
 
 class ScheduleError(UsageError):
-    """A schedule that cannot run. `rank`, `position` in its order and `action` locate the fault, None if unknown.
-
-    `action` is also None where the entry at `position` is no action.
-    """
+    """A schedule that cannot run. `rank`, `position` in its order and `action` locate the fault, None if unknown."""
 
     def __init__(self, schedule: Schedule, message: str, rank: int | None = None, position: int | None = None) -> None:
         self.rank, self.position = rank, position
@@ -61,24 +58,18 @@ def check(schedule: Schedule, training: bool = True) -> Checked:
 
 
 def peak_live(actions: Sequence[Action | Overlap]) -> int:
-    """The largest number of (stage, micro-batch) whose activations a rank with these actions holds at once.
-
-    A pair begins its forward before it ends its backward, so for a moment both are held.
-    """
+    """Largest number of (stage, micro-batch) whose activations a rank with these actions holds at once."""
     live = peak = 0
     for action in actions:
         kinds = [part.kind for part in parts(action)]
-        live += kinds.count("F")
+        live += kinds.count("F")  # a pair's forward begins before its backward ends
         peak = max(peak, live)
         live -= kinds.count("B") + kinds.count("W")
     return peak
 
 
 def check_form(schedule: Schedule) -> None:
-    """Check that the parts of the schedule fit each other, single actions aside. Raises ScheduleError.
-
-    A user's function may return anything as a part, so types are checked too.
-    """
+    """Check types and sizes of the parts, which a user's function may get wrong, but no single action."""
     for name in ("num_ranks", "num_stages", "num_microbatches"):
         if not _is_int(getattr(schedule, name)):
             raise ScheduleError(schedule, f"{name} is {getattr(schedule, name)!r}, which is no int")

@@ -47,8 +47,7 @@ def generate(name: str, num_ranks: int, num_microbatches: int, options: Mapping[
 def example(name: str, num_ranks: int, options: Mapping[str, Any]) -> Schedule:
     """Return the schedule with some number of micro-batches, for its stages and their ranks, which do not depend on it.
 
-    A schedule may require a multiple of some number, so several are tried. If it refuses all, its error for the first
-    is raised.
+    A schedule may require a multiple, so several numbers are tried. If it refuses all, the first error is raised.
     """
     refusals = []
     for count in (2 * num_ranks, 6 * num_ranks, 60 * num_ranks):
@@ -60,10 +59,7 @@ def example(name: str, num_ranks: int, options: Mapping[str, Any]) -> Schedule:
 
 
 def option_faults(function: Callable[..., Schedule], options: Mapping[str, Any]) -> dict[str, str]:
-    """Faults of the given and the missing options of a schedule's function, by name.
-
-    A value must be of the type of the option's default.
-    """
+    """Faults of a schedule's given and missing options, by name. A value must have the type of the option's default."""
     parameters = options_of(function)
     faults = {}
     for name, value in options.items():

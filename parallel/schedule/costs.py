@@ -37,13 +37,8 @@ class Costs:
         """The same costs at every stage; a pair takes `overlapped`, by default as long as its parts."""
         parts = forward + backward_input + backward_weight
         hidden = 0.0 if overlapped is None else parts - overlapped
-        return cls(
-            (forward,) * num_stages,
-            (backward_input,) * num_stages,
-            (backward_weight,) * num_stages,
-            (hidden,) * num_stages,
-            p2p_latency=p2p,
-        )
+        n = num_stages
+        return cls((forward,) * n, (backward_input,) * n, (backward_weight,) * n, (hidden,) * n, p2p_latency=p2p)
 
     def duration(self, action: Action | Overlap) -> float:
         """Time that a rank is busy with `action`. A pair is never shorter than the longer of its halves."""

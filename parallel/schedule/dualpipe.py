@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ...settings import UsageError
-from .actions import Schedule
-from .eight_phases import Streams, adapt, eight_phases, padded, stream_length
+from .actions import Action, Overlap, Schedule
+from .eight_phases import Streams, adapt, eight_phases, padded
 
 
 def dualpipe(num_ranks: int, num_microbatches: int, *, defer_weights: bool = False) -> Schedule:
@@ -31,19 +33,14 @@ def dualpipe(num_ranks: int, num_microbatches: int, *, defer_weights: bool = Fal
     half, last = num_ranks // 2, num_ranks - 1
     from_first = range((num_microbatches + 1) // 2)
     from_last = range(len(from_first), num_microbatches)
-    length = stream_length(half, len(from_first))
-    actions = []
-    for rank in range(num_ranks):
+
+    def order(rank: int) -> Iterator[Action | Overlap]:
         depth = min(rank, last - rank)
         near, far = (from_first, from_last) if rank < half else (from_last, from_first)
-        streams = Streams((depth, last - depth), (padded(near, length), padded(far, length)))
-        actions.append(tuple(eight_phases(half, depth, streams)))
-    schedule = Schedule(
-        name="dualpipe",
-        num_ranks=num_ranks,
-        num_stages=num_ranks,
-        num_microbatches=num_microbatches,
-        stages_of_rank=tuple((rank, last - rank) for rank in range(num_ranks)),
-        actions=tuple(actions),
-    )
+        length = max(2 * half, len(from_first))
+        return eight_phases(half, depth, Streams((depth, last - depth), (padded(near, length), padded(far, length))))
+
+    ranks = range(num_ranks)
+    stages, actions = tuple((rank, last - rank) for rank in ranks), tuple(tuple(order(rank)) for rank in ranks)
+    schedule = Schedule("dualpipe", num_ranks, num_ranks, num_microbatches, stages, actions)
     return adapt(schedule, half, defer_weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .actions import Schedule
-from .eight_phases import Streams, adapt, eight_phases, padded, stream_length
+from .eight_phases import Streams, adapt, eight_phases, padded
 
 
 def dualpipev(num_ranks: int, num_microbatches: int, *, defer_weights: bool = False) -> Schedule:
@@ -13,18 +13,9 @@ def dualpipev(num_ranks: int, num_microbatches: int, *, defer_weights: bool = Fa
     way back; in DualPipe it holds the ones from the other end. With at least 2R micro-batches the order is the one of
     DeepSeek's public code; for fewer, and for `defer_weights`, see `dualpipe`.
     """
-    last_stage = 2 * num_ranks - 1
-    microbatches = range(num_microbatches)
-    stream = padded(microbatches, stream_length(num_ranks, num_microbatches))
-    schedule = Schedule(
-        name="dualpipev",
-        num_ranks=num_ranks,
-        num_stages=2 * num_ranks,
-        num_microbatches=num_microbatches,
-        stages_of_rank=tuple((rank, last_stage - rank) for rank in range(num_ranks)),
-        actions=tuple(
-            tuple(eight_phases(num_ranks, rank, Streams((rank, last_stage - rank), (stream, stream))))
-            for rank in range(num_ranks)
-        ),
-    )
+    ranks, last = range(num_ranks), 2 * num_ranks - 1
+    stream = padded(range(num_microbatches), max(2 * num_ranks, num_microbatches))
+    stages = tuple((rank, last - rank) for rank in ranks)
+    actions = tuple(tuple(eight_phases(num_ranks, rank, Streams(stages[rank], (stream, stream)))) for rank in ranks)
+    schedule = Schedule("dualpipev", num_ranks, 2 * num_ranks, num_microbatches, stages, actions)
     return adapt(schedule, num_ranks, defer_weights)

@@ -97,13 +97,11 @@ def eight_phases(way: int, depth: int, do: Streams) -> Iterator[Action | Overlap
         yield do.weight_gradients()
 
 
-def stream_length(way: int, num_microbatches: int) -> int:
-    """Length to which a stream of `num_microbatches` is filled up: at least two per rank of its way."""
-    return max(2 * way, num_microbatches)
-
-
 def padded(microbatches: range, length: int) -> Sequence[int]:
-    """A stream filled up to `length` with missing micro-batches, which come last."""
+    """A stream filled up to `length` with missing micro-batches, which come last.
+
+    Eight phases need streams of at least two micro-batches per rank of their way, both of one length.
+    """
     return [*microbatches, *[MISSING] * (length - len(microbatches))]
 
 
@@ -111,11 +109,8 @@ def adapt(schedule: Schedule, way: int, defer_weights: bool) -> Schedule:
     """The schedule of all eight phases without its missing micro-batches, or with the W outside the pairs.
 
     An order that can run still can without some micro-batches, but has gaps where the full one has work. So every
-    backward outside a pair becomes an I, and its W goes where a rank waits. A full schedule without `defer_weights` is
-    returned unchanged.
-
-    The W are inserted as schedules are simulated: as if a pair of an F and an I hid as much as one with its W, which is
-    optimistic.
+    backward outside a pair becomes an I, and its W goes where a rank waits, as simulated. A full schedule without
+    `defer_weights` is returned unchanged.
     """
     missing = any(part.microbatch == MISSING for _, _, part in schedule.work())
     if not missing and not defer_weights:

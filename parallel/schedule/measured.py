@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from .actions import Action, Overlap
@@ -34,13 +35,10 @@ def measured_costs(timeline: Timeline) -> Costs:
     shares = [0.5] * len(stages)
     if inputs is not None and weights is not None:
         shares = [i / (i + w) if i + w else 0.5 for i, w in zip(inputs, weights, strict=True)]
-    costs = Costs(
-        tuple(forward),
-        tuple(b * share for b, share in zip(whole, shares, strict=True)),
-        tuple(b * (1 - share) for b, share in zip(whole, shares, strict=True)),
-        (0.0,) * len(stages),
-    )
-    return Costs(costs.forward, costs.backward_input, costs.backward_weight, _saved(costs, pairs, len(stages)))
+    divided = [(b * share, b * (1 - share)) for b, share in zip(whole, shares, strict=True)]
+    backward_input, backward_weight = zip(*divided, strict=True)
+    costs = Costs(tuple(forward), backward_input, backward_weight, hidden=(0.0,) * len(stages))
+    return replace(costs, hidden=_saved(costs, pairs, len(stages)))
 
 
 def _saved(costs: Costs, pairs: Iterable[tuple[Overlap, float]], num_stages: int) -> tuple[float, ...]:
@@ -54,12 +52,9 @@ def _saved(costs: Costs, pairs: Iterable[tuple[Overlap, float]], num_stages: int
         saving = costs.duration(pair.forward) + costs.duration(pair.backward) - duration
         for half in pair:
             saved[half.stage].append(saving)
-    return tuple(
-        min(fmean(saved[stage]), costs.duration(Action("F", stage, 0)), costs.duration(Action("B", stage, 0)))
-        if stage in saved
-        else 0.0
-        for stage in range(num_stages)
-    )
+    stages = range(num_stages)
+    shorter = [min(costs.duration(Action("F", stage, 0)), costs.duration(Action("B", stage, 0))) for stage in stages]
+    return tuple(min(fmean(saved[stage]), shorter[stage]) if stage in saved else 0.0 for stage in stages)
 
 
 def _fill(durations: Sequence[Sequence[float]]) -> list[float] | None:

@@ -27,9 +27,13 @@ class Transfer(NamedTuple):
     source: int
     target: int
 
+    @property
+    def tensor(self) -> str:
+        """The tensor in words."""
+        return f"{self.kind} of micro-batch {self.microbatch} that stage {self.stage} made"
+
     def __str__(self) -> str:
-        way = f"from rank {self.source} to rank {self.target}"
-        return f"{self.kind} of micro-batch {self.microbatch} out of stage {self.stage}, {way}"
+        return f"{self.tensor}, from rank {self.source} to rank {self.target}"
 
 
 class Boundary(NamedTuple):
@@ -50,10 +54,7 @@ class Boundary(NamedTuple):
 
 
 def plan_transfers(schedule: Schedule) -> tuple[tuple[Boundary, ...], ...]:
-    """Boundaries of each rank, one more than it has actions. Linear in the number of actions.
-
-    Every stage of a micro-batch must have its forward and, where the schedule has any, its backward: `check` first.
-    """
+    """Boundaries of each rank of a complete schedule (`check`), one more than it has actions. Linear in the actions."""
     dataflow = Dataflow(schedule)
     posted_at = post_receives(schedule, dataflow)
     made: dict[int, Transfer] = {}
@@ -156,12 +157,10 @@ def post_receives(schedule: Schedule, dataflow: Dataflow) -> list[int]:
 
 def _one_ahead(actions: Sequence[Action | Overlap]) -> list[int]:
     """Boundary at which the inputs of each action are posted: before the last earlier action that is not a W."""
-    boundaries, boundary = [], 0
+    boundaries = [0]
     for position, action in enumerate(actions):
-        boundaries.append(boundary)
-        if action[0] != "W":
-            boundary = position
-    return boundaries
+        boundaries.append(boundaries[-1] if action[0] == "W" else position)
+    return boundaries[:-1]
 
 
 def links(schedule: Schedule) -> set[tuple[int, int]]:

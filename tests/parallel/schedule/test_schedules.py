@@ -167,7 +167,7 @@ def test_no_stage_a_rank_is_refused() -> None:
 
 @examples(60)
 @given(schedule=schedules())
-def test_placement_of_dual_schedules_is_mirrored_or_folded(schedule: Schedule) -> None:
+def test_stages_of_dual_schedules_are_mirrored_or_folded(schedule: Schedule) -> None:
     copies = {len(schedule.holders(stage)) for stage in range(schedule.num_stages)}
     assert copies == {2 if schedule.name == "dualpipe" else 1}
     if schedule.name.startswith("dualpipe"):
