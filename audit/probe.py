@@ -116,12 +116,14 @@ class Probe:
         self.model.recipe.monitor.observer = observer
         given = choices or {}
         made = {layer: _Selection(router, given.get(layer)) for layer, router in self.model.routers()}
+        for layer, router in self.model.routers():
+            router.selection = made[layer]
         try:
             self._executor.train(Program.of(make_schedule(self.config, len(batches)), 0), batches)
         finally:
             self.model.recipe.monitor.observer = None
-            for selection in made.values():
-                selection.remove()
+            for _, router in self.model.routers():
+                router.selection = None
         tensors = {
             name: tensor.clone()
             for item in self._placed
@@ -148,19 +150,15 @@ class Probe:
 
 
 class _Selection:
-    """Notes which experts a router selects, or lets it select those that were noted before, in the same order."""
+    """Record of a router's selections: its own, or those of an earlier record in the same order."""
 
     def __init__(self, router: Router, given: Sequence[Tensor] | None) -> None:
         self.made: list[Tensor] = []
-        self._router, self._own, self._given = router, router._select, given
-        router._select = self._select  # type: ignore[method-assign]
+        self._router, self._given = router, given
 
-    def remove(self) -> None:
-        """Give the router back its own mind."""
-        self._router._select = self._own  # type: ignore[method-assign]
-
-    def _select(self, scores: Tensor) -> Tensor:
-        self.made.append(self._own(scores) if self._given is None else self._given[len(self.made)])
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Select experts `[T, K]` for the tokens with these scores `[T, E]`."""
+        self.made.append(self._router.select(scores) if self._given is None else self._given[len(self.made)])
         return self.made[-1]
 
 

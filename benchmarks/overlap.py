@@ -148,7 +148,7 @@ class _PaceFunction(torch.autograd.Function):
 class EvenRouter(Router):
     """Sends every expert equally many tokens, and half of each rank's rows to the other rank."""
 
-    def _select(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor) -> Tensor:
         first, step = torch.arange(scores.shape[0]).unsqueeze(1), EXPERTS // TOP_K
         return (first + torch.arange(TOP_K) * step) % EXPERTS
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,12 +294,17 @@ class Failing:
         """Not of interest."""
 
 
+def fail_in_steps(trainer: Trainer, failing: Failing) -> None:
+    """Let `failing` look on in every step from now on."""
+    trainer.forward_backward = partial(trainer.forward_backward, watch=failing)  # type: ignore[method-assign]
+
+
 def _failing(worker: Worker, config: Config, end: Callable[[object], None]) -> tuple[str, float]:
     """Rank 1 fails in its second step; what each of the others says, and after how many seconds."""
     trainer = make_trainer(config, worker.world_size, 1)
     trainer.step()
     if worker.rank == 1:
-        trainer.executor.watch = Failing(end)
+        fail_in_steps(trainer, Failing(end))
     started = time.monotonic()
     with pytest.raises(PipelineError) as caught:
         trainer.step()
@@ -333,7 +339,7 @@ def _step_twice(worker: Worker, config: Config, ep: int, after: int) -> None:
     trainer = make_trainer(config, worker.world_size, ep)
     trainer.step()
     if worker.rank == 1:
-        trainer.executor.watch = Failing(_die, after)
+        fail_in_steps(trainer, Failing(_die, after))
     elif after == 0:
         time.sleep(1.0)  # so that the others meet a peer that is gone already
     trainer.step()

@@ -109,8 +109,8 @@ def _mtp_counted_twice(groups: Groups) -> None:
     def planted(self: Trainer) -> Any:
         pp = self.groups.layout.pp
 
-        def scaled(batches: Any, weights: Any) -> Any:
-            return forward_backward(self, batches, replace(weights, mtp=weights.mtp * pp))
+        def scaled(batches: Any, weights: Any, **options: Any) -> Any:
+            return forward_backward(self, batches, replace(weights, mtp=weights.mtp * pp), **options)
 
         self.forward_backward = scaled  # type: ignore[method-assign]
         return step(self)
