@@ -25,9 +25,9 @@ from ..model.counts import count_parameters
 from ..model.kernels import EmbeddingFunction, Kernels
 from ..model.loss import LOGITS_BYTES, cross_entropy_sum
 from ..model.rope import rotary_factors
+from ..parallel.optimizer.bucket import DTYPES
 from ..settings import UsageError
 from .backend import choose_recipe
-from .build import DTYPES
 
 ROUNDS = 5
 ENOUGH_SECONDS = 20.0

@@ -25,6 +25,7 @@ from ..plan.steps import Progress, total_steps
 from ..settings import UsageError
 from .backend import backend_faults
 from .dispatch import dispatch_faults, routing_notes
+from .schedules import distinct_forms, sizes_of_run
 
 T = TypeVar("T")
 
@@ -135,16 +136,15 @@ def _batch_faults(config: Config, layout: Layout) -> list[str]:
 def _schedule_faults(config: Config, layout: Layout) -> list[str]:
     """Numbers of micro-batches, from those of the whole run, that the schedule cannot serve.
 
-    Of a ramp's many sizes those up to four times the pipeline are tried, which is where schedules change their form.
+    Of a ramp's many numbers those with a form of their own are tried.
     """
-    parallel = config.parallel
-    counts = {microbatches(config, layout, size): size for size in _sizes_of_the_run(config)}
-    ends = min(counts), max(counts)
-    for count in sorted(counts):
+    counts = {microbatches(config, layout, size): size for size in sizes_of_run(config)}
+    parallel, ends = config.parallel, (min(counts), max(counts))
+    for count in distinct_forms(counts, layout.pp):
         try:
             if count in ends:
                 make_schedule(config, count)
-            elif count <= 4 * parallel.pp:
+            else:  # checking every one would take seconds
                 generate(parallel.schedule, parallel.pp, count, parallel.schedule_options)
         except UsageError as error:
             return [f"a global batch of {counts[count]} sequences is {count} micro-batches a pipeline: {error}"]
@@ -153,7 +153,7 @@ def _schedule_faults(config: Config, layout: Layout) -> list[str]:
 
 def bubble_notes(config: Config, layout: Layout) -> tuple[str, ...]:
     """What too few micro-batches for the pipeline cost, simulated with predicted costs; empty where it is little."""
-    sizes = _sizes_of_the_run(config)
+    sizes = sizes_of_run(config)
     fewest, most = (microbatches(config, layout, size) for size in (sizes[0], sizes[-1]))
     costs = stage_costs(config)
     if fewest >= 8 * len(costs.forward):  # the rest is the split's affair
@@ -184,14 +184,6 @@ def placement_notes(config: Config, layout: Layout) -> tuple[str, ...]:
             f"nodes of {layout.gpus_per_node}",
         )
     return ()
-
-
-def _sizes_of_the_run(config: Config) -> list[int]:
-    """Every size that a global batch has during the run, ascending."""
-    batch = config.batch
-    if batch.ramp is None:
-        return [batch.global_sequences]
-    return [*range(batch.ramp.start, batch.global_sequences, batch.ramp.increment), batch.global_sequences]
 
 
 def _folder_faults(run_dir: Path) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from ..configs.config import Config
 from ..model.counts import FLOP_CONVENTION, count_parameters
 from ..parallel.groups import Groups
+from ..parallel.optimizer.bucket import DTYPES
 from ..plan.pipeline import describe_split
 from ..report.hardware import Peak, peak_tflops
 from ..report.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
@@ -19,7 +20,6 @@ from ..report.summary import RunSummary, describe_run
 from ..report.text.layout import draw_layout
 from ..report.traffic import mean_step
 from ..settings import UsageError
-from .build import DTYPES
 from .dispatch import describe_dispatch
 from .preflight import RunPlan
 from .trace import PipelineTrace, gather_trace

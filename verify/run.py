@@ -21,8 +21,8 @@ from ..model.naming import initialise, placements
 from ..model.router import Router
 from ..model.transformer import Transformer
 from ..parallel.groups import Groups
+from ..parallel.optimizer.bucket import DTYPES
 from ..plan.steps import Progress, steps_from
-from ..training.build import DTYPES
 from ..training.dispatch import make_dispatcher
 from ..training.objective import dropping_of
 from ..training.trainer import Trainer
