@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..report.pages.curves import Line, draw_curves, legend
-from ..report.text.numbers import format_count
+from ..report.pages.curves import Line, curve_style, draw_curves, legend
+from ..report.pages.page import draw_page, read_asset
+from ..report.text.numbers import count, format_count, plural
 from .report import CLASS_HEAD, CLASS_NOTES, attribution_cells, class_rows, percent, signed
 from .result import Result, windows, worst_first
 
@@ -15,33 +16,6 @@ SMOOTHED = 50
 """Points of the smooth curves."""
 V3_BOUND = 0.25
 """Percent: the relative error of the loss that DeepSeek-V3 reports against BF16 (V3 §3.3)."""
-
-STYLE = r"""
-:root { color-scheme: light dark; --page: #ffffff; --ink: #1b1f27; --soft: #5a6371; --line: #d5d9e0; --grid: #e6e9ee;
-  --fp8: #be5c29; --other: #124b97; --raw: #d9c2b3; --band: #e6f1ec; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181d; --ink: #e8ebf0; --soft: #a3adbb; --line: #3a414c;
-  --grid: #2b313a; --fp8: #f0935f; --other: #7fb0f5; --raw: #5d483b; --band: #1d2d27; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 28px clamp(12px, 3vw, 40px) 48px; max-width: 1000px; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
-h1 { margin: 0; font-size: 22px; font-weight: 650; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { margin: 32px 0 0; font-size: 16px; font-weight: 650; }
-p { margin: 4px 0 0; max-width: 90ch; } .soft { color: var(--soft); }
-.facts { display: flex; flex-wrap: wrap; gap: 2px 24px; margin-top: 10px; font-variant-numeric: tabular-nums; }
-.facts span { color: var(--soft); } .facts b { color: var(--ink); font-weight: 650; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 8px; font-size: 13px; }
-.legend i { display: inline-block; width: 22px; height: 3px; margin-right: 6px; vertical-align: middle; }
-svg { display: block; width: 100%; height: auto; margin-top: 6px; } svg text { fill: var(--soft); font-size: 12px; }
-.grid { stroke: var(--grid); fill: none; } .band { fill: var(--band); } .line { fill: none; stroke-width: 1.8; }
-.fp8 { stroke: var(--fp8); } .other { stroke: var(--other); } .raw { stroke: var(--raw); }
-.line.raw { stroke-width: 1; }
-.dot { fill: var(--page); stroke-width: 1.6; }
-i.fp8 { background: var(--fp8); } i.other { background: var(--other); } i.raw { background: var(--raw); }
-.table { overflow-x: auto; margin-top: 8px; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: 2px 18px 2px 0; text-align: right; font-weight: 400; white-space: nowrap; }
-th.left, td.left { text-align: left; } thead th { color: var(--soft); border-bottom: 1px solid var(--line); }
-"""
 
 
 def draw(result: Result) -> str:
@@ -58,24 +32,9 @@ def draw(result: Result) -> str:
     about += "".join(f" Here: {change}." for change in model["changes"])
     stopped = ""
     if result["stopped"] is not None:
-        stopped = f"<p><b>Stopped after {result['steps']} steps:</b> {escape(result['stopped'])}</p>"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-<p class="soft">{escape(about)}</p>
-{stopped}
-{"".join(sections)}
-</body>
-</html>
-"""
+        stopped = f"<p><b>Stopped after {count(result['steps'], 'step')}:</b> {escape(result['stopped'])}</p>"
+    style = curve_style() + read_asset(__package__, "page.css")
+    return draw_page(title, "\n".join([f'<p class="soft">{escape(about)}</p>', stopped, *sections]), style)
 
 
 def _losses(result: Result) -> str:
@@ -90,7 +49,10 @@ def _losses(result: Result) -> str:
         Line(f"mean of {_size(curve)}", "fp8", [(point["step"], 100 * point["error"]) for point in smooth]),
     ][len(smooth) == len(curve) :]
     facts = [
-        (f"mean loss of the last {loss['last']} steps, fp8", f"{loss['fp8']:.4f}"),
+        (
+            f"mean loss of the last {plural(loss['last'], 'step', count(loss['last'], 'step'))}, fp8",
+            f"{loss['fp8']:.4f}",
+        ),
         (against, f"{loss[against]:.4f}"),
         ("relative error", signed(loss["error"])),
     ]
@@ -180,4 +142,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) ->
 
 def _size(curve: Sequence[Any]) -> str:
     size = max(1, -(-len(curve) // SMOOTHED))
-    return f"{size} steps" if size > 1 else "1 step"
+    return count(size, "step")

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..plan.pipeline import align
-from ..report.text.numbers import format_count
+from ..report.text.lines import WIDTH
+from ..report.text.numbers import count, format_count
 from .case import Case
 from .result import Result, most_hurt, worst_first
 
-WIDTH = 80
 MOST_HARMFUL = 12
 """Classes of tensors that are listed; the page and --json have all."""
 
@@ -59,7 +59,7 @@ def report(result: Result) -> str:
 def _losses(result: Result) -> str:
     against, loss, rows = result["against"], result["loss"], []
     if result["stopped"] is not None:
-        rows += textwrap.wrap(f"stopped after {result['steps']} steps: {result['stopped']}", WIDTH)
+        rows += textwrap.wrap(f"stopped after {count(result['steps'], 'step')}: {result['stopped']}", WIDTH)
     if loss is not None:
         of = "step" if loss["last"] == 1 else f"{loss['last']} steps"
         rows.append(_loss_row(f"mean loss, last {of}", loss, against))

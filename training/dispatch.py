@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..fp8.tensor_formats import WIRE_FORMAT
 from ..parallel.layout import Layout
+from ..report.text.numbers import count
 from ..settings import Clash, UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def nodes_of_experts(layout: Layout) -> int:
 def describe_dispatch(config: Config, layout: Layout, device_type: str = "cpu") -> str:
     """In words, for the header of a run."""
     name, nodes = dispatcher_name(config, layout, device_type), nodes_of_experts(layout)
-    where = f"{layout.ep} rank{'s' * (layout.ep > 1)} on {nodes} node{'s' * (nodes > 1)}"
+    where = f"{count(layout.ep, 'rank')} on {count(nodes, 'node')}"
     return f"{name}, {where}; tokens travel in {wire_format(config).upper()}"
 
 

@@ -15,7 +15,7 @@ from ..parallel.optimizer.bucket import DTYPES
 from ..plan.pipeline import describe_split
 from ..report.hardware import Peak, peak_tflops
 from ..report.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
-from ..report.progress import Progress as ProgressDisplay
+from ..report.progress import ProgressDisplay
 from ..report.summary import RunSummary, describe_run
 from ..report.text.layout import draw_layout
 from ..report.traffic import mean_step

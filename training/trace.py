@@ -16,7 +16,7 @@ from ..parallel.schedule.measured import measured_costs
 from ..parallel.schedule.simulate import simulate
 from ..parallel.schedule.timeline import Span, Timeline
 from ..report.pages.timeline import draw_html
-from ..report.text.timeline import number, share
+from ..report.text.numbers import number, share
 from ..report.traffic import HEADER, Sent, traffic_table
 from .trainer import PipelineRun
 

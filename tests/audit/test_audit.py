@@ -354,7 +354,7 @@ def test_a_finished_audit_is_told_again_in_80_columns(
     command = ["audit", str(small), "--steps", "10", "--set", FEW, "--out", str(audited["folder"]), "--bound"]
     assert cli.main([*command, f"{error + 0.01}"]) == 0
     said = capsys.readouterr().out
-    assert "goes on after step 10" in said and "the losses are within" in said
+    assert "continues after step 10" in said and "the losses are within" in said
     lines = [line for line in said.splitlines() if str(audited["folder"]) not in line]
     assert max(map(len, lines)) <= 80
     for name in ("mean loss, last step", "gradients of", "quantised", "which class hurts", "together"):

@@ -190,5 +190,5 @@ def test_a_finished_run_is_not_trained_again(
     launcher.run_here(monkeypatch, "unbroken")
     console = capfd.readouterr()
     assert json.loads(console.out.splitlines()[-1]) == unbroken
-    assert "already complete: raise train.steps to go on, or start again with --fresh" in console.err
+    assert "already complete: raise train.steps to continue, or start again with --fresh" in console.err
     assert launcher.metrics("unbroken") == before
