@@ -57,8 +57,13 @@ class RunPlan:
         return self.progress.step >= self.total_steps
 
 
-def prepare_run(config: Config, world_size: int, ranks_per_node: int, fresh: bool = False) -> RunPlan:
-    """Check a run on `world_size` ranks. `fresh` means that an existing run folder will be moved aside."""
+def prepare_run(config: Config, world_size: int, ranks_per_node: int, cache: Path, fresh: bool = False) -> RunPlan:
+    """Check a run on `world_size` ranks.
+
+    Args:
+        cache: folder for tokenised text where `data.cache_dir` is null.
+        fresh: whether an existing run folder will be moved aside.
+    """
     faults: list[str] = []
     layout = _collect(faults, lambda: _layout(config, world_size, ranks_per_node))
     if layout is not None:
@@ -67,7 +72,7 @@ def prepare_run(config: Config, world_size: int, ranks_per_node: int, fresh: boo
     faults += _vocabulary_faults(config)
     faults += backend_faults(config)
     faults += dispatch_faults(config, layout) if layout is not None else []
-    data = _collect(faults, lambda: _open_data(config))
+    data = _collect(faults, lambda: _open_data(config, cache))
     run_dir = Path(config.run.dir).expanduser() / config.run.name
     faults += _folder_faults(run_dir)
     found = None if fresh else _collect(faults, lambda: _latest_checkpoint(config, run_dir))
@@ -84,17 +89,11 @@ def prepare_run(config: Config, world_size: int, ranks_per_node: int, fresh: boo
     return RunPlan(config, layout, run_dir, total_steps(config), data, checkpoint, progress, notes)
 
 
-def _open_data(config: Config) -> Data:
+def _open_data(config: Config, cache: Path) -> Data:
     extra = 1 + config.model.num_nextn_predict_layers
-    return open_data(config.data, config.batch.sequence_length, extra, config.run.seed, data_cache(config))
-
-
-def data_cache(config: Config) -> Path:
-    """Where tokenised text is kept: `data.cache_dir`, or the user's cache folder."""
     if config.data.cache_dir is not None:
-        return Path(config.data.cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "counterflow"
+        cache = Path(config.data.cache_dir).expanduser()
+    return open_data(config.data, config.batch.sequence_length, extra, config.run.seed, cache)
 
 
 def _list(heading: str, faults: list[str]) -> str:
