@@ -139,7 +139,7 @@ def build_model(
     split, schedule, recipe = make_split(config), _any_schedule(config), choose_recipe(config, device)
     dispatcher = make_dispatcher(config, groups, recipe, device, partial_sums)
     chunks: dict[int, Transformer] = {}
-    for stage in sorted(schedule.placement[groups.coordinates.pp]):
+    for stage in sorted(schedule.stages_of_rank[groups.coordinates.pp]):
         chunks[stage] = _build_chunk(config, groups, device, recipe, dispatcher, split, stage)
     first, last = chunks.get(0), chunks.get(split.num_stages - 1)
     if first is not None and last is not None and hasattr(last, "embedding"):

@@ -159,7 +159,7 @@ class Alone(Watched):
         optimizer = self.trainer.optimizer
         self.begin_with(self.steps[number].before)
         optimizer.steps = number
-        optimizer.zero_gradients()
+        optimizer.begin_step()
         for name, accumulated in optimizer.gradients().items():
             accumulated.copy_(gradients[name].view_as(accumulated))
         optimizer.step(lr, optimizer.reduce_gradients())

@@ -47,7 +47,7 @@ class TurnedByHand(Device):
 def test_every_action_takes_exactly_its_cost(name: str, options: dict[str, Any]) -> None:
     schedule = find_schedule(name)(1, MICRO_BATCHES, **options)
     device = TurnedByHand()
-    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.placement[0]}
+    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.stages_of_rank[0]}
     unconnected: PipelineChannels = None  # type: ignore[assignment]
     executor = Executor(chunks, unconnected, find_order("v3"), SHAPE, torch.float32, torch.device("cpu"))
     starts: list[float] = []

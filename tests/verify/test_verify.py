@@ -92,7 +92,7 @@ def _scaled_mirror(groups: Groups) -> None:
     accumulate = ShardedOptimizer._accumulate
 
     def planted(self: ShardedOptimizer, parameter: torch.Tensor, bucket: int, slot: int) -> None:
-        names = self._buckets[bucket].plan.slots[slot].placed.names
+        names = self._buckets[bucket].plan.slots[slot].local.names
         mirrored = self.groups.layout.pp == 2 and groups.coordinates.pp == 1
         if mirrored and names == ("layers.1.attention.out",) and parameter.grad is not None:
             parameter.grad.mul_(1.001)
