@@ -17,7 +17,7 @@ from ..fp8.recipe import Recipe
 from ..local_parameter import LocalParameter
 from ..model.feed_forward import MixtureOfExperts
 from ..model.kernels import Kernels
-from ..model.naming import initial_tensor, placements, router_biases
+from ..model.naming import initial_tensor, local_parameters, router_biases
 from ..model.router import Router
 from ..model.transformer import Part, Transformer
 from ..parallel.executor import Executor
@@ -56,7 +56,7 @@ class Model:
         """Every parameter of this rank once: the embedding, then stage by stage."""
         found: dict[int, LocalParameter] = {}
         for stage, chunk in self.chunks.items():
-            for item in placements(chunk):
+            for item in local_parameters(chunk):
                 held_by = replace(item, holders=self._holders(item.names[0], stage))
                 found.setdefault(id(item.parameter), held_by)
         # Both ends of the model hold the embedding: it comes first on all of them, for replicas share one order.
@@ -202,7 +202,7 @@ def build_executor(config: Config, model: Model, groups: Groups, device: torch.d
         torch.Size((batch.micro_sequences, batch.sequence_length, config.model.hidden_size)),
         DTYPES[config.precision.format],
         device,
-        model.dispatcher.underway.boundary,
+        model.dispatcher.options.in_flight.boundary,
     )
 
 

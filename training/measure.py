@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..comm.dispatcher import Dispatched, Pending
 from ..configs.config import Config
 from ..fp8.linear import Linear
-from ..model.block import DecoderBlock
+from ..model.block import DecoderBlock, DenseBlock, MoEBlock
 from ..model.counts import count_parameters
 from ..model.kernels import EmbeddingFunction, Kernels
 from ..model.loss import LOGITS_BYTES, cross_entropy_sum
@@ -101,7 +101,12 @@ def _build(config: Config, device: torch.device) -> dict[str, Part]:
 
     def layer(local_experts: range | None) -> Part:
         with torch.device("meta"):
-            block = DecoderBlock(model, local_experts, EvenShare(experts), kernels, config.memory.recompute, recipe)
+            policy, even = config.memory.recompute, EvenShare(experts)
+            block: DecoderBlock = (
+                DenseBlock(model, kernels, policy, recipe)
+                if local_experts is None
+                else MoEBlock(model, local_experts, even, kernels, policy, recipe)
+            )
         for parameter in block.parameters():
             parameter.data = parameter.data.to(dtype)
         _fill(block.to_empty(device=device), generator)
