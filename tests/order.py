@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-SECONDS: dict[str, int] = {
-}
+SECONDS: dict[str, int] = {}
 """Seconds of the files that take longest, one file at a time on one core; a file that is missing counts as 0."""
 
 TOGETHER = {
+    "tests/training/test_bad_input.py": "tests/training/test_layouts.py",
     "tests/training/test_resume.py": "tests/training/test_layouts.py",
 }
 """File, and the file whose worker runs it too, because both look at the same runs."""

@@ -16,7 +16,7 @@ from counterflow.tests.tiers import TIERS, Function, Tiers
 def recipes(root: Path) -> dict[str, str]:
     """Target of the Makefile, and its commands."""
     makefile = (root / "Makefile").read_text(encoding="utf-8")
-    return {name: body for name, body in re.findall(r"^([a-z-]+):.*\n((?:\t.*\n)*)", makefile, re.MULTILINE)}
+    return dict(re.findall(r"^([a-z-]+):.*\n((?:\t.*\n)*)", makefile, re.MULTILINE))
 
 
 def test_the_short_and_the_long_tests_are_all_tests(recipes: dict[str, str]) -> None:

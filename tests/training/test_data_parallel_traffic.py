@@ -38,14 +38,15 @@ class Case(NamedTuple):
 
 PIPELINE = ("parallel.pp=2", "parallel.schedule=dualpipe")
 CASES = [
-    Case(2),
-    Case(4),
+    pytest.param(Case(2), marks=pytest.mark.long),
+    pytest.param(Case(4), marks=pytest.mark.long),
     Case(2, ep=2),
     Case(4, ep=2, more=("precision.recipe=bf16", "memory.recompute=full")),
-    Case(2, more=PIPELINE),  # both stages twice
+    pytest.param(Case(2, more=PIPELINE), marks=pytest.mark.long),  # both stages twice
     Case(4, ep=2, more=(*PIPELINE, "precision.recipe=fp8")),
     Case(4, more=("parallel.pp=2", "parallel.schedule=1f1b")),  # one embedding on the first and the last rank
-    Case(4, ep=2, more=("parallel.pp=2", "parallel.schedule=dualpipev")),  # both ends of the model on one rank
+    # Both ends of the model on one rank.
+    pytest.param(Case(4, ep=2, more=("parallel.pp=2", "parallel.schedule=dualpipev")), marks=pytest.mark.long),
 ]
 
 
@@ -175,7 +176,7 @@ BOUND = 2.5e-3
 """Of a loss, relative: what V3 accepts of FP8 (V3 §3.3). Seen: 7e-4, and 1e-3 in the evaluation after 8 steps."""
 
 
-@pytest.mark.parametrize("case", [Case(2), Case(4, ep=2, more=PIPELINE)], ids=str)
+@pytest.mark.parametrize("case", [Case(2), pytest.param(Case(4, ep=2, more=PIPELINE), marks=pytest.mark.long)], ids=str)
 def test_gradients_in_bf16_leave_the_losses_close(pool: Pool, text: Path, case: Case) -> None:
     exact, rounded = (
         pool.run(train, case.world, case.config(text, f"optim.reduce={name}"), case.ep, STEPS)

@@ -113,7 +113,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SHORT_LAYOUTS = ("ep4", "ep2-edp2-dualpipe")
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name in SHORT_LAYOUTS else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS]
+)
 def test_a_run_whose_experts_move_has_the_bits_of_one_whose_experts_stay(pool: Pool, text: Path, layout: str) -> None:
     world, ep, more = LAYOUTS[layout]
     moving = pool.run(run, world, tiny(text, *SMALL, *MOVING, *more), ep)
@@ -259,7 +264,14 @@ def _evaluations(worker: Worker, config: Config, ep: int) -> tuple[list[dict[str
     return losses, rows, numbers[0] == numbers[1]
 
 
-@pytest.mark.parametrize(("world", "ep", "more"), [(4, 4, ()), (4, 2, LAYOUTS["ep2-edp2-dualpipe"][2]), (2, 2, FP8)])
+@pytest.mark.parametrize(
+    ("world", "ep", "more"),
+    [
+        (4, 4, ()),
+        pytest.param(4, 2, LAYOUTS["ep2-edp2-dualpipe"][2], marks=pytest.mark.long),
+        pytest.param(2, 2, FP8, marks=pytest.mark.long),
+    ],
+)
 def test_an_evaluation_with_replicas_has_the_same_loss_on_evener_ranks(
     pool: Pool, text: Path, world: int, ep: int, more: tuple[str, ...]
 ) -> None:

@@ -19,7 +19,12 @@ from counterflow.training.trainer import Trainer
 
 EVERY = pytest.mark.parametrize(("world", "ep"), LAYOUTS, ids=[f"ep{ep}-edp{w // ep}" for w, ep in LAYOUTS])
 # World size, ep and sequences of a micro-batch: a global batch of 8 sequences is 1 to 8 micro-batches a rank.
-SPLITS = [(1, 1, 4), (1, 1, 8), (2, 1, 1), (4, 4, 2), (4, 2, 1), (8, 4, 1)]
+SPLITS = [
+    (1, 1, 8),
+    (4, 4, 2),
+    (4, 2, 1),
+    *(pytest.param(*split, marks=pytest.mark.long) for split in ((1, 1, 4), (2, 1, 1), (8, 4, 1))),
+]
 ALONE = {
     "next token": Weights(token=1 / 128, mtp=0.0, balance=0.0),
     "mtp": Weights(token=0.0, mtp=1 / 128, balance=0.0),

@@ -10,8 +10,13 @@ import torch
 from counterflow.tests.pool import Pool
 from counterflow.tests.training.harness import LAYOUTS, NUMBERS, Runs, relative, replicas, tiny, train
 
-SEVERAL = pytest.mark.parametrize(("world", "ep"), LAYOUTS[1:], ids=[f"ep{ep}-edp{w // ep}" for w, ep in LAYOUTS[1:]])
-EVERY = pytest.mark.parametrize(("world", "ep"), LAYOUTS, ids=[f"ep{ep}-edp{w // ep}" for w, ep in LAYOUTS])
+SHORT = [(1, 1), (2, 2), (4, 2)]
+MARKED = [
+    pytest.param(w, ep, marks=() if (w, ep) in SHORT else pytest.mark.long, id=f"ep{ep}-edp{w // ep}")
+    for w, ep in LAYOUTS
+]
+EVERY = pytest.mark.parametrize(("world", "ep"), MARKED)
+SEVERAL = pytest.mark.parametrize(("world", "ep"), MARKED[1:])
 
 
 def test_the_single_process_has_no_near_tie(runs: Runs) -> None:

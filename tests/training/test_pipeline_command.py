@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 
-from counterflow.launcher.environment import RANK_VARIABLES
+from counterflow.launcher.cli import main
+from counterflow.launcher.environment import PARENT_VARIABLE, RANK_VARIABLES
 from counterflow.tests.training.harness import settings
 
 SCHEDULE = """
@@ -95,10 +97,18 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path: Path, text: 
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(
-    tmp_path: Path, text: Path, overrides: list[str], said: str
+    tmp_path: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    overrides: list[str],
+    said: str,
 ) -> None:
-    process = start(tmp_path, text, "train.steps=2", *overrides)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2, err
-    assert said in err
+    monkeypatch.chdir(tmp_path)
+    for variable in (*RANK_VARIABLES, PARENT_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    given = [*settings(text), "parallel.pp=2", "model.num_hidden_layers=4", "train.steps=2", *overrides]
+    with mock.patch("subprocess.Popen", side_effect=AssertionError("a rank was started")):
+        assert main(["train", "tiny", "--nproc", "2", "--json", *(f"--set={each}" for each in given)]) == 2
+    assert said in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -34,6 +34,8 @@ from counterflow.training.non_finite import NonFiniteError
 from counterflow.training.trainer import Trainer
 
 DEEP = ("model.num_hidden_layers=4", "model.num_nextn_predict_layers=2")
+AT_ONCE = ("parallel.schedule=1f1b", "parallel.pp=1", "batch.micro_sequences=8")
+"""A single process with the global batch in one micro-batch, which takes a fifth of the time of eight."""
 
 
 def pipeline(text: Path, schedule: str, pp: int, *more: str) -> Config:
@@ -51,9 +53,9 @@ ALONE = {
 SPLITS = [
     (4, 1, "1f1b", 4, 2),
     (4, 2, "dualpipe", 2, 1),
-    (2, 1, "dualpipe", 2, 4),
-    (2, 1, "dualpipev", 2, 2),
-    (4, 2, "zb1p", 2, 4),
+    pytest.param(2, 1, "dualpipe", 2, 4, marks=pytest.mark.long),
+    pytest.param(2, 1, "dualpipev", 2, 2, marks=pytest.mark.long),
+    pytest.param(4, 2, "zb1p", 2, 4, marks=pytest.mark.long),
 ]
 
 
@@ -87,10 +89,10 @@ def test_gradient_of_each_loss_alone_does_not_know_the_pipeline(
             assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), (loss, name)
 
 
-@pytest.mark.parametrize("split", ["[1,1,1,1]", "[1,3]", "[3,1]"])
+@pytest.mark.parametrize("split", ["[1,1,1,1]", "[1,3]", pytest.param("[3,1]", marks=pytest.mark.long)])
 def test_uneven_stages_change_nothing(pool: Pool, text: Path, split: str) -> None:
     stages = split.count(",") + 1
-    (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1), 1, 3)
+    (expected,) = pool.run(train, 1, tiny(text, *DEEP, *AT_ONCE), 1, 3)
     for rank in pool.run(train, stages, pipeline(text, "dualpipe", stages, f"parallel.split={split}"), 1, 3):
         for a, b in zip(expected.numbers, rank.numbers, strict=True):
             assert all(relative(a[name], b[name]) <= 1e-5 for name in a)
@@ -107,9 +109,14 @@ CORNERS = {
 }
 
 
-@pytest.mark.parametrize("corner", CORNERS)
+SHORT_CORNERS = ("no shared experts", "no mtp", "dense stages", "never clipped")
+
+
+@pytest.mark.parametrize(
+    "corner", [name if name in SHORT_CORNERS else pytest.param(name, marks=pytest.mark.long) for name in CORNERS]
+)
 def test_models_of_every_shape_train_alike_in_a_pipeline(pool: Pool, text: Path, corner: str) -> None:
-    (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1, *CORNERS[corner]), 1, 2)
+    (expected,) = pool.run(train, 1, tiny(text, *DEEP, *AT_ONCE, *CORNERS[corner]), 1, 2)
     config = pipeline(text, "dualpipe", 2, *CORNERS[corner], "memory.recompute=full")
     ranks = pool.run(train, 2, config, 1, 2)
     for rank in ranks:
@@ -121,13 +128,13 @@ def test_models_of_every_shape_train_alike_in_a_pipeline(pool: Pool, text: Path,
         assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
-@pytest.mark.parametrize("sequences", [3])
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p", "interleaved"])
-def test_fewer_micro_batches_than_the_pipeline_wants_change_nothing(
-    pool: Pool, text: Path, schedule: str, sequences: int
-) -> None:
+@pytest.mark.parametrize(
+    "schedule",
+    ["dualpipe", "zb1p", *(pytest.param(name, marks=pytest.mark.long) for name in ("dualpipev", "interleaved"))],
+)
+def test_fewer_micro_batches_than_the_pipeline_wants_change_nothing(pool: Pool, text: Path, schedule: str) -> None:
     """V3's batch ramp starts with 24 micro-batches for 16 ranks."""
-    batch = f"batch.global_sequences={sequences}"
+    batch = "batch.global_sequences=3"
     layers = "model.num_hidden_layers=8"
     (expected,) = pool.run(train, 1, pipeline(text, "1f1b", 1, batch, layers), 1, 2)
     for rank in pool.run(train, 4, pipeline(text, schedule, 4, batch, layers), 1, 2):
@@ -248,8 +255,15 @@ def _spoil_zeros(_: Any, given: Any) -> Any:
     return (torch.where((given[0] == 0).all(-1, keepdim=True), float("nan"), given[0]), *given[1:])
 
 
-@pytest.mark.parametrize("recompute", ["none", "v3", "full"])
-@pytest.mark.parametrize("micro_batch", [2, 5])
+@pytest.mark.parametrize(
+    ("recompute", "micro_batch"),
+    [
+        ("none", 2),
+        ("v3", 5),
+        ("full", 2),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("none", 5), ("v3", 2), ("full", 5))),
+    ],
+)
 def test_a_nan_that_comes_with_the_data_is_named_whatever_is_run_again(
     pool: Pool, text: Path, recompute: str, micro_batch: int
 ) -> None:
@@ -260,7 +274,7 @@ def test_a_nan_that_comes_with_the_data_is_named_whatever_is_run_again(
     assert f"rank {rank}, micro-batch {micro_batch}, forward, input of layers.0.attention_norm: 64 of 1024" in said
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe"])
+@pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.long), "zb1p", "dualpipe"])
 def test_a_planted_nan_is_named_with_rank_micro_batch_and_tensor(pool: Pool, text: Path, schedule: str) -> None:
     """Rank 0 and 1 as pp 2; DualPipe runs micro-batches 0 to 3 from rank 0 and 4 to 7 from rank 1."""
     # Both ranks of DualPipe see each stage in four micro-batches; under the others a rank sees its own in eight.
@@ -352,7 +366,7 @@ def test_a_peer_that_dies_ends_the_others_at_once_naming_whom_and_what_they_wait
         assert f"PipelineError: pipeline rank {rank} waited for" in line and "pipeline rank 1" in line, line
 
 
-@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_a_peer_that_dies_among_expert_parallel_ranks_is_named_too(pool: Pool, text: Path, after: int) -> None:
     config = pipeline(text, "dualpipe", 2, "parallel.ep=2", "parallel.timeout=60")
     with pytest.raises(RankFailure) as caught:

@@ -96,7 +96,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(v, marks=pytest.mark.long if name == "zb1p" else (), id=name) for name, v in LAYOUTS.items()],
+)
 def test_training_has_the_bits_of_emulation(layout: Any, pool: Pool, text: Path) -> None:
     world_size, ep, overrides = layout
     settings = config(text, *overrides)
@@ -113,7 +116,7 @@ def test_training_has_the_bits_of_emulation(layout: Any, pool: Pool, text: Path)
         assert seen["calls"]["weight quantised"] < seen["calls"]["Linear.forward"]
 
 
-@pytest.mark.parametrize("policy", ["v3", "full"])
+@pytest.mark.parametrize("policy", ["v3", pytest.param("full", marks=pytest.mark.long)])
 def test_recomputation_differs_in_values_far_below_their_tiles_largest(policy: str, pool: Pool, text: Path) -> None:
     """What is made again is quantised from itself along the rows, where emulation quantises what fprop saw."""
     settings = config(text, f"memory.recompute={policy}")
@@ -140,7 +143,11 @@ def test_as_the_library_computes_the_curve_is_emulations_within_rounding(pool: P
         assert relative(one["loss"], there["loss"]) < 1e-2  # a few choices of experts have come out otherwise
 
 
-@pytest.mark.parametrize("backends", [("emulated", "te"), ("te", "emulated")], ids=" to ".join)
+@pytest.mark.parametrize(
+    "backends",
+    [("emulated", "te"), pytest.param(("te", "emulated"), marks=pytest.mark.long)],
+    ids=" to ".join,
+)
 def test_a_checkpoint_of_one_backend_goes_on_in_the_other(
     backends: tuple[str, str], pool: Pool, text: Path, tmp_path: Path
 ) -> None:
