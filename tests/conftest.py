@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from counterflow.tests.order import file_scheduling, heavy_first
 from counterflow.tests.pool import Pool
 from counterflow.tests.tiers import TIERS, Tiers
+
+# An example takes as long as a busy machine makes it.
+hypothesis.settings.register_profile("counterflow", deadline=None)
+hypothesis.settings.load_profile("counterflow")
 
 
 @pytest.fixture(scope="session")

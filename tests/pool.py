@@ -43,7 +43,8 @@ import cloudpickle
 
 POOL_SIZE = 8
 START_TIMEOUT = 120.0  # seconds; a start takes 3 on two idle cores, forking anew half of one
-GRACE = 5.0  # seconds for the others after the first rank has failed
+TIMEOUT = 300.0  # seconds; a run takes 10 at most, and a busy machine makes it ten times as long
+GRACE = 20.0  # seconds for the others after the first rank has failed
 TESTS = os.path.dirname(os.path.realpath(__file__)) + os.sep
 
 # What workers use, imported once before the fork: torch.optim imports torch._dynamo, a second for each process.
@@ -90,7 +91,7 @@ class Pool:
         self._pids: list[int] = []
         self._runs = 0
 
-    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
         """Call `function(worker, *args)` on ranks 0 to world_size - 1.
 
         Args:

