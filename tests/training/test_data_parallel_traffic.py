@@ -51,7 +51,7 @@ CASES = [
 
 
 def _run(worker: Worker, config: Config, ep: int) -> dict[str, Any]:
-    """Three steps with an evaluation in between, of the average too; every number and all weights."""
+    """Numbers and weights of three steps with evaluations, of the average too."""
     trainer = make_trainer(config, worker.world_size, ep)
     steps = [trainer.step()]
     evaluated = [trainer.validate()]
@@ -78,7 +78,7 @@ def test_overlapped_gathers_train_to_the_same_bits(pool: Pool, text: Path, case:
 
 
 def _waits(worker: Worker, config: Config, ep: int) -> list[list[int]]:
-    """Of each gather of the second step: whether it was waited for in the first block's forward or later."""
+    """Gathers of the second step, and how many of them have been waited for at each block's attention."""
     trainer = make_trainer(config, worker.world_size, ep)
     with recorded() as seen:
         trainer.step()
@@ -173,7 +173,7 @@ def test_a_forward_that_waits_for_a_dead_peers_weights_says_so(pool: Pool, text:
 
 STEPS = 4
 BOUND = 2.5e-3
-"""Of a loss, relative: what V3 accepts of FP8 (V3 §3.3). Seen: 7e-4, and 1e-3 in the evaluation after 8 steps."""
+"""Relative difference of a loss that V3 accepts for FP8 (V3 §3.3). Seen: 7e-4, and 1e-3 in the last evaluation."""
 
 
 @pytest.mark.parametrize("case", [Case(2), pytest.param(Case(4, ep=2, more=PIPELINE), marks=pytest.mark.long)], ids=str)

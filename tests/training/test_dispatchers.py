@@ -94,7 +94,7 @@ FP8 = ("precision.recipe=fp8", "model.num_hidden_layers=4", "run.seed=7")
 
 
 def test_an_fp8_wire_changes_no_bit_of_fp8_training(pool: Pool, text: Path) -> None:
-    """With powers of two as scales, experts make of what they get in BF16 what travels in FP8."""
+    """With powers of two as scales, quantising received BF16 rows gives the codes that would travel in FP8."""
     wire, plain = (pool.run(train, 1, tiny(text, *FP8, f"comm.wire={wire}"), 1, STEPS)[0] for wire in ("auto", "bf16"))
     assert equal_bits(wire, plain)
 

@@ -1,4 +1,4 @@
-"""`counterflow train` with a pipeline, in real processes: what it prints and draws, a schedule from a file, a death."""
+"""`counterflow train` with a pipeline, in real processes: its output, a schedule from a file, a rank that dies."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def start(folder: Path, text: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def test_a_run_prints_its_split_and_draws_its_third_step(tmp_path: Path, text: Path) -> None:
-    """With a schedule that is a function in the user's file."""
+    """The schedule is a function in the user's file."""
     (tmp_path / "mine.py").write_text(SCHEDULE)
     schedule = ("parallel.schedule=mine.py:all_forwards_first", "parallel.schedule_options.backwards_in_order=false")
     process = start(tmp_path, text, "train.steps=4", *schedule)

@@ -1,4 +1,4 @@
-"""What others shipped wrong without an error, under pipelining: losses alone, odd micro-batches, grids, resume, NaN."""
+"""Faults of pipelining that others shipped unnoticed: single losses, odd micro-batches, grids, resume, NaN."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_bf16_copies_of_a_stage_stay_bit_equal(pool: Pool, text: Path) -> None:
 
 @contextmanager
 def spoilt(trainer: Trainer, module: str, rank: int, backward: bool, micro_batch: int) -> Iterator[None]:
-    """While open, one number of the module's output or its gradient is NaN on `rank` in its n-th micro-batch."""
+    """Make one number of the module's output or gradient NaN on `rank` in its n-th micro-batch, while open."""
     calls = 0
     modules = dict(trainer.model.modules())
     per_step = 4
@@ -237,7 +237,7 @@ def _named(worker: Worker, config: Config, plants: list[tuple[str, int, bool, in
 
 
 def _named_by_data(worker: Worker, config: Config, micro_batch: int) -> str:
-    """One token of one micro-batch becomes NaN where the first layer reads it."""
+    """Message after a token of one micro-batch becomes NaN where the first layer reads it."""
     trainer = make_trainer(config, worker.world_size, 1)
     batches, _ = trainer._next_batch()
     rare = 319  # no byte: it is in no text
@@ -294,7 +294,7 @@ def test_a_planted_nan_is_named_with_rank_micro_batch_and_tensor(pool: Pool, tex
 
 
 class Failing:
-    """Does something bad before the n-th action that it is told of."""
+    """Watch that calls `end` before the n-th action."""
 
     def __init__(self, end: Callable[[object], None], after: int = 0) -> None:
         self.end, self.after = end, after
@@ -305,7 +305,7 @@ class Failing:
         self.after -= 1
 
     def backward(self, running: bool) -> None:
-        """Not of interest."""
+        """Ignore the backward."""
 
 
 def _failing(worker: Worker, config: Config, folder: Path) -> tuple[str, float]:

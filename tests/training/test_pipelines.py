@@ -21,7 +21,7 @@ from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, Curve, make_trainer, relative, replicas, tiny, train
 
 DEEP = ("model.num_hidden_layers=8", "run.seed=19")
-"""The seed is the one of the first 40 whose single process stays farthest from a near tie, see `settings`."""
+"""Depth, and the seed among the first 40 whose single process stays farthest from a near tie, see `settings`."""
 STEPS = int(os.environ.get("COUNTERFLOW_TEST_STEPS", "3"))
 
 
@@ -67,7 +67,7 @@ EVERY = parameters_of(CASES)
 
 
 class PipelineRuns:
-    """Runs of STEPS steps, each made when first asked for."""
+    """Runs of STEPS steps, each made at its first use."""
 
     def __init__(self, pool: Pool, text: Path) -> None:
         self._pool, self._text = pool, text
@@ -143,7 +143,7 @@ def test_copies_of_a_parameter_are_bit_equal_at_the_end(runs: PipelineRuns, case
 
 
 def _ones(worker: Worker, config: Config, ep: int) -> tuple[float, int, int]:
-    """Norm of gradients of one over the whole model, and how many elements of state this rank keeps of how many."""
+    """Norm of the whole model's gradients, all of them one; elements of state and of parameters on this rank."""
     trainer = make_trainer(config, worker.world_size, ep)
     trainer.optimizer.zero_gradients()
     layout = trainer.groups.layout
@@ -190,7 +190,7 @@ def equal_bits(one: Curve, other: Curve) -> bool:
     ids=str,
 )
 def test_orders_of_overlap_and_recompute_give_the_same_bits(pool: Pool, text: Path, case: Case, precision: str) -> None:
-    """Phases of two micro-batches in any order, activations kept, rebuilt or replayed: nothing of it changes a bit."""
+    """No order of the phases of two micro-batches and no way to keep or rebuild activations changes a bit."""
     alternate = "[F.attention,B.finish,F.dispatch,B.combine,F.shared,B.experts,W,F.experts,B.attention,F.finish]"
     given = [
         ("parallel.overlap_order=sequence",),

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: bit for bit in the same layout, within 1e-5 in any other."""
+"""Continuing from a checkpoint: bit for bit in the same layout, within 1e-5 in any other."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_the_trainer_names_every_tensor_of_the_network(runs: Run
 
 
 def test_steps_of_the_optimizer_are_counted_on(pool: Pool, runs: Runs) -> None:
-    """AdamW's bias correction depends on them: a run that starts counting anew has another first step."""
+    """AdamW's bias correction depends on the count: a run that counts from zero again has another first step."""
     found = pool.run(_optimizer_steps, 1, runs.config, runs.checkpoint(1, 1))[0]
     assert found == (10, 11)
 

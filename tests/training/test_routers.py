@@ -118,7 +118,7 @@ def test_sequences_are_exempt_by_their_number_in_the_run(text: Path) -> None:
 
 
 def _exempt(worker: Worker, config: Config, ep: int) -> list[tuple[int, bool]]:
-    """Of this rank's first two steps every sequence's number and whether it is exempt."""
+    """Number of every sequence of this rank's first two steps, and whether the sequence is exempt."""
     trainer, found = make_trainer(config, worker.world_size, ep), []
     for _ in range(2):
         for batch in trainer._next_batch()[0]:
@@ -148,7 +148,7 @@ def _last_balance(worker: Worker, config: Config, steps: int) -> tuple[float, fl
 
 
 def test_the_bias_alone_balances_and_without_it_nothing_does(pool: Pool, text: Path) -> None:
-    """512 tokens a step are few: of 128 an expert in perfect balance some get a third more by chance alone."""
+    """512 tokens per step are few: in perfect balance an expert gets 128, and some get a third more by chance alone."""
     more = ("batch.sequence_length=64", "batch.micro_sequences=8", "optim.lr=3e-4", "model.num_nextn_predict_layers=0")
     fast_then_slow = "balance.bias_update_speed=[{tokens: 20480, value: 0.02}, {value: 0.005}]"
     sides = (

@@ -1,4 +1,4 @@
-"""Training on the Transformer Engine backend, on a fake that computes as our emulation does, against that emulation.
+"""Training on the Transformer Engine backend: a fake that computes as our emulation does, against that emulation.
 
 Everything around the products is the real thing: pipelines that put weight gradients off, buckets that are reduced
 when the last gradient has arrived, dispatch with aligned rows, recomputation, the optimizer's update and checkpoints.
@@ -29,7 +29,7 @@ def config(text: Path, *overrides: str) -> Config:
 
 @contextlib.contextmanager
 def backend(name: str, emulated: bool = True) -> Iterator[Any]:
-    """`te` is the fake; `emulated` is our emulation with as many rows an expert as the fake gets."""
+    """Install a backend: `te` is the fake, `emulated` our emulation with as many rows per expert as the fake gets."""
     from unittest import mock
 
     from counterflow.fp8.recipe import Recipe
@@ -58,7 +58,7 @@ def train(
     resume: Path | None = None,
     emulated: bool = True,
 ) -> tuple[Curve, dict[str, Any]]:
-    """For `pool.run`: what a run saw, and what the backend and the optimizer were called for."""
+    """Record of a run, and the calls of the backend and of the optimizer; for `pool.run`."""
     with backend(name, emulated) as fake:
         trainer: Trainer = make_trainer(with_backend(config, name), worker.world_size, ep)
         assert (trainer.model.recipe.backend is not None) == (name == "te")
@@ -118,7 +118,7 @@ def test_training_has_the_bits_of_emulation(layout: Any, pool: Pool, text: Path)
 
 @pytest.mark.parametrize("policy", ["v3", pytest.param("full", marks=pytest.mark.long)])
 def test_recomputation_differs_in_values_far_below_their_tiles_largest(policy: str, pool: Pool, text: Path) -> None:
-    """What is made again is quantised from itself along the rows, where emulation quantises what fprop saw."""
+    """Recomputed inputs are quantised along the rows again, where emulation quantises the input of fprop."""
     settings = config(text, f"memory.recompute={policy}")
     expected = pool.run(train, 2, settings, "emulated", 2)
     found = pool.run(train, 2, settings, "te", 2)
