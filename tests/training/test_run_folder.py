@@ -1,4 +1,4 @@
-"""One run at a time in a folder, from the same point on every rank, and where the user meant it."""
+"""Run folders: one run at a time, from the same point on every rank, in the place that the user named."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def _verdict(worker: Worker, config: Config, odd_rank: int, changes: dict[str, Any]) -> str:
-    """What a rank says where one sees something else."""
+    """Message of a rank when one rank sees something else."""
     run_plan = prepare_run(config, worker.world_size, worker.world_size, Path("unused"))
     if worker.rank == odd_rank:
         digest = changes.get("digest", run_plan.data.digest)
