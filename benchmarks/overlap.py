@@ -43,7 +43,7 @@ from counterflow.comm import flat
 from counterflow.comm import two_hop as two_hops
 from counterflow.comm.exchange import Exchange
 from counterflow.comm.hops import InFlight
-from counterflow.comm.routed import RoutedDispatcher
+from counterflow.comm.routed import DispatchOptions, RoutedDispatcher
 from counterflow.comm.wire import FP8Wire
 from counterflow.model.config import ModelConfig
 from counterflow.model.naming import initialise
@@ -148,7 +148,7 @@ class _PaceFunction(torch.autograd.Function):
 class EvenRouter(Router):
     """Router that sends every expert equally many tokens, and half of each rank's rows to the other rank."""
 
-    def _select(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor) -> Tensor:
         first, step = torch.arange(scores.shape[0]).unsqueeze(1), EXPERTS // TOP_K
         return (first + torch.arange(TOP_K) * step) % EXPERTS
 
@@ -158,7 +158,9 @@ def make_chunk(work: Work, group: dist.ProcessGroup | None, in_flight: InFlight,
     dispatcher: RoutedDispatcher = flat.FlatDispatcher(group, EXPERTS)
     if two_hop:
         nodes = range(1 if group is None else group.size())
-        dispatcher = two_hops.TwoHopDispatcher(group, EXPERTS, wire=FP8Wire(), underway=in_flight, nodes=nodes)
+        dispatcher = two_hops.TwoHopDispatcher(
+            group, EXPERTS, DispatchOptions(wire=FP8Wire(), in_flight=in_flight), nodes
+        )
     config = ModelConfig(
         **WIDTHS,
         vocab_size=2,

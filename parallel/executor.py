@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -35,13 +35,22 @@ class PipelineError(RuntimeError):
 
 
 class Watch(Protocol):
-    """Looks on while a step runs."""
+    """Observer of a step."""
 
     def begin(self, action: Action | Overlap) -> None:
         """Called with each action before it runs."""
 
     def backward(self, running: bool) -> None:
         """Called when a phase of a backward begins, and when it ends: forwards in between are recomputation."""
+
+
+class Executed(NamedTuple):
+    """Results and times of one rank's part of a step."""
+
+    results: list[Any]
+    """Results of the chunks, in the order of their forwards."""
+    spans: list[Span]
+    """Begin and end of each action, in seconds of `time.perf_counter`."""
 
 
 @dataclass(frozen=True)
@@ -99,31 +108,38 @@ class Executor:
         self.order = order
         self.buffer = shape, dtype, device
         self.after_phase = after_phase
-        self.watch: Watch | None = None
-        self.timed = False
-        """Whether a GPU is waited for around every action, so that `spans` are its times and not the host's."""
-        self.spans: list[Span] = []
-        """When the actions of the last `train` ran, in seconds of `time.perf_counter`."""
 
-    def train(self, program: Program, micro_batches: Sequence[Any]) -> list[Any]:
-        """Forward and backward of all micro-batches; returns the chunks' results in the order of their forwards."""
-        run = _Run(self, program, micro_batches)
+    def train(
+        self, program: Program, micro_batches: Sequence[Any], timed: bool = False, watch: Watch | None = None
+    ) -> Executed:
+        """Run forward and backward of all micro-batches.
+
+        `timed` waits for a GPU around every action, so that the spans are its times and not the host's.
+        """
+        run = _Run(self, program, micro_batches, timed, watch)
         results = run.run()
         assert run.peak == program.peak_microbatches, (run.peak, program.peak_microbatches)
-        self.spans = run.spans
-        return results
+        return Executed(results, run.spans)
 
     @torch.no_grad()
     def evaluate(self, program: Program, micro_batches: Sequence[Any]) -> list[Any]:
-        """The same for a program of forwards only."""
+        """Run a program of forwards only; returns the chunks' results in the order of their forwards."""
         return _Run(self, program, micro_batches).run()
 
 
 class _Run:
     """The state of one step."""
 
-    def __init__(self, executor: Executor, program: Program, micro_batches: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        program: Program,
+        micro_batches: Sequence[Any],
+        timed: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
         self.executor, self.program, self.micro_batches = executor, program, micro_batches
+        self.timed, self.watch = timed, watch
         self.results: list[Any] = []
         self.spans: list[Span] = []
         self.peak = 0
@@ -138,8 +154,8 @@ class _Run:
         for action, boundary in zip(actions, self.program.boundaries, strict=False):
             self._post(boundary)
             self._await(boundary, action)
-            if self.executor.watch is not None:
-                self.executor.watch.begin(action)
+            if self.watch is not None:
+                self.watch.begin(action)
             start = self._clock()
             with self._error_context("in {}".format, action):
                 self._perform(action)
@@ -152,7 +168,7 @@ class _Run:
 
     def _clock(self) -> float:
         device = self.executor.buffer[2]
-        if self.executor.timed and device.type == "cuda":
+        if self.timed and device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
@@ -235,7 +251,7 @@ class _Run:
         assert live.tape is not None, f"{action} has run before"
         tape, live.tape = live.tape, None
         phases = tape.backward(gradient, self.executor.chunks[action.stage].weight_queue, deferred)
-        return phases if self.executor.watch is None else _watched(phases, self.executor.watch)
+        return phases if self.watch is None else _watched(phases, self.watch)
 
     def _end_forward(self, action: Action, made: tuple[Tensor | None, Any]) -> None:
         output, result = made

@@ -20,13 +20,14 @@ from rich.text import Text
 
 from ..configs.sections import LogConfig
 from .metrics import StepMetrics
+from .text.lines import name_rows
 from .text.numbers import format_count, format_duration
 
 REFRESH_SECONDS = 0.1
 ETA_WINDOW = 50  # steps the ETA looks back on: batch ramps and growing sequences change the pace
 
 
-class Progress:
+class ProgressDisplay:
     """Follows a run from `first_step` (steps already done) to `total_steps`; use as a context manager.
 
     `console` is where it shows, standard error if not given. `title` is the run's name.
@@ -52,7 +53,7 @@ class Progress:
         self._live: Live | None = None
         self._refreshed = -math.inf
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         if self._config.progress and self._console.is_terminal and not self._console.is_dumb_terminal:
             # Refreshed by update() alone: a thread of its own would compete with training for the interpreter.
             # Standard output is left alone: redirected, it would come out on standard error.
@@ -71,10 +72,8 @@ class Progress:
 
     def show_rows(self, heading: str, rows: Mapping[str, str]) -> None:
         """Print names and texts in two columns under a heading: the header before a run, its summary after it."""
-        width = max(map(len, rows), default=0)
-        self._print(heading)
-        for name, text in rows.items():
-            self._print(f"  {name:<{width}}  {text}")
+        for line in (heading, *name_rows(rows)):
+            self._print(line)
 
     def note(self, text: str) -> None:
         """Show a line of its own (a checkpoint was written, a batch grew) above the bar."""

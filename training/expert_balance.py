@@ -30,7 +30,7 @@ from ..parallel.experts.placement import (
 )
 from ..parallel.groups import Groups
 from ..parallel.optimizer.sharded import ShardedOptimizer
-from ..report.text.numbers import format_bytes
+from ..report.text.numbers import count, format_bytes
 from .build import Model
 from .expert_replicas import replicated
 
@@ -147,9 +147,9 @@ class ExpertBalance:
                     "experts begin in their order: the checkpoint has them placed for ep %d on %s, this run has ep %d "
                     "on %s",
                     written["ranks"],
-                    _nodes(written["nodes"]),
+                    count(written["nodes"], "node"),
                     here[0],
-                    _nodes(here[1]),
+                    count(here[1], "node"),
                 )
         self._apply(placements, move=False)
 
@@ -185,7 +185,3 @@ def _over_the_mean(loads: list[list[int]], placements: list[Placement], ranks: i
 
 def _moves(before: Placement, after: Placement) -> int:
     return sum(old != new for old, new in zip(before, after, strict=True))
-
-
-def _nodes(number: int) -> str:
-    return f"{number} node{'s' * (number > 1)}"

@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from ..configs.config import Config
 from ..data.loader import Loader
 from ..model.kernels import Kernels
-from ..model.naming import initialise, placements
+from ..model.naming import initialise, local_parameters
 from ..model.router import Router
 from ..model.transformer import Transformer
 from ..parallel.groups import Groups
+from ..parallel.optimizer.bucket import DTYPES
 from ..plan.steps import Progress, steps_from
-from ..training.build import DTYPES
 from ..training.dispatch import make_dispatcher
 from ..training.objective import dropping_of
 from ..training.trainer import Trainer
@@ -214,7 +214,7 @@ def plain_gradients(
     by_parameter = dict(zip(parameters, sums, strict=True))
     return {
         name: tensor
-        for item in placements(network)
+        for item in local_parameters(network)
         for name, tensor in zip(item.names, item.tensors(by_parameter[item.parameter]), strict=True)
     }
 

@@ -13,9 +13,10 @@ from typing import Any
 from ...checkpoint.placement_source import Loads, read_loads
 from ...parallel.experts.placement import Replicated, imbalance, loads_of_ranks, place_replicas
 from ...plan.pipeline import align
+from ...report.text.lines import WIDTH
+from ...report.text.numbers import count
 from ...settings import UsageError
 
-WIDTH = 80
 WRITE = (
     "write the map that SGLang takes as --init-expert-location: one row for each decoder layer, dense ones included, "
     "without MTP modules"
@@ -120,14 +121,14 @@ def report(placed: Predicted, groups: int, nodes: int, ranks: int) -> str:
     kept = f"; {groups} groups stay on their nodes" if nodes > 1 and groups % nodes == 0 else ""
     rows: list[tuple[str, ...]] = [("layer", "in order", "placed", "experts with replicas", "most of one")]
     for name, before, after, layer in zip(placed.loads.layers, placed.before, placed.after, placed.layers, strict=True):
-        several = sum(count > 1 for count in layer.counts)
+        several = sum(copies > 1 for copies in layer.counts)
         rows.append((name, f"{before:.2f}", f"{after:.2f}", str(several), str(max(layer.counts))))
     if len(placed.layers) > 1:
         means = (sum(values) / len(values) for values in (placed.before, placed.after))
         rows.append(("mean", *(f"{mean:.2f}" for mean in means), "", ""))
     lines = [
         f"loads: {placed.loads.measured}",
-        f"{experts} experts at {replicas} places on {ranks} ranks of {nodes} node{'s' * (nodes > 1)}{kept}",
+        f"{experts} experts at {replicas} places on {ranks} ranks of {count(nodes, 'node')}{kept}",
         "busiest rank, x the mean:",
         *align(rows, left=frozenset()),
     ]

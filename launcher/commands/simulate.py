@@ -73,8 +73,11 @@ def run(args: argparse.Namespace) -> int:
     _refuse_mixtures(args)
     if args.measure:
         from ...training.measure import measure_parts
+        from ..bootstrap import choose_device
 
-        print(measure_parts(load_config(args.config, args.overrides)), end="")
+        config = load_config(args.config, args.overrides)
+        device, _ = choose_device(config.run.device, "auto", local_rank=0, local_world_size=1)
+        print(measure_parts(config, device), end="")
         return 0
     case: Case
     if args.config is None:

@@ -18,7 +18,7 @@ from ..groups import Groups
 from .collectives import Collective, begin_all_gather, begin_reduce_scatter
 from .shards import Plan
 
-FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Bucket:
@@ -34,11 +34,11 @@ class Bucket:
         self.dtype, device = parameter.dtype, parameter.device
         self.gradient = torch.zeros(plan.numel, dtype=torch.float32, device=device)
         self.master = torch.zeros(plan.shard_numel, dtype=torch.float32, device=device)
-        self.exp_avg = torch.zeros(plan.shard_numel, dtype=FORMATS[config.moments], device=device)
+        self.exp_avg = torch.zeros(plan.shard_numel, dtype=DTYPES[config.moments], device=device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         # With a single owner the shard is the bucket; otherwise the reduction fills it.
         self.shard_gradient = self.gradient if plan.ranks == 1 else torch.zeros_like(self.master)
-        self._format = FORMATS[config.reduce]
+        self._format = DTYPES[config.reduce]
         self._left: list[int | None] = [None] * len(plan.slots)
         self._reduced = False
         self._reducing: Collective | None = None

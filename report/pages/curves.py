@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from .page import read_asset
+
 WIDTH, HEIGHT = 860, 260
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 26, 36
 
@@ -69,6 +71,11 @@ def draw_curves(lines: Sequence[Line], across: str, up: str, unit: str = "", ban
                 for step, value in line.points
             ]
     return "\n".join([*parts, "</svg>"])
+
+
+def curve_style() -> str:
+    """Style sheet of pages with curves; the page adds the colour of each line's `style`."""
+    return read_asset(__package__, "curves.css")
 
 
 def legend(lines: Sequence[Line]) -> str:

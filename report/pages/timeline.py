@@ -18,7 +18,6 @@ signed, and its duration, in ticks. So half a million actions make a few megabyt
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -26,9 +25,8 @@ from typing import Any
 
 from ...parallel.schedule.actions import Action, Overlap, Schedule
 from ...parallel.schedule.timeline import Span, Timeline
-from ..text.timeline import number, share
-from .timeline_figure import FIGURE
-from .timeline_page import CONTROLS, STYLE
+from ..text.numbers import number, share
+from .page import draw_page, read_asset
 
 KINDS = "FIWB"
 PRECISION = 2.0**-31  # of the step: how far a time on the page may be from the timeline's
@@ -65,30 +63,19 @@ def draw_html(
         "decimals": _decimals(math.fsum(durations) / len(durations) if durations else 1.0),
         "timelines": [_timeline_data(timeline) for _, timeline in timelines],
     }
-    sections = (_section(index, name, timeline, unit) for index, (name, timeline) in enumerate(timelines))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-{"".join(f"<p>{escape(note)}</p>" for note in notes)}
-{_bar()}
-<noscript><p>The pictures are drawn by a script, which this browser does not run. The numbers are below.</p></noscript>
-{"".join(sections)}{"".join(_table(heading, rows) for heading, rows in tables)}
-<div class="tip" id="tip" hidden></div>
-<div class="spoken" id="spoken" aria-live="polite"></div>
-<script type="application/json" id="data">{_embedded(data)}</script>
-<script>{FIGURE}{CONTROLS}</script>
-</body>
-</html>
-"""
+    body = [
+        *(f"<p>{escape(note)}</p>" for note in notes),
+        _bar(),
+        "<noscript><p>The pictures are drawn by a script, which this browser does not run. The numbers are below.</p>"
+        "</noscript>",
+        *(_section(index, name, timeline, unit) for index, (name, timeline) in enumerate(timelines)),
+        *(_table(heading, rows) for heading, rows in tables),
+        '<div class="tip" id="tip" hidden></div>',
+        '<div class="spoken" id="spoken" aria-live="polite"></div>',
+    ]
+    style = read_asset(__package__, "timeline.css")
+    script = "".join(read_asset(__package__, name) for name in ("timeline.js", "timeline_controls.js"))
+    return draw_page(title, "\n".join(body), style, script, data)
 
 
 def _table(heading: str, rows: Sequence[Sequence[str]]) -> str:
@@ -100,12 +87,6 @@ def _table(heading: str, rows: Sequence[Sequence[str]]) -> str:
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<section><h2>{escape(heading)}</h2><div class="table words">{table}</div></section>'
-
-
-def _embedded(data: dict[str, Any]) -> str:
-    """JSON that no character of which can end the script element around it or begin another."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _bar() -> str:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from ...parallel.schedule.timeline import Timeline
 from ...plan.pipeline import align
 from ...plan.simulation import Case
-from .timeline import count, draw_text, number, share
+from .lines import WIDTH
+from .numbers import count, number, share
+from .timeline import draw_text
 
-WIDTH = 80
 FEW_RANKS = 8
 """Up to so many ranks each has its own row in the table."""
 

@@ -18,7 +18,7 @@ from counterflow.model.config import ModelConfig
 from counterflow.model.counts import FLOP_CONVENTION, count_parameters
 from counterflow.report.hardware import Peak
 from counterflow.report.metrics import StepMetrics
-from counterflow.report.progress import Progress
+from counterflow.report.progress import ProgressDisplay
 from counterflow.report.summary import RunSummary, describe_run
 from counterflow.report.text.numbers import format_count, format_duration
 
@@ -62,7 +62,7 @@ def show(config: LogConfig, steps: range, total: int, clock: Clock, terminal: in
     """The output of a run of two-second steps on a terminal of that many columns, or in a log where it is 0."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal > 0, width=terminal or None, legacy_windows=False)
-    with Progress(config, "deepseek-v3-671b", total, steps.start - 1, console, clock) as progress:
+    with ProgressDisplay(config, "deepseek-v3-671b", total, steps.start - 1, console, clock) as progress:
         for step in steps:
             clock.now += 2.0
             progress.update(metrics_of(step, **changed))
@@ -93,7 +93,7 @@ def test_bar_shows_everything_within_80_columns(clock: Clock) -> None:
 def test_bar_keeps_the_last_validation_loss(clock: Clock) -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=80)
-    with Progress(LogConfig(), "smoke", 9, console=console, clock=clock) as progress:
+    with ProgressDisplay(LogConfig(), "smoke", 9, console=console, clock=clock) as progress:
         for step in range(1, 10):
             clock.now += 2.0
             progress.update(metrics_of(step, validation_loss=7.5 if step == 4 else None))
@@ -131,7 +131,7 @@ def test_missing_measurements_are_left_out(clock: Clock) -> None:
 
 def test_eta_counts_pauses_and_follows_a_change_of_pace(clock: Clock) -> None:
     output = io.StringIO()
-    with Progress(LogConfig(every=1), "smoke", 400, console=Console(file=output), clock=clock) as progress:
+    with ProgressDisplay(LogConfig(every=1), "smoke", 400, console=Console(file=output), clock=clock) as progress:
         for step in range(1, 301):
             clock.now += 1.0 if step <= 100 else 4.0  # the batch grew
             clock.now += 5.0 if step % 10 == 0 else 0.0  # an evaluation every ten steps, outside step_seconds
@@ -149,7 +149,7 @@ def test_eta_after_a_resume_does_not_count_the_steps_before_it(clock: Clock) -> 
 def test_notes_and_rows_stand_above_the_bar(clock: Clock) -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=80)
-    with Progress(LogConfig(), "smoke", 2, console=console, clock=clock) as progress:
+    with ProgressDisplay(LogConfig(), "smoke", 2, console=console, clock=clock) as progress:
         progress.show_rows("counterflow", {"model": "1 [bold]parameter[/]", "run": "runs/x"})
         progress.update(metrics_of(1))
         progress.note("checkpoint [1] written")
@@ -165,10 +165,10 @@ def test_standard_output_stays_clean_for_json() -> None:
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_progress import Console, LogConfig, Progress, RunSummary, metrics_of
+from test_progress import Console, LogConfig, ProgressDisplay, RunSummary, metrics_of
 for terminal in (False, True):
     Console.is_terminal = property(lambda self: terminal)
-    with Progress(LogConfig(every=1), "smoke", 2) as progress:
+    with ProgressDisplay(LogConfig(every=1), "smoke", 2) as progress:
         progress.show_rows("counterflow", {{"run": "runs/x"}})
         for step in (1, 2):
             progress.update(metrics_of(step))
@@ -199,7 +199,7 @@ def test_header_names_sizes_layout_convention_and_peak_within_80_columns(clock: 
     assert rows["model"] == "671.0B parameters, 37.6B active per token; MTP adds 11.6B"
     assert rows["peak"] == "0.213 TFLOP/s a rank, measured with a 2048-cubed bfloat16 matmul"
     output = io.StringIO()
-    Progress(LogConfig(), "smoke", 1, console=Console(file=output)).show_rows("counterflow", rows)
+    ProgressDisplay(LogConfig(), "smoke", 1, console=Console(file=output)).show_rows("counterflow", rows)
     assert all(len(line) <= 80 for line in output.getvalue().splitlines())
     assert "no causal discount" in output.getvalue()
 

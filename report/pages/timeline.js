@@ -1,10 +1,3 @@
-"""The script that draws one timeline of the page that `draw_html` writes.
-
-It draws on canvas, because half a million boxes as elements of a page would stop a browser. Where boxes get too narrow
-it draws, pixel by pixel, the share of each kind. What it reads is described in `draw_html`.
-"""
-
-FIGURE = r"""
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const F = 0, I = 1, W = 2, B = 3, PAIR = 4;  // 4 is a pair with a B, 5 a pair with an I
@@ -367,5 +360,3 @@ class Figure {
     this.tell(x, this.top + picked.rank * this.row, aloud);
   }
 }
-
-"""
