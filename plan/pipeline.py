@@ -103,7 +103,7 @@ def make_split(config: Config) -> Split:
     parts = part_costs(config)
     costs = [_layer(parts, config.model, layer).total for layer in range(layers)]
     behind = _behind_the_layers(parts, config.model).total
-    return balance(costs, parts.embedding.total, behind, schedule.num_stages, schedule.placement)
+    return balance(costs, parts.embedding.total, behind, schedule.num_stages, schedule.stages_of_rank)
 
 
 def part_costs(config: Config) -> Parts:
@@ -167,7 +167,7 @@ def describe_split(config: Config) -> str:
                 f"{work[stage].total / whole:.1%}",
             )
         )
-    loads = rank_loads([stage.total for stage in work], schedule.placement)
+    loads = rank_loads([stage.total for stage in work], schedule.stages_of_rank)
     busiest = loads.index(max(loads))
     return "\n".join([*align(rows), f"busiest: rank {busiest}, {loads[busiest] * len(loads) / whole:.2f} x the mean"])
 

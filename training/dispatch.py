@@ -41,9 +41,8 @@ def dispatcher_name(config: Config, layout: Layout, device_type: str = "cpu") ->
 
 def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
     """What the run would have DeepEP carry."""
-    import torch
-
     from ..comm.deepep.library import Job
+    from ..parallel.optimizer.bucket import DTYPES
 
     batch, model = config.batch, config.model
     return Job(
@@ -51,7 +50,7 @@ def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
         model.hidden_size,
         model.num_experts_per_tok,
         batch.micro_sequences * batch.sequence_length,
-        torch.bfloat16 if config.precision.format == "bf16" else torch.float32,
+        DTYPES[config.precision.format],
         fp8=wire_format(config) == "fp8",
         sms=config.comm.sms,
     )

@@ -80,7 +80,7 @@ class Structure:
             for actions in schedule.actions
             for action in actions
         }
-        return cls(frozenset(forms), frozenset(map(len, schedule.placement)), schedule.num_stages > 2)
+        return cls(frozenset(forms), frozenset(map(len, schedule.stages_of_rank)), schedule.num_stages > 2)
 
 
 def choose_grid(config: Config, nproc: int | None) -> Grid:

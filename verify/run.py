@@ -21,8 +21,8 @@ from ..model.naming import initialise, local_parameters
 from ..model.router import Router
 from ..model.transformer import Transformer
 from ..parallel.groups import Groups
+from ..parallel.optimizer.bucket import DTYPES
 from ..plan.steps import Progress, steps_from
-from ..training.build import DTYPES
 from ..training.dispatch import make_dispatcher
 from ..training.objective import dropping_of
 from ..training.trainer import Trainer
@@ -159,7 +159,7 @@ class Alone(Watched):
         optimizer = self.trainer.optimizer
         self.begin_with(self.steps[number].before)
         optimizer.steps = number
-        optimizer.zero_gradients()
+        optimizer.begin_step()
         for name, accumulated in optimizer.gradients().items():
             accumulated.copy_(gradients[name].view_as(accumulated))
         optimizer.step(lr, optimizer.reduce_gradients())
