@@ -50,6 +50,21 @@ def key(default: Any, help: str, unit: str | None = None, **constraints: Any) ->
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
+def nearest_multiples(wanted: int, unit: int, least: int = 1) -> str:
+    """The multiples of `unit` next to `wanted`, one on each side, none below `least`: "64 or 72"."""
+    lowest = -(-max(least, 1) // unit) * unit
+    around = ((wanted - 1) // unit * unit, (wanted // unit + 1) * unit)
+    return " or ".join(str(value) for value in sorted({max(value, lowest) for value in around}))
+
+
+def nearest_divisors(wanted: int, number: int) -> str:
+    """The divisors of `number` next to `wanted`, one on each side where there is one: "2 or 4"."""
+    divisors = [value for value in range(1, number + 1) if number % value == 0]
+    below = [value for value in divisors if value < wanted]
+    above = [value for value in divisors if value > wanted]
+    return " or ".join(str(value) for value in (*below[-1:], *above[:1]))
+
+
 class Phase(Section):
     """A stretch of training in which a value is constant or moves from `start` to `end`."""
 

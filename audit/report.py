@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..plan.pipeline import align
 from ..report.text.numbers import format_count
+from ..report.text.table import align
 from .case import Case
 from .result import Result, most_hurt, worst_first
 

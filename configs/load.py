@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,19 +29,6 @@ def _position(fault: Fault) -> tuple[bool, int, str, int]:
     """The config itself first, by line; then its bases; the command line last."""
     location = fault.location
     return location.level < 0, location.level, location.source, location.line or 0
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add CONFIG and --set, as every command that reads a configuration takes them."""
-    parser.add_argument("config", metavar="CONFIG", help="path of a YAML file, or the name of a shipped config")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set a key, such as optim.lr=1e-4 or parallel.dp=auto; the value is YAML; may be given again",
-    )
 
 
 def load_config(config: str, overrides: Sequence[str] = ()) -> Config:

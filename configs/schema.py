@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from ..settings import Phase, Section, TokenSchedule
 from .located_yaml import Path
+from .moved_keys import MOVED_KEYS
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
@@ -105,7 +106,10 @@ def all_keys(section: type[Section], above: str = "") -> Iterator[str]:
 
 
 def unknown_key(root: type[Section], section: type[Section], above: str, name: str) -> tuple[str, str | None]:
-    """What to say of a key that `section`, found at `above`, does not have, and the key of it that was likely meant."""
+    """Message on a key that `section`, found at `above`, does not have, and the key of it that was likely meant."""
+    full_name = f"{above}.{name}" if above else name
+    if full_name in MOVED_KEYS:
+        return f"is now {MOVED_KEYS[full_name]}", None
     own = list(section.model_fields)
     everywhere = list(all_keys(root))
     if name in everywhere and "." in name:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..configs.config import BatchConfig, Config
+from ..configs.config import Config
+from ..configs.sections import BatchConfig
 
 
 @dataclass(frozen=True)

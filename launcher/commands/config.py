@@ -7,8 +7,9 @@ import json
 import re
 import sys
 
-from ...configs.load import add_config_arguments, load_config
+from ...configs.load import load_config
 from ...configs.write import explain, plain, to_yaml
+from .options import add_config_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

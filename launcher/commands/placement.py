@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.placement_source import Loads, read_loads
+from ...checkpoint.expert_loads import Loads, read_loads
 from ...parallel.experts.placement import Replicated, imbalance, loads_of_ranks, place_replicas
-from ...plan.pipeline import align
+from ...report.text.table import align
 from ...settings import UsageError
 
 WIDTH = 80

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...plan.pipeline import align
 from ...report.metrics import METRICS_FILE, StepMetrics, read_metrics
 from ...report.text.numbers import format_count, format_duration
+from ...report.text.table import align
 from ...report.traffic import HEADER, mean_step, traffic_table
 from ...settings import UsageError
 

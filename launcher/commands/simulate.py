@@ -1,19 +1,24 @@
-"""`counterflow simulate`: what a pipeline schedule costs, before anything runs."""
+"""`counterflow simulate`: the cost of a pipeline schedule, before anything runs."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ...configs.load import load_config
+from ...configs.located_yaml import Fault, Location, parse_yaml
 from ...parallel.schedule.catalogue import schedule_names
+from ...parallel.schedule.choose import AUTO
 from ...parallel.schedule.timeline import Timeline
-from ...plan.simulation import Case, case_from_config, case_from_numbers
+from ...plan.simulation import Case, NumbersCase, case_from_config
 from ...report.pages.timeline import draw_html
-from ...report.text.simulation import compare_table, report
+from ...report.text.simulation import assumptions, compare_table, report
 from ...settings import UsageError
+from .options import add_config, add_overrides
 
 INSTEAD = {
     "schedule": "--set parallel.schedule=NAME",
@@ -40,16 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "CONFIG, for which the costs of its stages are predicted in TFLOP, or --ranks and --microbatches with costs "
         "in any one unit of time."
     )
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="path of a YAML file, or name of a shipped config")
+    add_config(parser, optional=True)
     add = parser.add_argument_group("with a CONFIG").add_argument
-    add(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set a key, such as parallel.pp=8; the value is YAML; may be given again",
-    )
+    add_overrides(add)
     add("--pair-ratio", type=_cost, metavar="R", help="time of an overlapped pair by that of its parts (default 2.5/3)")
     add("--measure", action="store_true", help="time the model's parts here; prints parallel.stage_costs to paste")
     add = parser.add_argument_group("without").add_argument
@@ -78,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     case: Case
     if args.config is None:
-        case = case_from_numbers(args)
+        case = _case_from_numbers(args)
     else:
-        case = case_from_config(load_config(args.config, args.overrides), args)
+        case = case_from_config(load_config(args.config, args.overrides), args.microbatches, args.pair_ratio, args.p2p)
     if args.compare:
         return _compare(case, args)
     timeline = case.simulate()
@@ -91,13 +89,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(case: Case, args: argparse.Namespace) -> int:
-    """Every shipped schedule, and the user's own where that is none of them. Those that refuse say why."""
-    outcomes: dict[str, Timeline | str] = {}
-    for name in case.names():
-        try:
-            outcomes[name] = case.simulate(name)
-        except UsageError as error:
-            outcomes[name] = str(error)
+    """Compare every shipped schedule, and the user's own where it is none of them."""
+    outcomes = case.compare()
     drawn = [(name, timeline) for name, timeline in outcomes.items() if isinstance(timeline, Timeline)]
     if args.html is not None:
         _write(args.html, draw_html(drawn, case.unit, _notes(case)))
@@ -112,8 +105,38 @@ def _compare(case: Case, args: argparse.Namespace) -> int:
     return 0
 
 
+def _case_from_numbers(args: argparse.Namespace) -> NumbersCase:
+    """The case that the arguments alone describe."""
+    given = (args.forward, args.backward_input, args.backward_weight)
+    forward, backward_input, backward_weight = (1.0 if cost is None else cost for cost in given)
+    return NumbersCase(
+        num_ranks=args.ranks,
+        num_microbatches=args.microbatches,
+        schedule=AUTO if args.schedule is None else args.schedule,
+        options=_options(args.option or ()),
+        forward=forward,
+        backward_input=backward_input,
+        backward_weight=backward_weight,
+        overlapped=args.overlapped,
+        p2p=args.p2p,
+    )
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    """Schedule options from `--option KEY=VALUE`, each value a YAML scalar."""
+    options: dict[str, Any] = {}
+    for option in given:
+        name, equals, text = option.partition("=")
+        faults: list[Fault] = []
+        value = parse_yaml(text, Location(f"--option {option}", level=-1), faults)
+        if not equals or not name or faults or value is None or isinstance(value.value, list | dict | None):
+            raise UsageError(f"--option {option}: expects KEY=VALUE, such as stages_per_rank=4")
+        options[name] = value.value
+    return options
+
+
 def _refuse_mixtures(args: argparse.Namespace) -> None:
-    """Arguments that do not go together, all at once."""
+    """Refuse arguments that do not go together, all at once."""
     faults = []
     if args.config is not None:
         given = [name for name in INSTEAD if getattr(args, name) is not None]
@@ -143,13 +166,13 @@ def _refuse_mixtures(args: argparse.Namespace) -> None:
 
 
 def _is_own(schedule: str | None) -> bool:
-    """Whether it is a function in the user's own file."""
+    """Whether a schedule is a function in the user's own file."""
     return schedule is not None and schedule.rpartition(":")[0].endswith(".py")
 
 
 def _notes(case: Case) -> list[str]:
     """Where the numbers of a page come from."""
-    first, *more = case.assumptions()
+    first, *more = assumptions(case)
     return [f"Costs: {first}", *more]
 
 

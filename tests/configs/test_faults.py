@@ -199,7 +199,9 @@ def test_every_misspelt_key_is_recognised() -> None:
 
 
 def test_what_is_required_is_named_with_its_meaning() -> None:
-    assert faults_of("model: {vocab_size: 9}") == ["run.yaml:1: train: is required: length of training, and its evaluations"]
+    assert faults_of("model: {vocab_size: 9}") == [
+        "run.yaml:1: train: is required: length of training, and its evaluations"
+    ]
     assert faults_of("# nothing\n") == ["run.yaml:1: train: is required: length of training, and its evaluations"]
     assert faults_of("run:\n  seed: 1\ntrain:\n  evaluate_every: 3") == [
         "run.yaml:3: train: give `steps` or `tokens`: a run needs an end"
