@@ -16,7 +16,7 @@ from .sections import BalanceConfig, BatchConfig, LogConfig, MemoryConfig, RunCo
 
 
 class Config(Section):
-    """A run, completely described."""
+    """Complete description of a run."""
 
     run: RunConfig = key(RunConfig(), "name, folder, seed and device")
     model: ModelConfig = key(ModelConfig(), "architecture")
@@ -29,8 +29,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
     train: TrainConfig = key(..., "length of training, and its evaluations")
     balance: BalanceConfig = key(BalanceConfig(), "balance of the load over experts")
-    memory: MemoryConfig = key(MemoryConfig(), "what a rank holds in memory during a step")
-    log: LogConfig = key(LogConfig(), "what is written during a run")
+    memory: MemoryConfig = key(MemoryConfig(), "memory of a rank during a step")
+    log: LogConfig = key(LogConfig(), "output during a run")
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:

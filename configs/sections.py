@@ -13,7 +13,7 @@ from ..settings import Clash, Section, SectionFaults, TokenSchedule, UsageError,
 class RunConfig(Section):
     """Name, folder, seed and device of a run."""
 
-    name: str = key("run", "name of the run; its folder is DIR/NAME; when not given, the name of the config file")
+    name: str = key("run", "name of the run, whose folder is DIR/NAME; when not given, the name of the config file")
     dir: str = key("runs", "folder that holds run folders")
     seed: int = key(1234, "seed of initial weights and data order", ge=0)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "device; auto is cuda where there is a GPU")
@@ -112,12 +112,12 @@ class BalanceConfig(Section):
     )
     device_loss: float = key(0.0, "weight alpha2 of the balance loss over groups of experts (V2 §2.2.3)", ge=0)
     communication_loss: float = key(
-        0.0, "weight alpha3 of the balance loss of what is sent to groups of experts (V2 §2.2.3)", ge=0
+        0.0, "weight alpha3 of the balance loss over tokens sent to groups of experts (V2 §2.2.3)", ge=0
     )
     capacity_factor: float | None = key(
         None,
-        "share of its even load that a group of experts computes of a training sequence, the tokens of lowest affinity "
-        "being dropped (V2: 1.0); null drops none",
+        "most tokens of a training sequence that a group of experts computes, as a share of its even load; the tokens "
+        "of lowest affinity are dropped (V2: 1.0); null drops none",
         gt=0,
     )
     keep_sequences: float = key(
@@ -126,7 +126,7 @@ class BalanceConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What a rank holds in memory during a step."""
+    """Memory of a rank during a step."""
 
     recompute: Literal["none", "v3", "full"] = key(
         "none", "activations computed again in the backward: v3 is RMSNorms, MLA up-projections and SwiGLU (V3 §3.2.3)"
@@ -151,7 +151,7 @@ class TrainConfig(Section):
 
 
 class LogConfig(Section):
-    """What is written while a run goes on. metrics.jsonl gets every step, whatever is set here."""
+    """Output during a run. metrics.jsonl gets every step, whatever is set here."""
 
     progress: bool = key(True, "show a progress bar on a terminal, plain lines elsewhere")
     every: int = key(10, "steps between plain progress lines where there is no terminal", unit="steps", ge=1)
@@ -163,6 +163,6 @@ class LogConfig(Section):
     tensorboard: bool = key(True, "write TensorBoard events")
     peak_tflops: Annotated[float, Field(gt=0)] | Literal["auto"] = key(
         "auto",
-        "dense peak of one rank's device, for MFU; auto looks known GPUs up and times a matmul elsewhere",
+        "dense peak of one rank's device, for MFU; auto looks up known GPUs, and elsewhere times a matmul",
         unit="TFLOP/s",
     )

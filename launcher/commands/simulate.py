@@ -29,9 +29,9 @@ INSTEAD = {
     "backward_weight": "--set parallel.stage_costs=...",
     "overlapped": "--pair-ratio R",
 }
-"""Arguments that take the place of a CONFIG, and what says the same with one."""
+"""Arguments that take the place of a CONFIG, each with its equivalent for a CONFIG."""
 
-P2P = "how long a transfer between ranks takes, in the unit of the costs; TFLOP with a CONFIG (default 0)"
+P2P = "time of a transfer between ranks, in the unit of the costs; TFLOP with a CONFIG (default 0)"
 COMPARE = (
     "all schedules in one table, for one model: costs are those of 1/P of its layers; a --schedule FILE.py:FUNCTION is "
     "added to it"
@@ -48,16 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, optional=True)
     add = parser.add_argument_group("with a CONFIG").add_argument
     add_overrides(add)
-    add("--pair-ratio", type=_cost, metavar="R", help="time of an overlapped pair by that of its parts (default 2.5/3)")
+    add(
+        "--pair-ratio",
+        type=_cost,
+        metavar="R",
+        help="time of an overlapped pair over that of its parts (default 2.5/3)",
+    )
     add("--measure", action="store_true", help="time the model's parts here; prints parallel.stage_costs to paste")
     add = parser.add_argument_group("without").add_argument
     add("--schedule", metavar="NAME", help=f"{', '.join(schedule_names())}, FILE.py:FUNCTION, or auto (the default)")
-    add("--option", action="append", metavar="KEY=VALUE", help="an option of the schedule, as stages_per_rank=4")
+    add("--option", action="append", metavar="KEY=VALUE", help="an option of the schedule, such as stages_per_rank=4")
     add("--ranks", type=_count, metavar="P", help="pipeline ranks")
     add("--forward", type=_cost, metavar="F", help="cost of a stage's forward (default 1)")
-    add("--backward-input", type=_cost, metavar="I", help="of its backward for the input (default 1)")
-    add("--backward-weight", type=_cost, metavar="W", help="of its backward for the weights (default 1)")
-    add("--overlapped", type=_cost, metavar="FB", help="of an overlapped pair (default 2.5/3 of F + I + W)")
+    add("--backward-input", type=_cost, metavar="I", help="cost of its backward for the input (default 1)")
+    add("--backward-weight", type=_cost, metavar="W", help="cost of its backward for the weights (default 1)")
+    add("--overlapped", type=_cost, metavar="FB", help="cost of an overlapped pair (default 2.5/3 of F + I + W)")
     add = parser.add_argument_group("in both cases").add_argument
     add("--microbatches", type=_count, metavar="M", help="micro-batches of a step (default: those of the CONFIG)")
     add("--p2p", type=_cost, default=0.0, metavar="T", help=P2P)
@@ -67,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulate and print; or measure."""
+    """Simulate and print, or measure."""
     _refuse_mixtures(args)
     if args.measure:
         from ...training.measure import measure_parts
@@ -149,8 +154,8 @@ def _refuse_mixtures(args: argparse.Namespace) -> None:
             faults.append(f"give a CONFIG, or numbers, of which {' and '.join(missing)} cannot be left out")
         if args.compare and not _is_own(args.schedule):
             given = [name for name in ("schedule", "option") if getattr(args, name) is not None]
-            why = "which takes every schedule: only a --schedule FILE.py:FUNCTION, and its options, can be added"
-            faults += [f"{_flag(name)} does not go with --compare, {why}" for name in given]
+            reason = "which takes every schedule: only a --schedule FILE.py:FUNCTION, and its options, can be added"
+            faults += [f"{_flag(name)} does not go with --compare, {reason}" for name in given]
     if args.measure:
         others = {
             "--microbatches": args.microbatches is not None,
@@ -171,7 +176,7 @@ def _is_own(schedule: str | None) -> bool:
 
 
 def _notes(case: Case) -> list[str]:
-    """Where the numbers of a page come from."""
+    """Sentences on the origin of a page's numbers."""
     first, *more = assumptions(case)
     return [f"Costs: {first}", *more]
 
