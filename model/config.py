@@ -116,8 +116,3 @@ class ModelConfig(Section):
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer` is a mixture of experts; MTP blocks (from num_hidden_layers on) always are."""
         return layer >= self.first_k_dense_replace
-
-    @property
-    def num_moe_layers(self) -> int:
-        """Number of mixture-of-experts layers, the blocks of MTP modules included."""
-        return self.num_hidden_layers - self.first_k_dense_replace + self.num_nextn_predict_layers
