@@ -16,9 +16,10 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 import counterflow
-from counterflow.configs.config import Config, MemoryConfig
+from counterflow.configs.config import Config
 from counterflow.configs.load import load_config
 from counterflow.configs.schema import all_keys
+from counterflow.configs.sections import MemoryConfig
 from counterflow.configs.source import shipped
 from counterflow.launcher import cli
 from counterflow.launcher.commands import audit as audit_command

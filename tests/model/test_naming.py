@@ -1,4 +1,4 @@
-"""Which global tensors a rank's parameters hold, and their first values."""
+"""Global tensors in a rank's parameters, and their initial values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.model.config import ModelConfig
 from counterflow.model.counts import count_parameters
-from counterflow.model.naming import initial_tensor, initialise, placements, router_biases
+from counterflow.model.naming import initial_tensor, initialise, local_parameters, router_biases
 from counterflow.model.transformer import Transformer
 from counterflow.seeds import seed_of
 from counterflow.tests.model.small import (
@@ -23,7 +23,7 @@ from counterflow.tests.model.small import (
 
 
 def fresh(config: ModelConfig, experts: range | None = None, seed: int = 0) -> Transformer:
-    """A model, or the part of it that holds `experts`, with its initial weights in place of NaN."""
+    """Model, or the part of it with `experts`, filled with NaN and then with its initial weights."""
     model = Transformer(
         config, FlatDispatcher(None, config.n_routed_experts), experts or range(config.n_routed_experts)
     )
@@ -48,8 +48,8 @@ def is_expert(name: str) -> bool:
 )
 def test_every_element_of_every_parameter_has_one_name(config: ModelConfig) -> None:
     model = build(config)
-    placed = placements(model)
-    assert sorted(map(id, model.parameters())) == sorted(id(item.parameter) for item in placed)
+    parameters = local_parameters(model)
+    assert sorted(map(id, model.parameters())) == sorted(id(item.parameter) for item in parameters)
     tensors = global_tensors(model)
     with torch.no_grad():
         for tensor in tensors.values():
@@ -57,9 +57,9 @@ def test_every_element_of_every_parameter_has_one_name(config: ModelConfig) -> N
         for tensor in tensors.values():
             tensor += 1
     assert all((parameter == 1).all() for parameter in model.parameters())
-    assert len(tensors) == sum(len(item.names) for item in placed)
+    assert len(tensors) == sum(len(item.names) for item in parameters)
     assert sum(tensor.numel() for tensor in tensors.values()) == count_parameters(config).trained
-    for item in placed:
+    for item in parameters:
         assert {tensor.shape for tensor in item.tensors()} == {torch.Size(item.shape)}
 
 
@@ -89,7 +89,7 @@ def test_gradients_are_named_like_their_parameters() -> None:
 
 
 def test_experts_are_replicated_over_edp_and_the_rest_over_dp() -> None:
-    for item in placements(build(small_config())):
+    for item in local_parameters(build(small_config())):
         assert item.replicas == ("edp" if any(map(is_expert, item.names)) else "dp")
         assert all(map(is_expert, item.names)) or not any(map(is_expert, item.names))
 
@@ -144,8 +144,10 @@ def test_weights_start_normal_with_the_configured_deviation_and_gains_at_one(std
     everything = torch.cat(matrices).double()
     assert everything.std().item() == pytest.approx(std, rel=0.005)
     assert abs(everything.mean().item()) < 5 * std * everything.numel() ** -0.5
-    assert ((everything / std) ** 4).mean().item() == pytest.approx(3.0, rel=0.02)  # of a normal distribution
-    assert everything.unique().numel() > 0.95 * everything.numel()  # no tensor is another's copy
+    assert ((everything / std) ** 4).mean().item() == pytest.approx(
+        3.0, rel=0.02
+    )  # fourth moment of a normal distribution
+    assert everything.unique().numel() > 0.95 * everything.numel()  # no tensor is a copy of another
     assert all(not bias.any() for bias in router_biases(model).values())
 
 
