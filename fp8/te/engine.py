@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...saved_tensors import memory_of
 from ...settings import UsageError, nearest_multiples
 from ...weight_gradients import GradientSink, WeightQueue, now_or_later
 from ..recipe import LinearRecipe
+from ..saved_tensors import memory_of
 from . import translate as recipes
 from .library import INSTEAD, Library
 
