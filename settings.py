@@ -54,7 +54,7 @@ def nearest_multiples(wanted: int, unit: int, least: int = 1) -> str:
     """The multiples of `unit` next to `wanted`, one on each side, none below `least`: "64 or 72"."""
     lowest = -(-max(least, 1) // unit) * unit
     around = ((wanted - 1) // unit * unit, (wanted // unit + 1) * unit)
-    return " or ".join(str(value) for value in sorted({max(value, lowest) for value in around}))
+    return " or ".join(str(value) for value in sorted({max(value, lowest) for value in around} - {wanted}))
 
 
 def nearest_divisors(wanted: int, number: int) -> str:

@@ -50,27 +50,27 @@ def save(
     `model` describes the architecture, `progress` is returned by `load`. All but the newest `keep` checkpoints are
     removed once the new one is complete (0 keeps all).
     """
-    final, aside = folder / f"step-{step}", folder / f".step-{step}.unfinished"
+    final, unfinished = folder / f"step-{step}", folder / f".step-{step}.unfinished"
     first = dist.get_rank(group) == 0
     if first:
         for left_over in folder.glob(".step-*"):
             shutil.rmtree(left_over)
-        aside.mkdir(parents=True)
+        unfinished.mkdir(parents=True)
     dist.barrier(group)
     try:
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(aside, sync_files=True), process_group=group)
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(unfinished, sync_files=True), process_group=group)
     except CheckpointException as error:
         raise RuntimeError(f"checkpoint {final} could not be written: {_cause(error)}") from None
     records = _collect_records(tensors, group)
     if first:
         assert records is not None
-        files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-        manifest = Manifest(model, progress, records, files, digest_of(aside / INDEX))
-        _write_synced(aside / MANIFEST, manifest.to_json())
-        _sync_folder(aside)
+        files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
+        manifest = Manifest(model, progress, records, files, digest_of(unfinished / INDEX))
+        _write_synced(unfinished / MANIFEST, manifest.to_json())
+        _sync_folder(unfinished)
         if final.exists():
             _remove(final)
-        aside.rename(final)
+        unfinished.rename(final)
         _sync_folder(folder)
         for old in list(complete_steps(folder).values())[: -keep if keep else 0]:
             _remove(old)
@@ -165,9 +165,9 @@ def _cause(error: CheckpointException) -> str:
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint; a process killed half-way leaves no torn one behind."""
-    aside = path.with_name(f".{path.name}.removed")
-    path.rename(aside)
-    shutil.rmtree(aside)
+    removed = path.with_name(f".{path.name}.removed")
+    path.rename(removed)
+    shutil.rmtree(removed)
 
 
 def _collect_records(tensors: Mapping[str, DTensor], group: dist.ProcessGroup) -> dict[str, TensorRecord] | None:

@@ -61,11 +61,11 @@ _DOES_NOT_MATTER = _NOT_TAKEN | {
 _YARN = set(RopeScaling.model_fields) - {"type"}
 
 
-def read_architecture(path: Path, shown: str, asked: Location, faults: list[Fault]) -> dict[str, Located]:
+def read_architecture(path: Path, shown: str, named_at: Location, faults: list[Fault]) -> dict[str, Located]:
     """Return all keys of the `model` section that the file at `path` determines.
 
     A key that the file leaves out has the default of transformers' configuration of its `model_type`; the default of
-    DeepseekV3Config is also ours. `shown` is the file's name in messages, `asked` the location that named the file.
+    DeepseekV3Config is also ours. `shown` is the file's name in messages, `named_at` the location that named the file.
     Keys that cannot be taken over are added to `faults`.
     """
     if path.is_dir():
@@ -74,15 +74,15 @@ def read_architecture(path: Path, shown: str, asked: Location, faults: list[Faul
         text = path.read_text(encoding="utf-8")
         json.loads(text)
     except OSError as error:
-        faults.append(Fault(asked, "model.from", f"cannot read {shown}: {error.strerror}"))
+        faults.append(Fault(named_at, "model.from", f"cannot read {shown}: {error.strerror}"))
         return {}
     except ValueError as error:  # of JSON or of UTF-8
-        faults.append(Fault(asked, "model.from", f"{shown} is not JSON: {error}"))
+        faults.append(Fault(named_at, "model.from", f"{shown} is not JSON: {error}"))
         return {}
     # JSON is YAML except for tabs, of which its strings have none. As YAML, faults get their lines.
-    tree = parse_yaml(text.replace("\t", " "), Location(shown, 1, asked.level), faults)
+    tree = parse_yaml(text.replace("\t", " "), Location(shown, 1, named_at.level), faults)
     if tree is None or not isinstance(tree.value, dict):
-        faults.append(Fault(asked, "model.from", f"{shown} holds no JSON object"))
+        faults.append(Fault(named_at, "model.from", f"{shown} holds no JSON object"))
         return {}
     return _Architecture(tree, faults).read()
 

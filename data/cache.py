@@ -93,32 +93,32 @@ def _fingerprint(source: Source, tokenizer: ByteTokenizer, validation_fraction: 
 def _build(source: Source, tokenizer: ByteTokenizer, validation_fraction: float, target: Path) -> None:
     documents = list(source.documents())
     held_out = hold_out([document.name for document in documents], validation_fraction)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    aside.mkdir(parents=True)
+    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    unfinished.mkdir(parents=True)
     try:
         digest = hashlib.sha256()
         training = (document for document in documents if document.name not in held_out)
         validation = (document for document in documents if document.name in held_out)
         sizes = {
-            "train": _write_split(aside, "train", training, tokenizer, digest),
-            "validation": _write_split(aside, "validation", validation, tokenizer, digest),
+            "train": _write_split(unfinished, "train", training, tokenizer, digest),
+            "validation": _write_split(unfinished, "validation", validation, tokenizer, digest),
         }
         meta = Meta(
             tokens={split: tokens for split, (tokens, _) in sizes.items()},
             documents={split: count for split, (_, count) in sizes.items()},
             digest=digest.hexdigest(),
-            unigram_entropy=unigram_entropy(np.memmap(aside / "validation.tokens", dtype=_TOKEN_DTYPE, mode="r")),
+            unigram_entropy=unigram_entropy(np.memmap(unfinished / "validation.tokens", dtype=_TOKEN_DTYPE, mode="r")),
         )
-        with open(aside / "meta.json", "w", encoding="utf-8") as file:
+        with open(unfinished / "meta.json", "w", encoding="utf-8") as file:
             json.dump(asdict(meta), file, indent=1)
             _flush(file)
         try:
-            os.rename(aside, target)
+            os.rename(unfinished, target)
         except OSError:
             if not target.exists():  # else another process has finished first, with the same files
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_split(

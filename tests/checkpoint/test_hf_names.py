@@ -20,14 +20,14 @@ LAYERS, DENSE, EXPERTS = 61, 3, 256
 
 
 def names_of(config: ModelConfig) -> list[str]:
-    """Every global tensor of a model: parameters and router biases."""
+    """Names of all global tensors of a model: parameters and router biases."""
     with torch.device("meta"):
         model = Transformer(config, FlatDispatcher(None, config.n_routed_experts), range(config.n_routed_experts))
     return [name for item in local_parameters(model) for name in item.names] + list(router_biases(model))
 
 
 def block_names(layer: int, experts: int) -> list[str]:
-    """What DeepSeek's files hold for a block of the 671B model, written out."""
+    """Names in DeepSeek's files for a block of the 671B model, written out."""
     attention = ["q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"]
     projections = ["gate_proj", "up_proj", "down_proj"]
     names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
@@ -145,7 +145,7 @@ pieces = st.sampled_from(
 
 @settings(deadline=None)
 @given(st.lists(pieces, min_size=1, max_size=7).map(".".join))
-def test_what_either_side_accepts_comes_back_as_it_was(name: str) -> None:
+def test_a_name_that_either_side_accepts_comes_back_unchanged(name: str) -> None:
     for there, back in ((to_hugging_face, from_hugging_face), (from_hugging_face, to_hugging_face)):
         try:
             translated = there(name, LAYERS)

@@ -32,7 +32,7 @@ TENSORS = {
 
 
 def write(path: Path, model: dict[str, Any] = MODEL) -> Path:
-    """A checkpoint whose files hold anything at all."""
+    """Write a checkpoint with arbitrary data files."""
     path.mkdir(parents=True)
     (path / INDEX).write_bytes(b"where everything is")
     (path / "__0_0.distcp").write_bytes(b"tensors" * 100)
@@ -53,7 +53,7 @@ def refusal(path: Path) -> str:
     return str(refused.value)
 
 
-def test_what_is_written_is_read(checkpoint: Path) -> None:
+def test_a_written_manifest_is_read_back(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     assert (manifest.model, manifest.progress, manifest.tensors) == (MODEL, {"step": 7, "tokens": 1e30}, TENSORS)
     check_same_model(manifest, MODEL, checkpoint)
@@ -89,7 +89,7 @@ def test_a_changed_bit_is_found_wherever_it_is(checkpoint: Path) -> None:
 
 
 def _same_json(one: bytes, other: bytes) -> bool:
-    """Whether two texts say the same, as after a blank became a tab."""
+    """Whether two texts are the same JSON, as after a blank became a tab."""
     try:
         return bool(json.loads(one) == json.loads(other))
     except ValueError:
@@ -113,7 +113,7 @@ def test_the_remedy_names_the_checkpoint_before(checkpoint: Path) -> None:
     for step in (2, 5):
         shutil.copytree(checkpoint, checkpoint.with_name(f"step-{step}"))
     (checkpoint / MANIFEST).unlink()
-    assert refusal(checkpoint).endswith(f"; delete {checkpoint} to go on from step-5")
+    assert refusal(checkpoint).endswith(f"; delete {checkpoint} to continue from step-5")
 
 
 def test_steps_are_in_the_order_of_their_numbers_and_unfinished_ones_are_not_seen(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_longer_context_is_the_same_model(checkpoint: Path) -> None:
     check_same_model(read_manifest(checkpoint), longer, checkpoint)
 
 
-def test_a_checkpoint_of_before_there_were_routers_to_choose_from_is_of_v3s(checkpoint: Path) -> None:
+def test_a_checkpoint_without_a_recorded_router_is_of_v3s(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     old = {name: value for name, value in manifest.model.items() if name not in ("topk_method", "scoring_func")}
     assert len(old) == len(manifest.model) - 2

@@ -41,14 +41,14 @@ PAIRS = [((1, 1), (8, 4)), ((8, 4), (1, 1)), ((4, 2), (4, 4)), ((4, 4), (2, 1)),
 
 
 def whole(name: str) -> Tensor:
-    """The value of a global tensor: any bits but those of NaN."""
+    """Value of a global tensor: any bits but those of NaN."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     value = torch.randn(SHAPES[name], generator=generator)
     return value.bfloat16() if name in BF16 else value
 
 
 def place(name: str, value: Tensor, groups: Groups) -> DTensor:
-    """This rank's part of a global tensor."""
+    """Return this rank's part of a global tensor."""
     mesh = groups.replicas("edp" if ".experts." in name else "dp")
     placement: Placement = Shard(0)
     if name.endswith("bias"):
@@ -61,7 +61,7 @@ def place(name: str, value: Tensor, groups: Groups) -> DTensor:
 
 
 def state(groups: Groups, value: Callable[[str], Tensor]) -> dict[str, DTensor]:
-    """What a rank holds of a state: all that is dense, and its experts."""
+    """Parts of a state that a rank holds: all dense tensors, and its experts."""
     per_rank = EXPERTS // groups.layout.ep
     first = groups.coordinates.ep * per_rank
     others = {f"weights.experts.{e}.w1" for e in range(EXPERTS) if not first <= e < first + per_rank}
@@ -82,7 +82,7 @@ def _load(worker: Worker, ep: int, path: Path) -> tuple[dict[str, Any], dict[str
 
 
 def _refusal(worker: Worker, ep: int, path: Path, change: Callable[[dict[str, DTensor], Groups], None]) -> str:
-    """What loading into a changed state says on this rank."""
+    """Error of loading into a changed state on this rank."""
     groups = Groups.create(Layout(worker.world_size, 1, ep), "cpu")
     tensors = state(groups, whole)
     change(tensors, groups)
@@ -119,7 +119,7 @@ def test_every_layout_reads_every_others_bit_for_bit(
 
 
 def checksum(tensor: Tensor) -> int:
-    """The formula of the manifest, in Python's own integers."""
+    """Checksum by the manifest's formula, in Python's own integers."""
     bits = tensor.flatten().view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).tolist()
     return sum(value * (2 * index + 1) for index, value in enumerate(bits)) % 2**64
 
@@ -156,7 +156,7 @@ def test_a_step_saved_again_replaces_the_first(pool: Pool, tmp_path: Path) -> No
 
 
 def _cut_short(worker: Worker, folder: Path, owner: Any, name: str, calls_before: int) -> None:
-    """Save step 1, then step 2 with an end at some call of `owner.name`: nothing after it runs, as after kill -9."""
+    """Save step 1, then step 2 up to some call of `owner.name`; nothing behind the call runs, as after kill -9."""
     groups = Groups.create(Layout(1), "cpu")
     tensors = state(groups, whole)
     store.save(folder, 1, tensors, MODEL, {"step": 1}, groups.world, keep=1)
@@ -167,7 +167,7 @@ def _cut_short(worker: Worker, folder: Path, owner: Any, name: str, calls_before
         if len(calls) <= calls_before:
             return original(*args, **keys)
         if name == "rmtree":
-            next(args[0].iterdir()).unlink()  # it has begun
+            next(args[0].iterdir()).unlink()  # the removal has begun
         raise SystemExit("killed")
 
     with mock.patch.object(owner, name, end), contextlib.suppress(SystemExit, RuntimeError):
@@ -198,7 +198,7 @@ def test_a_save_cut_short_leaves_a_whole_checkpoint_and_nothing_half_done_in_sig
     assert max(steps) == usable
     assert pool.run(_load, 1, 1, steps[usable])[0][0] == {"step": usable}
     pool.run(_save, 1, 1, tmp_path, [3], 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-3"], "what was left over is gone"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"], "files left over are gone"
 
 
 def _full_disk(worker: Worker, folder: Path) -> str:
@@ -224,7 +224,7 @@ def test_a_full_disk_is_said_in_one_line_on_every_rank(pool: Pool, tmp_path: Pat
 
 
 def _failing_disk(worker: Worker, path: Path, error: Exception, on_rank: int) -> tuple[str, str]:
-    """What loading says where reading fails on one rank, and the kind of error it is."""
+    """Kind and message of the error of loading where reading fails on one rank."""
     groups = Groups.create(Layout(worker.world_size, 1, 2), "cpu")
     read = dcp.FileSystemReader.read_data
 
@@ -267,7 +267,7 @@ def test_a_data_file_that_goes_missing_while_reading_is_the_checkpoints_fault(po
 
 
 def _spoil_and_load(worker: Worker, path: Path, seed: int, times: int) -> list[str]:
-    """Flip one bit of the data files at a time; what loading then says, or whether it changed nothing."""
+    """Flip one bit of the data files at a time; return the errors of loading, "harmless" where no value changed."""
     draw = random.Random(seed)
     files = sorted(path.glob("*.distcp"))
     groups = Groups.create(Layout(1), "cpu")
@@ -308,7 +308,7 @@ def test_a_changed_number_names_its_tensor(pool: Pool, saved: Path) -> None:
         if row in content:
             file.write_bytes(content.replace(row, whole(name)[0].flip(0).numpy().tobytes()))
     for said in pool.run(_refusal, 2, 2, saved, unchanged):
-        assert f"is damaged: 1 tensors are not what was written, such as {name}" in said
+        assert f"is damaged: 1 tensors are not as they were written, such as {name}" in said
 
 
 def _drop(tensors: dict[str, DTensor], groups: Groups) -> None:

@@ -1,4 +1,4 @@
-"""What a configuration becomes: files on bases, `--set` on files, defaults below it all."""
+"""Loading of a configuration: files on bases, `--set` on files, defaults below all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Write = Callable[..., str]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write a file below the current folder and return its name."""
+    """Function that writes a file below the current folder and returns its name."""
     monkeypatch.chdir(tmp_path)
 
     def _write(text: str, name: str = "run.yaml") -> str:

@@ -1,4 +1,4 @@
-"""The guide to configuration says what the program does: its files load, its commands print what it shows."""
+"""Guide to configuration: its files load, and its commands print the output shown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMANDS = [
 
 @pytest.fixture(autouse=True)
 def folder_of_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files of the guide, and a Hugging Face checkpoint as it has."""
+    """Write the files of the guide, and the Hugging Face config that it names."""
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
         Path(name).write_text(text, encoding="utf-8")

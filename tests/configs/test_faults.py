@@ -1,4 +1,4 @@
-"""What the loader says of a configuration that cannot work: every fault, where it is, and what to do."""
+"""Messages on a configuration that cannot work: every fault, its location and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`model: {from: config.json}`: architectures that Hugging Face files describe."""
+"""Architectures read from Hugging Face files: `model: {from: config.json}`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ V2_LITE: dict[str, Any] = V2 | {
     "q_lora_rank": None, "rope_scaling": V2["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},
     "routed_scaling_factor": 1.0, "topk_group": 1, "topk_method": "greedy",
 }  # fmt: skip
-# Keys that transformers' DeepseekV3Config has in the same form; that of its router is fixed.
+# Keys that transformers' DeepseekV3Config has in the same form; its router is fixed.
 COMPARED = set(ModelConfig.model_fields) - {
     *("initializer_range", "rope_theta", "rope_scaling", "topk_method", "scoring_func")
 }
@@ -140,13 +140,13 @@ def test_rope_parameters_of_type_default_are_no_scaling() -> None:
     assert (model.rope_theta, model.rope_scaling) == (3.0, None)
 
 
-def test_yarn_keys_left_out_mean_what_they_mean_to_transformers() -> None:
+def test_yarn_keys_left_out_mean_the_same_as_in_transformers() -> None:
     # No mscale: the rotation is scaled by 0.1 ln s + 1, the softmax not at all; the context is the file's.
     scaling = load(MOONLIGHT | {"rope_scaling": {"type": "yarn", "factor": 4}}).model.rope_scaling
     assert scaling == RopeScaling(factor=4, original_max_position_embeddings=8192, mscale=1, mscale_all_dim=0)
 
 
-def test_what_transformers_writes_is_read_back_as_what_it_holds() -> None:
+def test_files_written_by_transformers_are_read_back_with_their_values() -> None:
     transformers = pytest.importorskip("transformers")
     hf = transformers.DeepseekV3Config(
         vocab_size=500, hidden_size=48, intermediate_size=80, moe_intermediate_size=24, num_hidden_layers=5,
@@ -167,7 +167,7 @@ def test_what_transformers_writes_is_read_back_as_what_it_holds() -> None:
 
 
 def test_our_defaults_are_those_of_transformers() -> None:
-    # So that a key which a file leaves out means the same here.
+    # A key that a file leaves out must mean the same here.
     transformers = pytest.importorskip("transformers")
     hf, ours = transformers.DeepseekV3Config(), ModelConfig()
     for name in COMPARED:
@@ -191,7 +191,7 @@ def test_our_defaults_are_those_of_transformers() -> None:
         ("sliding_window", 4096, "unknown key (it may change the network; remove it if it does not)"),
     ],
 )
-def test_what_this_model_does_not_do_is_refused_at_its_line(name: str, value: object, message: str) -> None:
+def test_unsupported_values_are_refused_at_their_lines(name: str, value: object, message: str) -> None:
     (fault,) = faults_of({name: value})
     assert fault == f"hf/config.json:{line_of(name)}: {name}: {message}"
 
@@ -239,7 +239,7 @@ def test_v2_files_give_their_network_and_router(file: dict[str, Any]) -> None:
     assert counts.active == pytest.approx(active, rel=0.12)  # the report leaves embedding and head out in part
 
 
-def test_what_a_v2_file_leaves_out_means_what_it_means_to_transformers() -> None:
+def test_keys_that_a_v2_file_leaves_out_mean_the_same_as_in_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     hf = transformers.DeepseekV2Config()
     model = load(
@@ -251,7 +251,7 @@ def test_what_a_v2_file_leaves_out_means_what_it_means_to_transformers() -> None
     assert (model.scoring_func, model.num_nextn_predict_layers) == ("softmax", 0)
 
 
-def test_what_transformers_writes_of_v2_is_read_back_as_what_it_holds() -> None:
+def test_v2_files_written_by_transformers_are_read_back_with_their_values() -> None:
     transformers = pytest.importorskip("transformers")
     hf = transformers.DeepseekV2Config(
         vocab_size=500, hidden_size=48, intermediate_size=80, moe_intermediate_size=24, num_hidden_layers=5,

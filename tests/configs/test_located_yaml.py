@@ -1,4 +1,4 @@
-"""The YAML reader: numbers as people write them, and lines."""
+"""Reading of YAML: numbers as people write them, and lines."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_json_reads_as_json_does(value: object) -> None:
     assert values(read(json.dumps(value, indent=1, ensure_ascii=False))) == value
 
 
-def test_every_value_knows_the_line_of_its_key() -> None:
+def test_every_value_has_the_line_of_its_key() -> None:
     tree = read("a: 1\nb:\n  # comment\n  c:\n    - x\n    - {d: 1,\n       e: 2}\n")
     lines = {
         ("a",): 1, ("b",): 2, ("b", "c"): 4, ("b", "c", 0): 5, ("b", "c", 1): 6, ("b", "c", 1, "d"): 6,
@@ -81,7 +81,7 @@ def test_every_value_knows_the_line_of_its_key() -> None:
     assert tree.nearest(("b", "c", 7)).location.line == 4
 
 
-def test_merge_replaces_what_is_no_mapping_and_keeps_both_files_lines() -> None:
+def test_merge_replaces_all_but_mappings_and_keeps_the_lines_of_both_files() -> None:
     merged = merge(read("\n\na: {b: 1, c: [1, 2]}\nd: 1"), read("a: {c: [3], e: 4}\nd: {f: 1}"))
     assert values(merged) == {"a": {"b": 1, "c": [3], "e": 4}, "d": {"f": 1}}
     assert [merged.nearest(("a", key)).location.line for key in "bce"] == [3, 1, 1]

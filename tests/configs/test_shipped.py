@@ -1,4 +1,4 @@
-"""The shipped configs say what the published models and recipes say."""
+"""Shipped configs against the published models and recipes."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_16b_has_the_size_of_v2_lite(lite: Config) -> None:
     assert (model.n_routed_experts, model.n_shared_experts, model.num_experts_per_tok) == (64, 2, 6)
 
 
-def test_16b_keeps_what_makes_v3_v3(lite: Config, v3: Config) -> None:
+def test_16b_keeps_the_features_of_v3(lite: Config, v3: Config) -> None:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_nextn_predict_layers"):
         assert getattr(lite.model, name) == getattr(v3.model, name)
     assert lite.optim.model_copy(update={"lr": v3.optim.lr}) == v3.optim

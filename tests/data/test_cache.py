@@ -1,4 +1,4 @@
-"""The tokenised text on disk, and the way in."""
+"""Tokenised text on disk, and the opening of the data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from counterflow.data.open import open_data
 from counterflow.data.tokenizer import ByteTokenizer
 from counterflow.settings import UsageError
 
-# What a process prints of the data it opens: enough to tell one stream from another.
+# Program that prints enough of the opened data to distinguish two streams.
 OPEN_AND_DESCRIBE = """
 import hashlib, sys
 from counterflow.data.config import DataConfig
@@ -37,7 +37,7 @@ print(data.digest, stream.hexdigest(), data.unigram_entropy)
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Forty files whose text names them."""
+    """A folder of forty files, each with its name as text."""
     root = tmp_path / "texts"
     root.mkdir()
     for number in range(40):
@@ -78,15 +78,15 @@ def test_the_second_opening_reads_no_text(texts: Path, tmp_path: Path, monkeypat
 
 
 def test_changed_text_is_tokenised_again(texts: Path, tmp_path: Path) -> None:
-    before = open_texts(texts, tmp_path / "cache")
+    original = open_texts(texts, tmp_path / "cache")
     file = texts / "05.txt"
     file.write_text("!" * file.stat().st_size, encoding="utf-8")
-    os.utime(file, ns=(1, 1))  # a quick rewrite can fall in the same tick of the clock
-    after = open_texts(texts, tmp_path / "cache")
-    assert after.folder != before.folder
-    assert after.meta.digest != before.meta.digest
+    os.utime(file, ns=(1, 1))  # a quick rewrite can have the same time
+    changed = open_texts(texts, tmp_path / "cache")
+    assert changed.folder != original.folder
+    assert changed.meta.digest != original.meta.digest
     (texts / "40.txt").write_text("one more", encoding="utf-8")
-    assert open_texts(texts, tmp_path / "cache").folder not in (before.folder, after.folder)
+    assert open_texts(texts, tmp_path / "cache").folder not in (original.folder, changed.folder)
 
 
 def test_processes_building_at_once_agree(texts: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_the_slower_of_two_builders_takes_the_others_files(
 
     def rename_after_another(source: Path, target: Path) -> None:
         monkeypatch.setattr(cache_module.os, "rename", rename)
-        winner.append(open_texts(texts, tmp_path / "cache"))  # a whole second build, just before this one ends
+        winner.append(open_texts(texts, tmp_path / "cache"))  # a second build ends just before this one
         rename(source, target)
 
     monkeypatch.setattr(cache_module.os, "rename", rename_after_another)

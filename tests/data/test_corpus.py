@@ -126,7 +126,7 @@ def test_both_splits_get_documents_whatever_their_order(found: set[str], fractio
     assert hold_out(shuffled, fraction) == held_out
 
 
-def test_a_document_keeps_its_side_when_others_come() -> None:
+def test_a_document_keeps_its_split_when_others_are_added() -> None:
     few = [f"texts/{number}.txt" for number in range(2000)]
     more = [*few, *(f"other/{number}.md" for number in range(3000))]
     held_out = hold_out(few, 0.1)

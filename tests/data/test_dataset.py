@@ -22,7 +22,7 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=30)
 
 
 def numbered(lengths: Iterable[int], sequence_length: int, extra: int, seed: int = 0) -> PackedDataset:
-    """A dataset in which every token differs from all others: documents 0 1 2 | 3 4 | …"""
+    """Dataset in which every token differs from all others: documents 0 1 2 | 3 4 | …"""
     offsets = np.cumsum([0, *lengths])
     return PackedDataset(np.arange(offsets[-1]), offsets, sequence_length, extra, seed)
 
@@ -56,9 +56,9 @@ def test_samples_are_cut_from_whole_documents_laid_end_to_end(
     starts = set(dataset.offsets[:-1].tolist())
     following: dict[int, int] = {}
     for sample in epoch_samples(dataset, 1):
-        for token, after in itertools.pairwise(sample.tolist()):
-            assert following.setdefault(token, after) == after, "windows and their extra tokens are of one stream"
-            assert after == token + 1 if token + 1 not in starts | {sum(lengths)} else after in starts
+        for token, successor in itertools.pairwise(sample.tolist()):
+            assert following.setdefault(token, successor) == successor, "windows and extra tokens are of one stream"
+            assert successor == token + 1 if token + 1 not in starts | {sum(lengths)} else successor in starts
 
 
 @settings(max_examples=40, deadline=None)
@@ -119,7 +119,7 @@ def test_reading_across_an_epoch_opens_each_epoch_once(monkeypatch: pytest.Monke
 
 
 def test_orders_never_change_between_versions() -> None:
-    # A run resumed by a later version must go on with the data it began with.
+    # A run resumed by a later version must continue with the same data.
     assert named_permutation(8, "document order", 1234, 0).tolist() == GOLDEN
     assert named_permutation(8, "document order", 1234, 1).tolist() != GOLDEN
 
@@ -145,7 +145,7 @@ def test_validation_windows_come_in_plain_order() -> None:
 def test_sampling_does_not_read_the_whole_file(tmp_path: Path) -> None:
     size = 1 << 30
     with open(tmp_path / "tokens", "wb") as file:
-        file.truncate(size)  # sparse: takes no room on the disk
+        file.truncate(size)  # sparse: no room on the disk is needed
     tokens = np.asarray(np.memmap(tmp_path / "tokens", dtype="<u2", mode="r"))
     process = psutil.Process(os.getpid())
     before = process.memory_info().rss

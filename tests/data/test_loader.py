@@ -26,7 +26,7 @@ def dataset() -> PackedDataset:
 
 
 def plan(sizes: list[int], start: int = 0) -> list[tuple[int, int]]:
-    """(start, sequences) of consecutive steps."""
+    """Pairs (start, sequences) of consecutive steps."""
     return list(zip(itertools.accumulate([start, *sizes[:-1]]), sizes, strict=True))
 
 
@@ -35,7 +35,7 @@ def rows(batches: list[Batch] | Iterator[Batch]) -> list[list[int]]:
 
 
 def stream(dataset: PackedDataset, steps: list[tuple[int, int]], dp: int, micro: int, prefetch: int = 0) -> list:
-    """All valid rows, step after step and rank after rank, of a run in one layout."""
+    """Valid rows, by step and rank, of a run in one layout."""
     loaders = [
         Loader(dataset, steps, dp_rank=rank, dp_size=dp, micro_sequences=micro, prefetch=prefetch) for rank in range(dp)
     ]
@@ -137,7 +137,7 @@ def test_nothing_is_prepared_ahead_without_prefetch(dataset: PackedDataset) -> N
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
-def test_errors_reach_the_caller_in_their_turn(dataset: PackedDataset, prefetch: int) -> None:
+def test_errors_reach_the_caller_with_their_micro_batch(dataset: PackedDataset, prefetch: int) -> None:
     def failing() -> Iterator[tuple[int, int]]:
         yield 0, 2
         yield 2, 2

@@ -1,4 +1,4 @@
-"""Bytes to ids and back."""
+"""Conversion of bytes to ids and back."""
 
 from __future__ import annotations
 

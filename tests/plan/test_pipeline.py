@@ -1,4 +1,4 @@
-"""From a configuration to its pipeline: what is refused, how layers are split, what stages are taken to cost."""
+"""Pipeline of a configuration: refusals, the split of layers, the costs of stages."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def load(*overrides: str, config: str = "tiny") -> Config:
         ),
     ],
 )
-def test_what_cannot_be_a_pipeline_is_refused_when_it_is_loaded(overrides: list[str], fault: str) -> None:
+def test_an_impossible_pipeline_is_refused_when_the_configuration_is_loaded(overrides: list[str], fault: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(*overrides)
     (only,) = caught.value.faults
@@ -152,7 +152,7 @@ def test_v3_has_four_layers_a_stage_and_one_beside_head_and_mtp() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "v3", "full"])
 def test_predicted_work_adds_up_to_the_models_flops(recompute: str) -> None:
-    """An independent count: 6 FLOPs a matmul parameter, attention cores over half the sequence as masked."""
+    """Independent count: 6 FLOPs per matmul parameter, attention cores over half the sequence as masked."""
     for name in ("deepseek-v3-671b", "deepseek-v3-16b", "tiny"):
         config = load_config(name, [f"memory.recompute={recompute}", "batch.micro_sequences=1"])
         model, length = config.model, config.batch.sequence_length

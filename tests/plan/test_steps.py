@@ -1,4 +1,4 @@
-"""Which steps a run has: how many, of which samples, with which values of the schedules."""
+"""Steps of a run: their number, their samples, and the values of schedules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ V3 = load_config("deepseek-v3-671b")
 
 @st.composite
 def batches(draw: st.DrawFn) -> BatchConfig:
-    """Any batch, with or without a ramp."""
+    """Draw a batch, with or without a ramp."""
     increment, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     full = increment * draw(st.integers(1, 9))
     ramp = None
@@ -89,7 +89,7 @@ def test_the_last_step_is_where_walking_step_by_step_ends(batch: BatchConfig, to
 
 @pytest.mark.parametrize("ramp", [None, BatchRamp(start=1, tokens=1000, increment=1)])
 def test_the_steps_of_a_long_run_are_not_walked(ramp: BatchRamp | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quadrillion tokens in steps of 40: the checks before a start may not take longer than the run."""
+    """A run of a quadrillion tokens in steps of 40: walking its steps would take longer than the run."""
 
     def few_steps(*args: Any) -> Iterator[tuple[Progress, int]]:
         return itertools.islice(steps_from(*args), 1000)

@@ -1,4 +1,4 @@
-"""The command line: `counterflow`, its sub-commands and exit codes, and `counterflow config`."""
+"""Command line: `counterflow`, its sub-commands and exit codes, and `counterflow config`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def on_a_terminal(*arguments: str, columns: int = 80) -> str:
-    """What the command prints on a terminal, colours and all."""
+    """Output of the command on a terminal, with colours."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
@@ -40,7 +40,7 @@ def on_a_terminal(*arguments: str, columns: int = 80) -> str:
     while True:
         try:
             part = os.read(master, 65536)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # on Linux: the other end is closed
             break
         if not part:
             break

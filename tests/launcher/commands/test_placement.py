@@ -21,7 +21,7 @@ MODEL = {"n_routed_experts": 8, "first_k_dense_replace": 2, "num_hidden_layers":
 
 
 def write_checkpoint(folder: Path, step: int, progress: dict[str, Any], **model: int | str) -> Path:
-    """A checkpoint as far as this command reads it."""
+    """Write the files of a checkpoint that this command reads."""
     path = folder / f"step-{step}"
     path.mkdir(parents=True)
     (path / ".metadata").write_bytes(b"index")
@@ -61,7 +61,7 @@ def test_a_run_is_placed_by_the_loads_of_its_last_checkpoint(run_dir: Path, caps
 
 
 def test_logical_and_physical_maps_are_those_of_eplb(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """[L, P], [L, E, X] padded with -1, [L, E]; the two maps are inverse to each other."""
+    """Shapes [L, P], [L, E, X] padded with -1, and [L, E]; the two maps are inverse to each other."""
     found = printed(capsys, str(run_dir / "checkpoints" / "step-100"), "--ranks", "2", "--replicas", "14")
     physical, logical, counts = (torch.tensor(found[name]) for name in ("phy2log", "log2phy", "counts"))
     assert physical.shape == (3, 14) and counts.shape == (3, 8) and logical.shape == (3, 8, int(counts.max()))
@@ -72,7 +72,7 @@ def test_logical_and_physical_maps_are_those_of_eplb(run_dir: Path, capsys: pyte
             assert (physical[layer, places[places >= 0]] == expert).all()
 
 
-def test_what_is_written_has_a_row_for_every_decoder_layer(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_written_map_has_a_row_for_every_decoder_layer(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(capsys, str(run_dir), "--ranks", "4", "--replicas", "12", "--write", "map.json")
     written = json.loads(Path("map.json").read_text())
     in_order = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
@@ -135,7 +135,7 @@ def test_the_table_fits_a_terminal(run_dir: Path, capsys: pytest.CaptureFixture[
         (["runs/small", "--ranks", "2", "--write", "no/map.json"], "--write no/map.json: No such file or directory"),
     ],
 )
-def test_what_cannot_be_placed_is_refused_with_what_would_work(
+def test_impossible_placements_are_refused_with_what_would_work(
     run_dir: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     write_checkpoint(Path("runs/fresh"), 1, {"expert_loads": {"steps": 0, "tokens": LOADS}})

@@ -1,4 +1,4 @@
-"""`counterflow simulate`: its figures against published ones, what it prints, what it refuses."""
+"""`counterflow simulate`: its figures against published ones, its output, its refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: str) -> str:
 @pytest.mark.parametrize(
     ("name", "ranks", "microbatches", "pair", "step_time"),
     [
-        # What github.com/deepseek-ai/DualPipe's own step() takes when it is replayed with free communication.
+        # Time of github.com/deepseek-ai/DualPipe's own step(), replayed with free communication.
         ("dualpipe", 4, 16, 25, 440),
         ("dualpipe", 4, 20, 25, 540),
         ("dualpipe", 8, 20, 25, 590),
@@ -104,19 +104,19 @@ def test_comparison_has_every_schedule_and_says_why_one_refuses(capsys: pytest.C
 def test_own_schedule_is_compared_with_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     Path("own.py").write_text(
         "from counterflow.parallel.schedule.interleaved import interleaved\n"
-        "def mine(num_ranks, num_microbatches, *, stages=2):\n"
+        "def local(num_ranks, num_microbatches, *, stages=2):\n"
         "    return interleaved(num_ranks, num_microbatches, stages_per_rank=stages)\n"
     )
-    numbers = "--ranks 4 --microbatches 8 --compare --schedule own.py:mine"
+    numbers = "--ranks 4 --microbatches 8 --compare --schedule own.py:local"
     figures = json.loads(simulate(capsys, f"{numbers} --json"))
-    assert list(figures) == [*schedule_names(), "own.py:mine"]
-    assert figures["own.py:mine"] == figures["interleaved"]
+    assert list(figures) == [*schedule_names(), "own.py:local"]
+    assert figures["own.py:local"] == figures["interleaved"]
     one = json.loads(simulate(capsys, f"{numbers} --option stages=1 --json"))
-    assert one["own.py:mine"] == figures["1f1b"]
-    assert "own.py:mine " in simulate(capsys, numbers)
+    assert one["own.py:local"] == figures["1f1b"]
+    assert "own.py:local " in simulate(capsys, numbers)
 
 
-def test_equal_ranks_are_not_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_ranks_are_described_together(capsys: pytest.CaptureFixture[str]) -> None:
     even = simulate(capsys, "--schedule dualpipe --ranks 4 --microbatches 10")
     assert "5.2% of all ranks' time; every rank waits 1.5\n" in even
     assert "every rank holds 5 micro-batches at a time, each of one stage\n" in even
