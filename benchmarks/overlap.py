@@ -1,22 +1,22 @@
-"""How much communication an overlapped pair exposes, on a real network between two processes.
+"""Communication that an overlapped pair exposes, on a real network between two processes.
 
     sudo .venv/bin/python -P benchmarks/overlap.py [--rounds 9] [--ratios 0.5 1.0] [--order …] [--matmul] [--two-hop]
 
 Two processes in two network namespaces, joined by a link of limited rate, hold a chunk of 4 MoE layers with EP 2 and
 run the forward of one micro-batch with the backward of another, as the pipeline does. Every all-to-all moves real
 tensors over the link. Computation is emulated by waiting, as a GPU leaves its host free: the project's own blocks run
-at small widths, and each part of them (attention, shared expert, routed experts; forward, backward for input, backward
-for weights) waits besides for its share of the time that DeepSeek's published trace shows. With --matmul the parts
-multiply matrices instead, on the cores that also move the packets. With --two-hop tokens travel by the dispatcher of
-that name, with an FP8 wire; the processes are nodes of one rank, so that the second hop sends nothing but has to be
+at small widths, and each of their parts (attention, shared expert, routed experts; forward, backward for input,
+backward for weights) also waits for its share of the time in DeepSeek's published trace. With --matmul the parts
+multiply matrices instead, on the cores that also move the packets. With --two-hop tokens travel by the two-hop
+dispatcher, with an FP8 wire; the processes are nodes of one rank, so that the second hop sends nothing but has to be
 launched.
 
     exposed = (T_pair - T_compute) / T_communication,    T_communication = T_blocking - T_compute
 
-T_compute is the same chunk with all experts on each rank, so that the same rows go nowhere; T_blocking waits for every
-transfer where it is launched. All sides run in turn, every round; a time is that of the slower rank, and the median of
-the rounds; the spread is that of the share in single rounds. Compute is scaled so that the transfers by themselves take
-the wanted ratio of it. Needs root and iproute2.
+T_compute is the same chunk with all experts on each rank, so that no row travels; T_blocking waits for every transfer
+where it is launched. All sides run in turn, every round. A time is the slower rank's, the median of the rounds; the
+spread is over the shares of single rounds. Compute is scaled so that the transfers alone take the wanted ratio of it.
+Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from counterflow.settings import UsageError
 from counterflow.weight_gradients import WeightQueue, drain
 
 LAYERS, TOKENS, EXPERTS, TOP_K = 4, 256, 4, 2
-# Rows wide enough for a transfer of 0.5 MiB, everything else as narrow as can be.
+# Rows wide enough for a transfer of 0.5 MiB, all other widths minimal.
 WIDTHS = {
     "hidden_size": 512,
     "moe_intermediate_size": 8,
@@ -67,7 +67,7 @@ WIDTHS = {
     "qk_rope_head_dim": 2,
     "v_head_dim": 8,
 }
-# Milliseconds a layer on an H800: forward, backward for input, backward for weights, and the weights' GEMMs. Kernel
+# Milliseconds per layer on an H800: forward, backward for input, backward for weights, and the weights' GEMMs. Kernel
 # time in DeepSeek's published training trace by the annotation that launched it (a quarter of the sum over four
 # layers); mlp is divided between shared and routed experts by the time of their GEMMs.
 TRACE = {"attention": (4.1, 8.8, 2.4, 5), "shared": (0.5, 0.55, 0.7, 2), "experts": (4.1, 4.75, 5.7, 2)}
@@ -88,11 +88,11 @@ ALTERNATION = [
 
 
 class Work:
-    """Computation that takes a given number of seconds: waiting, or as many matmuls as take so long undisturbed."""
+    """Computation of a given number of seconds: waiting, or matmuls that take so long when undisturbed."""
 
     def __init__(self, matmul: bool) -> None:
         self.scale = 0.0
-        """Seconds a millisecond of the trace stands for."""
+        """Seconds per millisecond of the trace."""
         self._operand = torch.randn(192, 192) if matmul else None
         self._each = min(self._time(50) for _ in range(20)) / 50 if matmul else 0.0
 
@@ -116,7 +116,7 @@ class Work:
 
 
 class Paced(nn.Module):
-    """A module that takes as long as a part of DeepSeek's layer, in the forward and both halves of the backward."""
+    """A module with the time of a part of DeepSeek's layer, in the forward and both halves of the backward."""
 
     def __init__(self, module: nn.Module, work: Work, part: str, queue: WeightQueue) -> None:
         super().__init__()
@@ -146,15 +146,15 @@ class _PaceFunction(torch.autograd.Function):
 
 
 class EvenRouter(Router):
-    """Sends every expert equally many tokens, and half of each rank's rows to the other rank."""
+    """Router that sends every expert equally many tokens, and half of each rank's rows to the other rank."""
 
-    def _select(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor) -> Tensor:
         first, step = torch.arange(scores.shape[0]).unsqueeze(1), EXPERTS // TOP_K
         return (first + torch.arange(TOP_K) * step) % EXPERTS
 
 
 def make_chunk(work: Work, group: dist.ProcessGroup | None, in_flight: InFlight, two_hop: bool) -> Transformer:
-    """Four MoE layers from the middle of a model, their compute paced; without a group all experts are here."""
+    """Make four paced MoE layers from the middle of a model; without a group all experts are local."""
     dispatcher: RoutedDispatcher = flat.FlatDispatcher(group, EXPERTS)
     if two_hop:
         nodes = range(1 if group is None else group.size())
@@ -202,12 +202,12 @@ class Pairs:
         return self.chunk.phases(self.batch, self._tape.enter(self.x), self._tape)
 
     def run(self, order: Sequence[str], defer: bool = True) -> None:
-        """One overlapped pair; without `defer` weight gradients are computed within the backward."""
-        before, self._tape = self._tape, Tape()
-        weights: deque[Callable[[], None]] = deque()
-        backward = before.backward(self.x, self.chunk.weight_queue, weights if defer else None)
-        run_pair(self._forward(), backward, weights, order, self.in_flight.boundary)
-        drain(weights)
+        """Run an overlapped pair; without `defer` weight gradients are computed within the backward."""
+        tape, self._tape = self._tape, Tape()
+        deferred: deque[Callable[[], None]] = deque()
+        backward = tape.backward(self.x, self.chunk.weight_queue, deferred if defer else None)
+        run_pair(self._forward(), backward, deferred, order, self.in_flight.boundary)
+        drain(deferred)
 
 
 @dataclass
@@ -219,7 +219,7 @@ class Tally:
 
 @contextmanager
 def exchanges(tally: Tally, blocking: bool = False) -> Iterator[None]:
-    """Within it every all-to-all counts what it sends and, if `blocking`, is waited for where it is launched."""
+    """Context in which every all-to-all counts its bytes and, if `blocking`, is waited for where it is launched."""
 
     class Watched(Exchange):
         def __init__(
@@ -237,30 +237,30 @@ def exchanges(tally: Tally, blocking: bool = False) -> Iterator[None]:
 
 
 class Sides:
-    """What is timed, by name."""
+    """Timed runs, by name."""
 
     def __init__(self, work: Work, group: dist.ProcessGroup, orders: dict[str, tuple[str, ...]], two_hop: bool) -> None:
         self.group, self.work = group, work
-        self.here, self.apart = Pairs(work, None, two_hop), Pairs(work, group, two_hop)
+        self.local, self.distributed = Pairs(work, None, two_hop), Pairs(work, group, two_hop)
         half = TOKENS * TOP_K // 2
         self.rows, self.splits = torch.randn(2 * half, WIDTHS["hidden_size"]), [half, half]
         self.steps: dict[str, tuple[Callable[[], None], bool]] = {
-            "compute": (lambda: self.here.run(find_order("v3")), False),
+            "compute": (lambda: self.local.run(find_order("v3")), False),
             "transfers": (self.transfers, False),
-            "blocking": (lambda: self.apart.run(()), True),
-            "sequence": (lambda: self.apart.run(()), False),
-            "alternation": (lambda: self.apart.run(ALTERNATION, defer=False), False),
+            "blocking": (lambda: self.distributed.run(()), True),
+            "sequence": (lambda: self.distributed.run(()), False),
+            "alternation": (lambda: self.distributed.run(ALTERNATION, defer=False), False),
         }
         for name, order in orders.items():
-            self.steps[name] = partial(self.apart.run, order), False
+            self.steps[name] = partial(self.distributed.run, order), False
 
     def transfers(self) -> None:
-        """The pair's dispatches and combines, nothing else: two of each in every layer."""
+        """Run the dispatches and combines of the pair alone: two of each in every layer."""
         for _ in range(4 * LAYERS):
             Exchange(self.rows, self.splits, self.splits, self.group).wait()
 
     def run(self, name: str) -> tuple[float, int, int]:
-        """Seconds of the slower rank; bytes that this rank's tensors and its kernel sent."""
+        """Time of the slower rank in seconds; bytes that this rank's tensors and its kernel sent."""
         step, blocking = self.steps[name]
         tally = Tally()
         dist.barrier(self.group)
@@ -269,8 +269,8 @@ class Sides:
             start = time.perf_counter()
             step()
             seconds = time.perf_counter() - start
-        self.apart.chunk.zero_grad()
-        self.here.chunk.zero_grad()
+        self.distributed.chunk.zero_grad()
+        self.local.chunk.zero_grad()
         kernel = bytes_sent() - kernel
         slower = torch.tensor(seconds, dtype=torch.float64)
         dist.all_reduce(slower, dist.ReduceOp.MAX, group=self.group)
@@ -279,7 +279,7 @@ class Sides:
 
 @dataclass
 class Measured:
-    """What the rounds at one ratio gave, by side."""
+    """Results of the rounds at one ratio, by side."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     tensors: dict[str, list[int]] = field(default_factory=dict)
@@ -297,13 +297,13 @@ class Measured:
 
 
 def measure(sides: Sides, ratio: float, rounds: int) -> Measured:
-    """All sides in turn, every round, with transfers that take `ratio` of the compute."""
+    """Run all sides in turn, every round, with transfers that take `ratio` of the compute."""
 
     def seconds(name: str) -> float:
         return statistics.median(sides.run(name)[0] for _ in range(5))
 
     sides.work.scale, transfers = 0.0, seconds("transfers")
-    for _ in range(2):  # the blocks' own, real computation takes longer between waits: its data have left the caches
+    for _ in range(2):  # the blocks' own computation takes longer between waits, which empty the caches
         missing = transfers / ratio - seconds("compute")
         sides.work.scale += missing / (LAYERS * sum(sum(part[:3]) for part in TRACE.values()))
         assert sides.work.scale > 0, f"the blocks by themselves compute for longer than {transfers / ratio:.3f} s"
@@ -339,11 +339,11 @@ def report(ratio: float, measured: Measured, mbit: float) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """One of the two processes, already inside its namespace."""
+    """Run as one of the two processes, already inside its namespace."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if not args.matmul:
-        os.nice(-10)  # so that whoever else computes here does not decide when a waiting process goes on
+        os.nice(-10)  # so that other programs do not delay a process that has waited
     store = dist.TCPStore(args.address, 29500, 2, is_master=args.rank == 0)
     dist.init_process_group("gloo", store=store, rank=args.rank, world_size=2)
     work = Work(args.matmul)

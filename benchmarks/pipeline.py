@@ -1,12 +1,12 @@
-"""What running a schedule on real processes costs beyond its simulated step, beside torch.distributed.pipelining.
+"""Cost of a schedule on real processes beyond its simulated step, compared with torch.distributed.pipelining.
 
     python -P benchmarks/pipeline.py [--rounds 5] [--unit 0.1] [--microbatches 20]
 
-Four processes over gloo. A stage computes on a device that is made up: its host waits for it, as for a GPU. F, I and W
-take a unit of 0.1 s each, an overlapped pair 2.5 units; activations and gradients of 256 KiB really pass between the
+Four processes over gloo. A stage computes on an emulated device: its host waits for it, as for a GPU. F, I and W take a
+unit of 0.1 s each, an overlapped pair 2.5 units; activations and gradients of 256 KiB really pass between the
 processes. All schedules of both sides run in turn in the same processes, in the opposite order every other round. A
-step is measured from the first rank's start to the last rank's end. Its ratio is that to the simulated step of the
-very order that ran, with free communication.
+step is measured from the first rank's start to the last rank's end. Its ratio is to the simulated step of the same
+order, with free communication.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ Side = tuple[str, str]  # schedule, implementation
 
 @dataclass
 class Runner:
-    """One schedule on this rank, ready to be stepped."""
+    """A schedule on this rank, ready to run steps."""
 
     step: Callable[[], object]
     schedule: Schedule
-    """The order it follows."""
+    """The order that it runs."""
     modules: Mapping[int, nn.Module]
-    """By stage."""
+    """Modules by stage."""
 
 
-def our_runner(name: str, num_microbatches: int, rank: int, wires: PipelineChannels, device: Device) -> Runner:
+def our_runner(name: str, num_microbatches: int, rank: int, channels: PipelineChannels, device: Device) -> Runner:
     schedule = find_schedule(name)(RANKS, num_microbatches)
-    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.placement[rank]}
-    executor = Executor(chunks, wires, find_order("v3"), SHAPE, torch.float32, CPU)
+    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.stages_of_rank[rank]}
+    executor = Executor(chunks, channels, find_order("v3"), SHAPE, torch.float32, CPU)
     program = Program.of(schedule, rank)
     micro_batches = torch.zeros(num_microbatches, *SHAPE).unbind()
     return Runner(lambda: executor.train(program, micro_batches), schedule, chunks)
@@ -64,11 +64,11 @@ def torch_runner(name: str, num_microbatches: int, rank: int, device: Device) ->
 
     schedule = find_schedule(name)(RANKS, num_microbatches)
     last_stage = schedule.num_stages - 1
-    modules = {stage: SleepingModule(device) for stage in schedule.placement[rank]}
+    modules = {stage: SleepingModule(device) for stage in schedule.stages_of_rank[rank]}
     stages = [pipelining.PipelineStage(module, stage, last_stage + 1, CPU) for stage, module in modules.items()]
     settings = {"n_microbatches": num_microbatches, "loss_fn": lambda output, _: output.mean(), "scale_grads": False}
     if len(stages) == 1:
-        # Its order is written as a loop: P - r forwards, then a backward and a forward in turn, which is ours.
+        # Its order is a loop: P - r forwards, then a backward and a forward in turn, which is ours.
         runs = pipelining.Schedule1F1B(stages[0], **settings)
     else:
         runs = pipelining.schedules.ScheduleDualPipeV(stages, **settings)
@@ -87,7 +87,7 @@ def torch_runner(name: str, num_microbatches: int, rank: int, device: Device) ->
 
 
 def read_torch_order(order: Mapping[int, Sequence[Any]]) -> tuple[tuple[Action | Overlap, ...], ...]:
-    """The order of one of torch's schedules of several stages a rank, as actions of ours."""
+    """Translate the order of a torch schedule of several stages per rank into our actions."""
 
     def read(action: Any) -> Action | Overlap | None:
         if action is None:
@@ -102,13 +102,12 @@ def read_torch_order(order: Mapping[int, Sequence[Any]]) -> tuple[tuple[Action |
 
 def make_runners(rank: int, num_microbatches: int, device: Device) -> dict[Side, Runner]:
     ranks = list(range(RANKS))
-    channels = {(a, b): dist.new_group([a, b]) for a in ranks for b in ranks if a != b}
-    wires = PipelineChannels(
-        dist.get_rank(), {pair: group for pair, group in channels.items() if dist.get_rank() in pair}
-    )
+    groups = {(a, b): dist.new_group([a, b]) for a in ranks for b in ranks if a != b}
+    own = {pair: group for pair, group in groups.items() if dist.get_rank() in pair}
+    channels = PipelineChannels(dist.get_rank(), own)
     runners = {}
     for name in schedule_names():
-        runners[name, OURS] = our_runner(name, num_microbatches, rank, wires, device)
+        runners[name, OURS] = our_runner(name, num_microbatches, rank, channels, device)
         if name in ("1f1b", "dualpipev"):
             runners[name, TORCH] = torch_runner(name, num_microbatches, rank, device)
     return runners
@@ -117,7 +116,7 @@ def make_runners(rank: int, num_microbatches: int, device: Device) -> dict[Side,
 def run_rounds(
     worker: Worker, unit: float, num_microbatches: int, rounds: int
 ) -> tuple[dict[Side, list[tuple[float, float]]], dict[Side, float]]:
-    """On each rank: when every step started and ended, and the simulated steps, in seconds."""
+    """Start and end of every step on this rank, and the simulated steps, in seconds."""
     torch.set_num_threads(1)
     sleep_exactly()
     device = Device(WARM_UP_UNIT)
@@ -145,11 +144,11 @@ def main() -> None:
     parser.add_argument("--unit", type=float, default=0.1, help="seconds that F, I and W take, each")
     parser.add_argument("--microbatches", type=int, default=20)
     options = parser.parse_args()
-    a_round = 60 * options.unit * options.microbatches  # more than all sides' steps together
+    round_seconds = 60 * options.unit * options.microbatches  # more than all sides' steps together
     pool = Pool()
     try:
         arguments = options.unit, options.microbatches, options.rounds
-        by_rank = pool.run(run_rounds, RANKS, *arguments, timeout=60 + 2 * options.rounds * a_round)
+        by_rank = pool.run(run_rounds, RANKS, *arguments, timeout=60 + 2 * options.rounds * round_seconds)
     finally:
         pool.close()
     print(
@@ -163,7 +162,7 @@ def main() -> None:
 
 
 def report(side: Side, simulated: float, steps: list[tuple[tuple[float, float], ...]]) -> None:
-    """A line of the table; `steps` holds for each round every rank's start and end."""
+    """Print a line of the table; `steps` holds for each round every rank's start and end."""
     seconds = [max(end for _, end in ranks) - min(start for start, _ in ranks) for ranks in steps]
     least, middle, most = min(seconds), statistics.median(seconds), max(seconds)
     print(

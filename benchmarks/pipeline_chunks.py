@@ -1,7 +1,7 @@
 """Stages that sleep instead of computing, for the pipeline executor and for torch.distributed.pipelining.
 
-What passes between them is real, and so are the gradients; only the time is made up. It is counted in units, of which
-a `Device` says how long they are: F, I and W take one each, and a pair of an F and a B two and a half.
+Transfers between them and gradients are real; only the time of computation is emulated. It is counted in units, whose
+length a `Device` defines: F, I and W take one each, and a pair of an F and a B two and a half.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ COSTS = {
     "backward_weight": BACKWARD_WEIGHT,
     "overlapped": OVERLAPPED,
 }
-"""The same as keywords of `Costs.uniform`."""
+"""Keywords of `Costs.uniform` for the same costs."""
 HIDDEN = FORWARD + BACKWARD_INPUT + BACKWARD_WEIGHT - OVERLAPPED
 TRANSFER = HIDDEN / 4
-"""Each of the all-to-alls, two in a forward and two in a backward, that only a pair hides."""
+"""Duration of an all-to-all, of which a forward and a backward have two each; only a pair hides them."""
 FORWARD_HALF = FORWARD / 2 - TRANSFER
 BACKWARD_INPUT_HALF = BACKWARD_INPUT / 2 - TRANSFER
 BACKWARD_WEIGHT_HALF = BACKWARD_WEIGHT / 2
-"""What there is to compute before and after the experts' all-to-all, each."""
+"""Computation before the experts' all-to-all, and equally much after it."""
 SHAPE = torch.Size((1, 128, 512))
-"""Of what passes between stages, `[B, S, H]`, FP32."""
+"""Shape of tensors between stages, `[B, S, H]`, FP32."""
 
 
 class Device:
-    """What a GPU is to its host: it computes one thing after another, transfers beside that, and can be waited for.
+    """Emulated GPU as its host sees it: it computes in order, transfers at the same time, and can be waited for.
 
     Durations are in units of `unit` seconds, points in time in seconds.
     """
@@ -55,26 +55,26 @@ class Device:
         time.sleep(seconds)
 
     def compute(self, duration: float) -> None:
-        """Begin when all that was asked for before is done."""
+        """Compute once all earlier work has ended."""
         self.free_at = max(self.free_at, self.now()) + duration * self.unit
 
     def transfer(self, duration: float) -> float:
-        """Begin likewise, but beside what is computed next; returns when it will have ended."""
+        """Transfer once all earlier work has ended, beside later computation; returns the time of its end."""
         return max(self.free_at, self.now()) + duration * self.unit
 
-    def wait_for(self, then: float) -> None:
-        """Compute nothing more before that time."""
-        self.free_at = max(self.free_at, then)
+    def wait_for(self, point: float) -> None:
+        """Delay later computation to the time `point`."""
+        self.free_at = max(self.free_at, point)
 
     def synchronize(self) -> None:
-        """Keep the host until all is done."""
+        """Block the host until all work has ended."""
         left = self.free_at - self.now()
         if left > 0:
             self.sleep(left)
 
 
 def sleep_exactly() -> None:
-    """Ask Linux to end this thread's sleeps on time: it may end each up to 50 microseconds late otherwise."""
+    """Make Linux end this thread's sleeps on time; by default each may end up to 50 microseconds late."""
     pr_set_timerslack = 29
     ctypes.CDLL(None).prctl(pr_set_timerslack, ctypes.c_ulong(1), 0, 0, 0)
 
@@ -83,7 +83,7 @@ class SleepingChunk(nn.Module):
     """A stage of one MoE layer for the executor: a bias is added in `attention`, another one in `experts`.
 
     The first stage's input is the micro-batch itself, the last stage's result the mean of its output. The host waits
-    for the device when an output, a gradient or the weight gradients are to be there, as a send over gloo makes it.
+    for the device when an output, a gradient or the weight gradients are needed, as a send over gloo does.
     """
 
     def __init__(self, stage: int, num_stages: int, device: Device) -> None:
@@ -113,7 +113,7 @@ class SleepingChunk(nn.Module):
 
 
 class _AllToAll:
-    """A transfer and later, in the backward, the one of its gradients."""
+    """A transfer and, in the backward, the transfer of its gradients."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -153,7 +153,7 @@ class _Wait(Function):
 
 
 class _Compute(Function):
-    """Half of a chunk's computation. In the backward that of `first` comes last, and the host waits for it."""
+    """Half of a chunk's computation. In the backward the `first` half comes last, and the host waits for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: nn.Parameter, chunk: SleepingChunk, first: bool) -> Tensor:
@@ -186,8 +186,8 @@ def _add_weight_gradient(device: Device, bias: nn.Parameter, gradient: Tensor, l
 class SleepingModule(nn.Module):
     """A stage for torch.distributed.pipelining, as a plain module whose backward can be split in I and W.
 
-    torch runs the parts of a pair one after the other, whatever a model could overlap. To give its pairs the same cost
-    the F of a pair takes less; that the B's input need not be there before is to torch's advantage.
+    torch runs the parts of a pair one after the other, although a model could overlap them. To give its pairs the same
+    cost the F of a pair takes less. To torch's advantage, the B's input need not be there before that F.
     """
 
     def __init__(self, device: Device) -> None:
@@ -195,16 +195,16 @@ class SleepingModule(nn.Module):
         self.device = device
         self.bias = nn.Parameter(torch.zeros(SHAPE[-1]))
         self.paired: set[int] = set()
-        """The micro-batches whose F at this stage is a part of a pair."""
+        """Micro-batches whose F at this stage is a part of a pair."""
         self.next_microbatch = 0
-        """Whose F comes next; the forwards of a step run in order. To be set to 0 before each step."""
+        """Micro-batch of the next F; the forwards of a step run in order. Set it to 0 before each step."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.device.compute(FORWARD - (HIDDEN if self.next_microbatch in self.paired else 0.0))
         self.next_microbatch += 1
-        if not x.requires_grad:  # the pipeline's input, but the first stage's I takes its time all the same
+        if not x.requires_grad:  # the pipeline's input, but the first stage's I takes its time too
             x = x.detach().requires_grad_()
-        # The sum keeps the ways to the input and to the weight apart, so that each can be gone by itself.
+        # The sum separates the paths to the input and to the weight, so that each backward can run alone.
         x = _SleepInBackward.apply(x, self.device, BACKWARD_INPUT)
         x = x + _SleepInBackward.apply(self.bias, self.device, BACKWARD_WEIGHT)
         self.device.synchronize()

@@ -1,9 +1,9 @@
-"""How long it takes to make, check and simulate schedules of the largest pipelines.
+"""Time to generate, check and simulate schedules of the largest pipelines.
 
     python benchmarks/simulate.py [--ranks 64] [--microbatches 4096] [--schedules dualpipe,1f1b]
 
-Prints for each schedule the seconds of every part, the number of actions, and the microseconds of all an action. The
-same for a quarter of the micro-batches stands beside it: in linear time the cost of an action stays what it is.
+Prints for each schedule the seconds of every part, the number of actions, and the total microseconds per action. A
+second line has a quarter of the micro-batches: in linear time the cost per action stays the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from counterflow.parallel.schedule.simulate import simulate
 
 
 def measure(name: str, ranks: int, microbatches: int) -> tuple[list[float], int]:
-    """Seconds to generate, simulate and check, and the number of actions."""
+    """Time to generate, simulate and check in seconds, and the number of actions."""
     marks = [time.perf_counter()]
     schedule = find_schedule(name)(ranks, microbatches)
     marks.append(time.perf_counter())

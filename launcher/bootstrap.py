@@ -1,4 +1,4 @@
-"""A process becomes a rank: device, threads, and the process group that everything else is made from."""
+"""Start of a rank: its device, its threads, and the process group of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Backend = Literal["gloo", "nccl"]
 
 @dataclass(frozen=True)
 class Process:
-    """This rank, with the device it computes on."""
+    """Rank of the run, and the device on which it computes."""
 
     rank: int
     world_size: int
@@ -39,8 +39,8 @@ def choose_device(
 ) -> tuple[torch.device, Backend]:
     """Device and collective library of a rank, from `run.device` and `comm.backend`.
 
-    `auto` takes GPUs where there is one for each rank of the node. Raises UsageError where the machine cannot do
-    what is asked.
+    `auto` takes GPUs if there is one for each rank of the node. Raises UsageError where the machine lacks what a
+    setting needs.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
@@ -72,8 +72,8 @@ def bootstrap(
 ) -> Iterator[Process]:
     """Join the process group of the run and leave it at the end.
 
-    `timeout` is how long a collective may wait for its peers, in seconds (`parallel.timeout`). A process that nobody
-    launched is a group of one and needs no rendezvous. Raises UsageError as `choose_device` does.
+    `timeout` is the longest that a collective may wait for its peers, in seconds (`parallel.timeout`). A process
+    without a launcher is a group of one and needs no rendezvous. Raises UsageError as `choose_device` does.
     """
     assert not dist.is_initialized(), "this process already belongs to a group"
     chosen, library = choose_device(device, backend, worker.local_rank, worker.local_world_size)
@@ -92,7 +92,7 @@ def bootstrap(
     try:
         yield Process(worker.rank, worker.world_size, worker.local_rank, worker.local_world_size, chosen)
     except BaseException:
-        # Leaving a group in good order can wait for the others, and they may be waiting for this rank.
+        # Destroying a group can wait for its other ranks, and they may be waiting for this one.
         if worker.world_size == 1:
             dist.destroy_process_group()
         raise

@@ -2,7 +2,7 @@
 
 A sub-command's module offers `add_arguments(parser)` and `run(args) -> int`, the exit code: 0 done, 1 failed, 2 bad
 usage or config, 75 stopped for requeue with a checkpoint written. Nothing here imports torch, so that help and
-configuration answer at once.
+configuration are printed at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..settings import UsageError
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command: its name, which is that of its module in `commands/`, and one line of help."""
+    """A sub-command: its name, the same as its module's in `commands/`, and one line of help."""
 
     name: str
     help: str
@@ -39,7 +39,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`, by default the process's own without the program's name; returns the exit code."""
+    """Run the command line `argv`, without the program's name, and return the exit code. Default: the process's own."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(arguments)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("counterflow: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone: what a shell reports then
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended: the code that a shell reports then
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
 
@@ -76,7 +76,7 @@ def _run(arguments: list[str]) -> int:
         args = parser.parse_args(arguments)
         if module is None:
             parser.error("the first argument is a command")
-    except SystemExit as stop:  # argparse has printed what it had to say
+    except SystemExit as stop:  # argparse has printed its message
         return stop.code if isinstance(stop.code, int) else 0
     return int(module.run(args))
 

@@ -1,4 +1,7 @@
-"""Where this process stands among its peers, as the environment says."""
+"""Environment variables that Counterflow reads: a process's rank, its launcher, its threads, the cache folder.
+
+Only `launcher/` reads the environment; everything else gets values passed.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ PARENT_VARIABLE = "COUNTERFLOW_PARENT"  # process id of the `counterflow` that s
 
 @dataclass(frozen=True)
 class WorkerEnvironment:
-    """One process among those of a run.
+    """Rank and launcher of one process of a run.
 
-    `launcher` says who started it: nobody (a plain shell), `torchrun` or anything that sets its variables, or
-    `local`, which is `counterflow train --nproc N` in process `parent`. `error_file` is where the launcher looks
-    for the reason when this process fails. `threads` are its CPU threads, torch's own choice if None.
+    `launcher` is `none` for a process from a plain shell, and `torchrun` for one from torchrun or from anything that
+    sets the same variables. It is `local` for one that `--nproc N` started, in process `parent`. The launcher reads the
+    reason of a failure in `error_file`. `threads` is the number of CPU threads; None leaves the choice to torch.
     """
 
     rank: int = 0
@@ -34,18 +37,18 @@ class WorkerEnvironment:
 
 
 def read_environment(environ: Mapping[str, str], nproc: int = 1) -> WorkerEnvironment:
-    """Read the rank, world size and launcher of this process from the environment.
+    """Read the rank, world size and launcher of this process from `environ`.
 
-    Raises UsageError where the variables are incomplete or wrong, or `nproc` asks for processes
-    that torchrun has already started.
+    Raises UsageError where the variables are incomplete or wrong, and where `nproc` processes are to be started
+    although torchrun has started this one.
     """
     if not any(name in environ for name in RANK_VARIABLES):
         return WorkerEnvironment()
     numbers = {name: _number(environ, name) for name in RANK_VARIABLES}
     rank, world_size, local_rank, local_world_size = numbers.values()
     if rank >= world_size or local_rank >= local_world_size or local_world_size > world_size:
-        said = ", ".join(f"{name}={value}" for name, value in numbers.items())
-        raise UsageError(f"the environment contradicts itself: {said}")
+        values = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        raise UsageError(f"the environment contradicts itself: {values}")
     parent = environ.get(PARENT_VARIABLE)
     if parent is None and nproc > 1:
         raise UsageError(
@@ -68,9 +71,9 @@ def read_environment(environ: Mapping[str, str], nproc: int = 1) -> WorkerEnviro
 def _number(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name)
     if value is None:
-        given = " and ".join(each for each in RANK_VARIABLES if each in environ)
+        present = " and ".join(each for each in RANK_VARIABLES if each in environ)
         raise UsageError(
-            f"the environment sets {given} but not {name}: start with torchrun, or unset {', '.join(RANK_VARIABLES)}"
+            f"the environment sets {present} but not {name}: start with torchrun, or unset {', '.join(RANK_VARIABLES)}"
         )
     if not value.isdecimal():
         raise UsageError(f"the environment sets {name}={value!r}, which is not a rank or a count")
@@ -78,15 +81,21 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def threads_per_process(environ: Mapping[str, str], local_world_size: int) -> int:
-    """CPU threads of each of `local_world_size` processes: what the user set, or an equal share of the cores."""
-    given = environ.get("OMP_NUM_THREADS", "")
-    if given.isdecimal() and int(given) > 0:
-        return int(given)
+    """CPU threads of each of `local_world_size` processes: OMP_NUM_THREADS, or an equal share of the cores."""
+    chosen = environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdecimal() and int(chosen) > 0:
+        return int(chosen)
     return max(1, usable_cores() // local_world_size)
 
 
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """Folder for tokenised text where `data.cache_dir` sets none: `counterflow` in the user's cache folder."""
+    base = environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "counterflow"
+
+
 def usable_cores() -> int:
-    """Cores this process may run on, which taskset and Slurm can make fewer than the machine has."""
+    """Number of cores that this process may run on. Taskset and Slurm can make it smaller than the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,8 +1,8 @@
-"""How a rank's failure reaches the user: the first cause, once, and nothing of what it causes elsewhere.
+"""Failures of ranks: the user is shown the first cause, once, and none of its consequences on other ranks.
 
-A failing rank leaves a record for its launcher and goes at once, for its peers wait for it. A peer that only lost its
-connection waits a moment first: its launcher will end it, so the cause is the only failure that is on record. The
-record has the form torchrun reads, so torchrun's summary shows the same cause.
+A rank that fails writes a record for its launcher and ends at once, because its peers wait for it. A peer that only
+lost its connection waits a moment first. Its launcher ends it meanwhile, so the cause is the only failure on record.
+The record has torchrun's format, so that torchrun's summary shows the same cause.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .environment import WorkerEnvironment
 FAILED = 1
 BAD_USAGE = 2
 
-# Launchers look at their processes every 0.1 s; what is recorded later than this was not ended by one.
+# Launchers look at their processes every 0.1 s. A process that is still there after this time was not ended by one.
 GRACE_SECONDS = 3.0
 
-# What gloo, NCCL and the store say when the other end is gone. A wrong guess costs the grace, never the report.
+# Messages of gloo, NCCL and the store after the loss of a peer. A wrong guess costs GRACE_SECONDS, never the report.
 _LOST_PEER = re.compile(
     r"gloo/transport|NCCL|TCPStore|[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|[Ss]ocket [Tt]imeout"
 )
@@ -39,7 +39,7 @@ _LOST_PEER = re.compile(
 
 @dataclass(frozen=True)
 class FailureRecord:
-    """Why a rank failed, as it saw it. `text` is a traceback, or the plain message of a UsageError."""
+    """Reason of one rank's failure. `text` is a traceback, or the plain message of a UsageError."""
 
     text: str
     usage: bool
@@ -53,16 +53,16 @@ class FailureRecord:
         return FailureRecord(text, usage, is_lost_peer(error), time.time())
 
     def write(self, path: Path) -> None:
-        """Write the record whole or not at all: the launcher may end this process at any moment."""
+        """Write the whole record or none: the launcher may end this process at any moment."""
         extra = {"py_callstack": self.text, "timestamp": str(int(self.time))}
         content = {"message": {"message": self.text.splitlines()[-1], "extraInfo": extra}, "counterflow": vars(self)}
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(content), encoding="utf-8")
-        aside.replace(path)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(path)
 
     @staticmethod
     def read(path: Path) -> FailureRecord | None:
-        """The record at `path`; None where the process was gone before it could write one."""
+        """Record at `path`; None where the process ended without writing one."""
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -71,7 +71,7 @@ class FailureRecord:
 
 
 def is_lost_peer(error: BaseException | None) -> bool:
-    """Whether `error`, or what led to it, is a collective that lost its other end, or says another rank is to blame."""
+    """Whether another rank failed first: `error` says so, or it or its cause is a collective that lost a peer."""
     if getattr(error, "elsewhere", False):
         return True
     while error is not None:
@@ -85,10 +85,10 @@ def is_lost_peer(error: BaseException | None) -> bool:
 
 @contextmanager
 def supervised(worker: WorkerEnvironment) -> Iterator[None]:
-    """Run a worker's work under its launcher's eye: leave a record of a failure, and no orphan.
+    """Run the work of a launched process: record its failure for the launcher, and leave no orphan.
 
-    A failure ends the process from here, with 2 for a UsageError and 1 for anything else. A process that nobody
-    launched is left alone: its exceptions are the caller's.
+    A failure ends the process here, with 2 for a UsageError and 1 for anything else. In a process without a launcher,
+    exceptions pass to the caller.
     """
     if worker.launcher == "none":
         yield
@@ -100,14 +100,14 @@ def supervised(worker: WorkerEnvironment) -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if worker.error_file is None:
             raise
-        _leave(error, worker.error_file)
+        _record_and_exit(error, worker.error_file)
 
 
-def _leave(error: BaseException, error_file: Path) -> NoReturn:
+def _record_and_exit(error: BaseException, error_file: Path) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         _exit(128 + signal.SIGINT)
     if error.__traceback__ is not None:
-        error.__traceback__ = error.__traceback__.tb_next  # the frame of `supervised` says nothing
+        error.__traceback__ = error.__traceback__.tb_next  # the frame of `supervised` tells nothing
     record = FailureRecord.of(error)
     if record.lost_peer:
         time.sleep(GRACE_SECONDS)
@@ -116,7 +116,7 @@ def _leave(error: BaseException, error_file: Path) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """End without clean-up, which could wait for threads and peers that wait for this process."""
+    """End without clean-up: clean-up could wait for threads and peers that wait for this process."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -124,7 +124,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _die_with(parent: int) -> None:
-    """End this process, and what it started, soon after `parent` is gone: even kill -9 leaves no orphans."""
+    """End this process and its children soon after `parent` has ended, so that even kill -9 leaves no orphans."""
 
     def watch() -> None:
         while os.getppid() == parent:

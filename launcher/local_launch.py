@@ -1,4 +1,4 @@
-"""`--nproc N`: the ranks of a run as processes of this machine, through torch's elastic agent."""
+"""Local launch, `--nproc N`: ranks of a run as processes of this machine, through torch's elastic agent."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from .environment import PARENT_VARIABLE, threads_per_process
 from .failures import FAILED, FailureRecord
 from .logs import log_path
 
-LAST_LINES = 20  # of a rank that left no traceback
+LAST_LINES = 20  # lines shown of a rank that left no traceback
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _ELASTIC_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
 
 
 def launch_local(nproc: int, command: Sequence[str], logs_folder: Path | None = None) -> int:
-    """Run `command` (what follows the interpreter: `-m counterflow train …`) as `nproc` ranks and wait for them.
+    """Run `command`, the interpreter's arguments (`-m counterflow train …`), as `nproc` ranks and wait for them.
 
     Returns the exit code: 0, or 1 after printing the failure that came first, or 128 + the signal that ended this
-    process. Raises a worker's UsageError. Rank 0 has this process's console, the others none until they open their
-    logs (in `logs_folder`, which is only named here). When one rank ends badly all do; none outlives this process.
+    process. Raises a worker's UsageError. Rank 0 writes to this process's console. The others have temporary files
+    until they open their logs; `logs_folder` serves only to name the logs. The failure of one rank ends all, and none
+    outlives this process.
     """
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="counterflow-")))
@@ -52,7 +53,7 @@ def launch_local(nproc: int, command: Sequence[str], logs_folder: Path | None = 
             signals_to_handle=",".join(number.name for number in _ENDING_SIGNALS if not _is_ignored(number)),
             logs_specs=DefaultLogsSpecs(str(scratch), redirects=dict.fromkeys(range(1, nproc), Std.ALL)),
         )
-        # -P: our folders must not shadow other packages when this runs in the clone. $ is a macro to the agent.
+        # -P: the clone's folders must not shadow other packages. The agent expands $ as a macro.
         arguments = ["-P", *(argument.replace("$", "$$") for argument in command)]
         try:
             elastic_launch(config, sys.executable)(*arguments)
@@ -66,18 +67,21 @@ def launch_local(nproc: int, command: Sequence[str], logs_folder: Path | None = 
 
 @contextmanager
 def _worker_environment(nproc: int) -> Iterator[None]:
-    """What workers inherit beside their ranks. The agent offers no other way than this process's environment."""
+    """Set the variables that workers inherit besides their ranks.
+
+    They are set in this process's environment, because the agent offers no other way.
+    """
     added = {
         "OMP_NUM_THREADS": str(threads_per_process(os.environ, nproc)),
         PARENT_VARIABLE: str(os.getpid()),
         **_loopback(os.environ),
     }
-    before = {name: os.environ.get(name) for name in added}
+    replaced = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in replaced.items():
             if value is None:
                 del os.environ[name]
             else:
@@ -85,7 +89,7 @@ def _worker_environment(nproc: int) -> Iterator[None]:
 
 
 def _loopback(environ: Mapping[str, str]) -> dict[str, str]:
-    """Keep gloo on this machine: it looks its own host name up otherwise, which fails on many laptops."""
+    """Variable that keeps gloo on the loopback device: its look-up of the host name fails on many laptops."""
     if "GLOO_SOCKET_IFNAME" in environ:
         return {}
     names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
@@ -96,10 +100,10 @@ def _loopback(environ: Mapping[str, str]) -> dict[str, str]:
 def _interrupt_ends_workers() -> Iterator[list[int]]:
     """Turn Ctrl-C into SIGTERM for the workers; the list yielded is not empty afterwards.
 
-    SIGINT would not do: Python hears it only between instructions, and a worker inside a collective has none.
-    The agent sets its own handlers for other signals and leaves them, so all are put back.
+    SIGINT does not end a worker inside a collective: Python handles it only between instructions. The agent sets
+    handlers for other signals and does not restore them, so all are restored here.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_ENDING_SIGNALS)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *_ENDING_SIGNALS)}
     interrupted: list[int] = []
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -111,16 +115,18 @@ def _interrupt_ends_workers() -> Iterator[list[int]]:
     try:
         yield interrupted
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def _is_ignored(number: signal.Signals) -> bool:
-    """Whether whoever started this process had it ignore a signal, as nohup does with SIGHUP."""
+    """Whether this process was started with the signal ignored, as nohup does with SIGHUP."""
     return signal.getsignal(number) == signal.SIG_IGN
 
 
-class _Holder(logging.Handler):
+class _RecordHolder(logging.Handler):
+    """Handler that keeps log records and shows none."""
+
     def __init__(self) -> None:
         super().__init__()
         self.records: list[logging.LogRecord] = []
@@ -131,8 +137,8 @@ class _Holder(logging.Handler):
 
 @contextmanager
 def _quiet_elastic() -> Iterator[None]:
-    """Hold back what the agent logs about failing workers, and show it if the agent itself fails."""
-    holder = _Holder()
+    """Hold back the agent's log about failing workers, and show it if the agent itself fails."""
+    holder = _RecordHolder()
     loggers = [logging.getLogger(name) for name in _ELASTIC_LOGGERS]
     for logger in loggers:
         logger.addHandler(holder)
@@ -152,14 +158,14 @@ def _quiet_elastic() -> Iterator[None]:
 
 
 def _report(failures: Mapping[int, ProcessFailure], scratch: Path, logs_folder: Path | None) -> int:
-    """Say which rank failed first and why. Raises its UsageError; else prints and returns the exit code."""
+    """Print which rank failed first and why, and return the exit code. Raises the rank's UsageError instead."""
     folders = {rank: _folder(scratch, failure.local_rank) for rank, failure in failures.items()}
     records = {rank: FailureRecord.read(folder / "error.json") for rank, folder in folders.items()}
 
     def order(rank: int) -> tuple[bool, float]:
         record, failure = records[rank], failures[rank]
         if record is None:
-            # Ended by the agent, or seen at its next look and noted in whole seconds.
+            # The agent either ended this rank, or noticed its end up to 0.1 s later and noted it in whole seconds.
             return failure.exitcode == -signal.SIGTERM, failure.timestamp - 0.1
         return record.lost_peer, record.time
 
@@ -201,6 +207,6 @@ def _last_lines(path: Path) -> list[str]:
 
 
 def _restore_terminal() -> None:
-    """Leave the line of a progress bar that was cut off, and show the cursor it hid."""
+    """End the line of a progress bar that was cut off, and show the cursor that the bar hid."""
     if sys.stderr.isatty():
         print("\x1b[?25h", file=sys.stderr)

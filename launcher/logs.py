@@ -1,4 +1,4 @@
-"""Logs of a run: every rank's in a file of its own, rank 0's on the console too."""
+"""Logs of a run: a file for each rank, and the console for rank 0 besides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STDOUT, STDERR = 1, 2  # file descriptors, which C++ writes to as well
 
 
 def log_path(folder: Path, rank: int) -> Path:
-    """The log of `rank` in a run's log folder."""
+    """File of `rank` in a run's log folder."""
     return folder / f"rank-{rank}.log"
 
 
@@ -24,8 +24,8 @@ def open_log(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[Path]
     """Send this process's logging to `folder/rank-R.log` and, on rank 0, to the console; yield the file's path.
 
     The folder is made, and a file of an earlier start is continued. With several ranks the rest of this process's
-    output goes to the file too, from now to its end: all of it on ranks other than 0, and on rank 0 what does not
-    come from Python (peers that leave make the communication library talk). An exception that passes is logged.
+    output goes to the file too, until the process ends. On ranks other than 0 that is all output. On rank 0 it is the
+    output of C++ alone: the communication library prints messages when peers leave. A passing exception is logged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = log_path(folder, rank)
@@ -34,26 +34,29 @@ def open_log(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[Path]
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"))
     handlers = [to_file, _ConsoleHandler()] if rank == 0 else [to_file]
-    ours = logging.getLogger("counterflow")
-    level = ours.level
-    ours.setLevel(logging.INFO)
+    package_logger = logging.getLogger("counterflow")
+    level = package_logger.level
+    package_logger.setLevel(logging.INFO)
     for handler in handlers:
         logging.getLogger().addHandler(handler)
     try:
         yield path
     except Exception:
-        # For the file alone: whoever catches the exception shows it.
-        to_file.handle(ours.makeRecord(ours.name, logging.ERROR, __file__, 0, "failed", (), sys.exc_info()))
+        # For the file alone: the caller shows the exception.
+        record = package_logger.makeRecord(
+            package_logger.name, logging.ERROR, __file__, 0, "failed", (), sys.exc_info()
+        )
+        to_file.handle(record)
         raise
     finally:
         for handler in handlers:
             logging.getLogger().removeHandler(handler)
             handler.close()
-        ours.setLevel(level)
+        package_logger.setLevel(level)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to whatever stderr is at the moment, so that lines appear above a progress bar that has taken it."""
+    """Handler that writes to the current `sys.stderr`: a progress bar replaces it and shows lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
@@ -72,7 +75,7 @@ def _redirect_output(path: Path, python_too: bool) -> None:
     os.dup2(log, STDERR)
     os.close(log)
     if python_too:
-        # A file is block-buffered otherwise, and kill -9 would take the last words.
+        # Line-buffered: with a file's block buffer, kill -9 would lose the last lines.
         sys.stdout = _copy(STDOUT, "utf-8")
         sys.stderr = _copy(STDERR, "utf-8")
     faulthandler.enable(file=STDERR)

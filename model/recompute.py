@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..saved_tensors import memory_of
+from ..fp8.saved_tensors import memory_of
 
 RecomputePolicy = Literal["none", "v3", "full"]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..fp8.tensor_formats import WIRE_FORMAT
 from ..parallel.layout import Layout
-from ..settings import Clash, UsageError
+from ..report.text.numbers import count
+from ..settings import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +41,8 @@ def dispatcher_name(config: Config, layout: Layout, device_type: str = "cpu") ->
 
 def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
     """What the run would have DeepEP carry."""
-    import torch
-
     from ..comm.deepep.library import Job
+    from ..parallel.optimizer.bucket import DTYPES
 
     batch, model = config.batch, config.model
     return Job(
@@ -50,7 +50,7 @@ def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
         model.hidden_size,
         model.num_experts_per_tok,
         batch.micro_sequences * batch.sequence_length,
-        torch.bfloat16 if config.precision.format == "bf16" else torch.float32,
+        DTYPES[config.precision.format],
         fp8=wire_format(config) == "fp8",
         sms=config.comm.sms,
     )
@@ -85,7 +85,7 @@ def nodes_of_experts(layout: Layout) -> int:
 def describe_dispatch(config: Config, layout: Layout, device_type: str = "cpu") -> str:
     """In words, for the header of a run."""
     name, nodes = dispatcher_name(config, layout, device_type), nodes_of_experts(layout)
-    where = f"{layout.ep} rank{'s' * (layout.ep > 1)} on {nodes} node{'s' * (nodes > 1)}"
+    where = f"{count(layout.ep, 'rank')} on {count(nodes, 'node')}"
     return f"{name}, {where}; tokens travel in {wire_format(config).upper()}"
 
 
@@ -158,19 +158,6 @@ def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> WireF
 
     fused = pack_on_gpu if device_type == "cuda" and find_spec("triton") is not None else None
     return FP8Wire(quantizer("experts_up.input"), quantizer("experts_down.gradient"), fused)
-
-
-def wire_clashes(config: Config) -> Iterator[Clash]:
-    """A wire, or a dispatcher, that does not carry the activations."""
-    if config.precision.format != "fp32":
-        return
-    key = "high" if config.precision.recipe == "fp8" else "recipe"
-    if config.comm.dispatcher == "deepep":
-        message = f"carries BF16 and FP8, and activations are FP32 with precision.{key} fp32"
-        yield Clash(("comm.dispatcher", f"precision.{key}"), f"deepep {message} (auto, flat and two-hop carry them)")
-    if config.comm.wire == "bf16":
-        message = f"would round activations, which are FP32 with precision.{key} fp32 (auto or fp8 work)"
-        yield Clash(("comm.wire", f"precision.{key}"), f"bf16 {message}")
 
 
 def routing_notes(config: Config, layout: Layout) -> tuple[str, ...]:

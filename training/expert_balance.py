@@ -30,7 +30,7 @@ from ..parallel.experts.placement import (
 )
 from ..parallel.groups import Groups
 from ..parallel.optimizer.sharded import ShardedOptimizer
-from ..report.text.numbers import format_bytes
+from ..report.text.numbers import count, format_bytes
 from .build import Model
 from .expert_replicas import replicated
 
@@ -44,9 +44,7 @@ class ExpertBalance:
         self, config: Config, groups: Groups, model: Model, optimizer: ShardedOptimizer, device: torch.device
     ) -> None:
         asked, architecture = config.parallel.expert_placement, config.model
-        layers = architecture.num_hidden_layers - architecture.first_k_dense_replace
-        layers += architecture.num_nextn_predict_layers
-        experts = architecture.n_routed_experts
+        layers, experts = architecture.num_moe_layers, architecture.n_routed_experts
         self._groups, self._model, self._optimizer = groups, model, optimizer
         self._num_groups = architecture.n_group if architecture.limits_groups else 1
         self._num_nodes = nodes_of_a_group(groups.layout)
@@ -147,9 +145,9 @@ class ExpertBalance:
                     "experts begin in their order: the checkpoint has them placed for ep %d on %s, this run has ep %d "
                     "on %s",
                     written["ranks"],
-                    _nodes(written["nodes"]),
+                    count(written["nodes"], "node"),
                     here[0],
-                    _nodes(here[1]),
+                    count(here[1], "node"),
                 )
         self._apply(placements, move=False)
 
@@ -185,7 +183,3 @@ def _over_the_mean(loads: list[list[int]], placements: list[Placement], ranks: i
 
 def _moves(before: Placement, after: Placement) -> int:
     return sum(old != new for old, new in zip(before, after, strict=True))
-
-
-def _nodes(number: int) -> str:
-    return f"{number} node{'s' * (number > 1)}"

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..configs.config import Config
-from ..plan.pipeline import align
+from ..report.text.lines import WIDTH, wrap_row
+from ..report.text.numbers import count, plural
+from ..report.text.table import align
 from .check import MOST_SEEDS, Attempt, Moved, Outcome
 from .compare import CLASSES, Difference
 from .grid import grid_of
 from .shrink import Shrunk
 
-WIDTH = 80
+INDENT = 14  # columns before the texts of rows
 MOST_COLUMNS = 5
 """Steps that have a column of their own; of more, the one that is furthest off is shown."""
 
@@ -40,28 +42,30 @@ QUANTITIES = {
 def heading(config: Config, shrunk: Shrunk) -> str:
     """What stands for what: the keys that are others here, and what stays."""
     ranks = shrunk.layout.world_size
-    steps, count = _count(shrunk.config.train.steps, "step"), _count(ranks, "process", "es")
+    steps = shrunk.config.train.steps
+    assert steps is not None, "a shrunk run has a number of steps"
     rows: list[tuple[str, ...]] = [("shrunk", "yours", "here", "")]
     yours = grid_of(config)
     all_ranks = "auto" if yours.edp is None else str(yours.ranks)
     rows.append(("ranks", all_ranks, str(ranks), ""))
     rows += [(key, _shown(mine), _shown(here), why) for key, mine, here, why in shrunk.changes if key != "train.steps"]
     against = "against one" if ranks > 1 else "against plain autograd"
+    sizes = f"{count(ranks, 'process', 'es')} on the CPU {against}, {count(steps, 'step')}"
     lines = [
-        *textwrap.wrap(f"{config.run.name}, made small: {count} on the CPU {against}, {steps}", WIDTH),
+        *textwrap.wrap(f"{config.run.name}, made small: {sizes}", WIDTH),
         "",
         *(line[:WIDTH] for line in align(rows, frozenset({0, 3}))),
         "",
-        *_wrapped("as yours", ", ".join(_kept(config, shrunk))),
+        *wrap_row("as yours", ", ".join(_kept(config, shrunk)), INDENT),
     ]
     if shrunk.lost:
-        lines += _wrapped("not here", f"{'; '.join(shrunk.lost)} (more processes: --nproc)")
+        lines += wrap_row("not here", f"{'; '.join(shrunk.lost)} (more processes: --nproc)", INDENT)
     return "\n".join(lines)
 
 
 def body(outcomes: Sequence[Outcome], ranks: int) -> str:
     """The table of every precision, and what was found."""
-    parts = [_wrapped("text", outcomes[0].origin)]
+    parts = [wrap_row("text", outcomes[0].origin, INDENT)]
     for outcome in outcomes:
         parts += [_ties(outcome), _table(outcome, ranks)]
     parts.append(textwrap.wrap(_legend(ranks), WIDTH))
@@ -208,7 +212,7 @@ def _why_unsure(attempt: Attempt) -> str:
     if attempt.moved:
         return _describe(attempt.moved[0])
     assert attempt.first is not None
-    near = _count(attempt.near_balance, "choice")
+    near = count(attempt.near_balance, "choice")
     return (
         f"{_quantity(attempt.first)} of step {attempt.first.step} departs, and {near} that the balance loss counts "
         f"there may come out either way (the closest by {attempt.closest:.1e})"
@@ -217,7 +221,7 @@ def _why_unsure(attempt: Attempt) -> str:
 
 def _describe(moved: Moved) -> str:
     return (
-        f"in step {moved.step}, MoE layer {moved.layer}, {_count(moved.choices, 'choice')} of experts came out "
+        f"in step {moved.step}, MoE layer {moved.layer}, {count(moved.choices, 'choice')} of experts came out "
         f"otherwise; rounding can move {moved.near} there (the closest scores are {moved.closest:.1e} apart)"
     )
 
@@ -249,7 +253,9 @@ def _routing(attempt: Attempt, tries: int) -> str:
 def _departure(first: Difference) -> list[str]:
     """The first tensor that departs, in full."""
     named = NUMBERS.get(first.name) if first.quantity == "number" else None
-    held = f"rank{'s' * (len(first.ranks) != 1)} {' '.join(map(str, first.ranks))}" if first.ranks else "no rank"
+    held = (
+        f"{plural(len(first.ranks), 'rank', 'ranks')} {' '.join(map(str, first.ranks))}" if first.ranks else "no rank"
+    )
     largest = (
         f"{first.largest:.3g}" if math.isfinite(first.largest) else "not finite: missing, owned twice, NaN or infinite"
     )
@@ -261,15 +267,7 @@ def _departure(first: Difference) -> list[str]:
         ("difference", f"{largest}{relation}; allowed {first.bound:.0e}" if first.bound else f"{largest}{relation}"),
         ("held by", held),
     ]
-    return [line for name, text in rows for line in _wrapped(f"  {name}", text)]
-
-
-def _wrapped(name: str, text: str, width: int = 14) -> list[str]:
-    return textwrap.wrap(f"{name:<{width}}{text}", WIDTH, subsequent_indent=" " * width, break_on_hyphens=False)
-
-
-def _count(number: int | None, thing: str, plural: str = "s") -> str:
-    return f"{number} {thing}{plural if number != 1 else ''}"
+    return [line for name, text in rows for line in wrap_row(f"  {name}", text, INDENT)]
 
 
 def _shown(value: Any) -> str:

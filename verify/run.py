@@ -21,8 +21,8 @@ from ..model.naming import initialise, local_parameters
 from ..model.router import Router
 from ..model.transformer import Transformer
 from ..parallel.groups import Groups
+from ..parallel.optimizer.bucket import DTYPES
 from ..plan.steps import Progress, steps_from
-from ..training.build import DTYPES
 from ..training.dispatch import make_dispatcher
 from ..training.objective import dropping_of
 from ..training.trainer import Trainer
@@ -159,7 +159,7 @@ class Alone(Watched):
         optimizer = self.trainer.optimizer
         self.begin_with(self.steps[number].before)
         optimizer.steps = number
-        optimizer.zero_gradients()
+        optimizer.begin_step()
         for name, accumulated in optimizer.gradients().items():
             accumulated.copy_(gradients[name].view_as(accumulated))
         optimizer.step(lr, optimizer.reduce_gradients())
@@ -230,8 +230,7 @@ def _first_row(tensor: DTensor) -> int:
 def _routers_watched(trainer: Trainer, choices: Choices | None) -> Iterator[Tensor]:
     """Within it routers add what they count to the tensor yielded: not what the trainer makes of it."""
     model = trainer.config.model
-    layers = model.num_hidden_layers - model.first_k_dense_replace + model.num_nextn_predict_layers
-    counts = torch.zeros(layers, model.n_routed_experts, dtype=torch.int64)
+    counts = torch.zeros(model.num_moe_layers, model.n_routed_experts, dtype=torch.int64)
     routers = trainer.model.routers()
     layer_of = {id(router): layer for layer, router in routers}
 

@@ -1,4 +1,4 @@
-"""`counterflow audit CONFIG`: what FP8 costs a configuration in accuracy, and which tensors it comes from."""
+"""`counterflow audit CONFIG`: the error that FP8 brings to a configuration, and the tensors it comes from."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 from ...audit.case import Case, make_case
+from ...audit.result import Attribution, AuditStep, Result
 from ...configs.config import Config
-from ...configs.load import add_config_arguments, load_config
+from ...configs.load import load_config
+from ...configs.moved_keys import differences
+from ...configs.sections import TrainConfig
 from ...settings import UsageError
 from ...training.run_folder import locked
-from ..environment import WorkerEnvironment, read_environment
+from ..environment import WorkerEnvironment, cache_folder, read_environment, usable_cores
+from ..output import print_long, write_page
+from .options import add_config_arguments
 
 if TYPE_CHECKING:
     from ...audit.run import Audit
@@ -23,15 +28,15 @@ CONFIG_FILE, RESULT_FILE = "config.json", "audit.json"
 LINES = 20
 """Lines of the curve that are printed."""
 FREE = ("log", "checkpoint")
-"""Sections that make no difference to what an audit finds."""
+"""Sections that do not change the result of an audit."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Train a CONFIG twice, in FP8 as it says and in BF16, from the same weights on the same text, in lock step and "
-        "in one process. Says how far the losses and the gradients differ, what quantisation does to each class of "
-        "tensors, and which class hurts. An audit that was stopped goes on where it was."
+        "Train a CONFIG twice, in its FP8 and in BF16, from the same weights on the same text, in lock step and in one "
+        "process. Prints how far losses and gradients differ, the errors of quantisation in each class of tensors, and "
+        "which class hurts. An audit that was stopped continues from its last checkpoint."
     )
     add_config_arguments(parser)
     parser.add_argument("--steps", type=int, metavar="N", help="steps of training (default: those of the CONFIG)")
@@ -43,19 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bound",
         type=float,
         metavar="PERCENT",
-        help="exit code 1 where the mean losses of the last tenth of the steps are further apart, in percent",
+        help="exit code 1 if the mean losses of the last tenth of the steps differ by PERCENT or more",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curves and all tables")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of its records (default: run.dir/NAME-audit)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the audit's records (default: run.dir/NAME-audit)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit; 1 where a run did not stay finite, or the losses are further apart than --bound."""
+    """Audit; 1 if a run did not stay finite, or the losses are further apart than --bound."""
     if read_environment(os.environ).launcher != "none":
         raise UsageError("audit trains in one process, whose maths is that of every layout: run it without torchrun")
     config = load_config(args.config, args.overrides)
-    case = make_case(config, args.steps, args.every, args.against, args.out)
+    case = make_case(config, args.steps, args.every, args.against, args.out, cache_folder(os.environ))
     _check_folder(case)
     if args.html is not None and not args.html.absolute().parent.is_dir():
         raise UsageError(f"--html {args.html} cannot be written: there is no folder {args.html.absolute().parent}")
@@ -63,35 +70,34 @@ def run(args: argparse.Namespace) -> int:
         case.folder.mkdir(exist_ok=True)
         (case.folder / CONFIG_FILE).write_text(_dump(case.config))
         result = _audit(case, args.json)
-        (case.folder / RESULT_FILE).write_text(json.dumps(result))
+        (case.folder / RESULT_FILE).write_text(json.dumps(result.model_dump()))
     if args.html is not None:
         from ...audit.page import draw
 
-        _write(args.html, draw(result))
-    return _say(result, args)
+        write_page(args.html, draw(result))
+    return _print_result(result, args)
 
 
-def _say(result: dict[str, Any], args: argparse.Namespace) -> int:
+def _print_result(result: Result, args: argparse.Namespace) -> int:
     from ...audit.report import report, signed
-    from .verify import _print_long
 
     if args.json:
-        _print_long(json.dumps(result))
+        print_long(json.dumps(result.model_dump()))
     else:
         print(f"\n{report(result)}")
-    if result["stopped"] is not None:
+    if result.stopped is not None or result.loss is None:
         return 1
-    error = abs(result["loss"]["error"])
+    error = abs(result.loss.error)
     if args.bound is None:
         return 0
     verdict = "within" if 100 * error < args.bound else "NOT within"
     out = sys.stderr if args.json else sys.stdout
-    print(f"\nthe losses are {verdict} {args.bound:g} % of each other: {signed(result['loss']['error'])}", file=out)
+    print(f"\nthe losses are {verdict} {args.bound:g} % of each other: {signed(result.loss.error)}", file=out)
     return 0 if 100 * error < args.bound else 1
 
 
-def _audit(case: Case, quiet: bool) -> dict[str, Any]:
-    """Both runs from where they were to the last step, then which class hurts."""
+def _audit(case: Case, quiet: bool) -> Result:
+    """Run both runs from their checkpoints to the last step, then find which class hurts."""
     from ...audit.report import heading, progress_heading, progress_line
     from ...audit.result import make_result, mean_loss
     from ...audit.run import audit_of
@@ -100,57 +106,56 @@ def _audit(case: Case, quiet: bool) -> dict[str, Any]:
     config, out = case.config, sys.stderr if quiet else sys.stdout
     every = max(1, case.steps // LINES)
 
-    def told(record: dict[str, Any]) -> None:
-        if record["step"] % every == 0 or record["step"] == case.steps:
-            window = {"step": record["step"], **mean_loss(audit.steps[-every:], case.against)}
-            print(progress_line(window, case.against), file=out, flush=True)
+    def show_step(record: AuditStep) -> None:
+        if record.step % every == 0 or record.step == case.steps:
+            print(progress_line(record.step, mean_loss(audit.steps[-every:])), file=out, flush=True)
 
     print(heading(case), file=out, flush=True)
     with (
         bootstrap(WorkerEnvironment(), config.run.device, config.comm.backend, config.parallel.timeout) as process,
-        audit_of(case, process.device) as audit,
+        audit_of(case, process.device, at_once=min(2, usable_cores())) as audit,
     ):
         resumed = audit.resume()
-        earlier = _earlier(case) if resumed == case.steps else None
+        earlier = _earlier_result(case) if resumed == case.steps else None
         if resumed:
-            print(f"goes on after step {resumed}", file=out)
+            print(f"continues after step {resumed}", file=out)
         print(progress_heading(case.against), file=out, flush=True)
-        stopped = audit.run(told)
-        validation = {} if stopped is not None else audit.validation()
+        stopped = audit.run(show_step)
+        validation = None if stopped is not None else audit.validation()
         attribution = None
         if stopped is None and audit.looks:
-            attribution = earlier["attribution"] if earlier is not None else _attribute(audit, out)
+            attribution = earlier.attribution if earlier is not None else _attribute(audit, out)
         return make_result(case, audit.steps, audit.looks, validation, attribution, stopped)
 
 
-def _earlier(case: Case) -> dict[str, Any] | None:
-    """What an audit of the same steps has found before."""
+def _earlier_result(case: Case) -> Result | None:
+    """Result of an earlier audit of the same steps."""
     path = case.folder / RESULT_FILE
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found if found["steps"] == case.steps and found["attribution"] is not None else None
+    found = Result.model_validate(json.loads(path.read_text()))
+    return found if found.steps == case.steps and found.attribution is not None else None
 
 
-def _attribute(audit: Audit, out: Any) -> dict[str, Any]:
+def _attribute(audit: Audit, out: TextIO) -> Attribution:
     from ...audit.attribution import attribute
     from ...audit.probe import Point
 
     look = audit.looks[-1]
-    present = frozenset(look["classes"]) | frozenset(look["classes_for_weights"])
+    present = frozenset(look.classes) | frozenset(look.classes_for_weights)
     print("\nclasses of tensors in turn", end="", file=out, flush=True)
 
-    def told(done: int, of: int) -> None:
-        if done * 10 // of > (done - 1) * 10 // of:
-            print(f" {done * 100 // of} %", end="", file=out, flush=True)
+    def show_share(done: int, total: int) -> None:
+        if done * 10 // total > (done - 1) * 10 // total:
+            print(f" {done * 100 // total} %", end="", file=out, flush=True)
 
-    found = attribute(audit, Point.of(audit.trainers["fp8"]), present, told)
+    found = attribute(audit, Point.of(audit.trainers["fp8"]), present, show_share)
     print(file=out, flush=True)
     return found
 
 
 def _check_folder(case: Case) -> None:
-    """Raises UsageError if the folder holds the records of another audit."""
+    """Raise UsageError if the folder holds the records of another audit."""
     folder, remedy = case.folder, "give another --out, or remove that folder"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file")
@@ -160,31 +165,15 @@ def _check_folder(case: Case) -> None:
     path = folder / CONFIG_FILE
     if not path.exists():
         if folder.exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder} holds something that is no audit: give another --out")
+            raise UsageError(f"{folder} holds other files than an audit's: give another --out")
         return
-    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(_dump(case.config)))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    defaults = Config(train=TrainConfig(steps=1))
+    changed = differences(json.loads(path.read_text()), *(json.loads(_dump(one)) for one in (case.config, defaults)))
     if changed:
         raise UsageError(f"{folder} holds an audit of another configuration ({', '.join(changed)}): {remedy}")
 
 
 def _dump(config: Config) -> str:
     tree = config.model_dump(mode="json", exclude=set(FREE))
-    del tree["train"]["steps"], tree["train"]["tokens"]  # an audit may go on for longer
+    del tree["train"]["steps"], tree["train"]["tokens"]  # a later start may raise the number of steps
     return json.dumps(tree)
-
-
-def _flat(tree: Any, above: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {above: tree}
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{above}.{name}" if above else name)
-    return flat
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--html {path} cannot be written: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""`counterflow train CONFIG`: trains in this process, in local processes (`--nproc`), or as a torchrun worker."""
+"""`counterflow train CONFIG`: training in this process, in local processes (`--nproc`), or in torchrun's workers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ...configs.load import add_config_arguments, load_config
+from ...configs.load import load_config
 from ...settings import UsageError
 from ...training.preflight import RunPlan, prepare_run
 from ...training.run_folder import locked, move_aside, write_config
-from ..environment import WorkerEnvironment, read_environment
+from ..environment import WorkerEnvironment, cache_folder, read_environment
+from .options import add_config_arguments
 
 if TYPE_CHECKING:
     from ..bootstrap import Process
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; an unfinished run of the same name goes on from its last checkpoint."""
+    """Train; an unfinished run of the same name continues from its last checkpoint."""
     if args.nproc < 1:
         raise UsageError(f"--nproc is {args.nproc}: it must be at least 1")
     worker = read_environment(os.environ, args.nproc)
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _launch(args: argparse.Namespace) -> int:
     """Check everything that can be checked, then start the ranks and wait for them."""
-    plan = prepare_run(load_config(args.config, args.overrides), args.nproc, args.nproc, args.fresh)
+    config = load_config(args.config, args.overrides)
+    plan = prepare_run(config, args.nproc, args.nproc, cache_folder(os.environ), args.fresh)
 
     from ..local_launch import launch_local
 
@@ -55,11 +57,11 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
-    """One rank, from its environment to the end of the run."""
+    """Run one rank, from its environment to the end of the run."""
     config = load_config(args.config, args.overrides)
-    # An elastic launcher that starts ranks again means to go on, not to start afresh once more.
+    # Ranks that an elastic launcher starts again continue; only the first start is a fresh one.
     fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    plan = prepare_run(config, worker.world_size, worker.local_world_size, fresh)
+    plan = prepare_run(config, worker.world_size, worker.local_world_size, cache_folder(os.environ), fresh)
 
     import torch.distributed as dist
 
@@ -70,54 +72,54 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
         bootstrap(worker, config.run.device, config.comm.backend, config.parallel.timeout) as process,
         locked(plan.run_dir) if process.rank == 0 else nullcontext(),
     ):
-        _check_agreement(plan, process.world_size)
+        check_agreement(plan, process.world_size)
         changes: list[str] = []
         if process.rank == 0:
             if fresh:
                 move_aside(plan.run_dir)
             changes = write_config(plan.run_dir, config)
-        dist.barrier()  # nobody opens a log in a folder that is about to be moved
+        dist.barrier()  # no rank may open a log in a folder that is still to be moved
         with open_log(plan.run_dir / "logs", process.rank, process.world_size):
             if changes:
                 logger.info("config changed since the last start of this run: %s", "; ".join(changes))
             return _train(plan, process, args.json)
 
 
-def _check_agreement(plan: RunPlan, world_size: int) -> None:
-    """Raise UsageError if the ranks, on several machines perhaps, see other text or another checkpoint."""
+def check_agreement(plan: RunPlan, world_size: int) -> None:
+    """Raise UsageError if ranks, perhaps on several machines, differ in text, checkpoint or length of the run."""
     import torch.distributed as dist
 
-    mine = {
+    basis = {
         "text": plan.data.digest[:12],
-        "step to go on from": plan.progress.step,
+        "step to continue from": plan.progress.step,
         "last step": plan.total_steps,
     }
-    everyone: list[dict[str, Any]] = [{}] * world_size
-    dist.all_gather_object(everyone, mine)
-    for rank, seen in enumerate(everyone):
-        for what in mine:
-            if seen[what] != everyone[0][what]:
+    by_rank: list[dict[str, Any]] = [{}] * world_size
+    dist.all_gather_object(by_rank, basis)
+    for rank, values in enumerate(by_rank):
+        for name, value in values.items():
+            if value != by_rank[0][name]:
                 raise UsageError(
-                    f"rank {rank} and rank 0 disagree on the {what}: {seen[what]} and {everyone[0][what]}; "
+                    f"rank {rank} and rank 0 disagree on the {name}: {value} and {by_rank[0][name]}; "
                     "give every machine the same config and text, and a run.dir on a disk that all of them share"
                 )
 
 
 def _train(plan: RunPlan, process: Process, as_json: bool) -> int:
-    from ...report.progress import Progress
+    from ...report.progress import ProgressDisplay
     from ...training.build import make_groups
     from ...training.run import run_training, summarise
 
     config = plan.config
     if plan.complete:
-        heading = "already complete: raise train.steps to go on, or start again with --fresh"
+        heading = "already complete: raise train.steps to continue, or start again with --fresh"
     else:
         heading = "done"
         groups = make_groups(config, plan.layout, process.device.type)
         run_training(plan, groups, process.device)
     if process.rank == 0:
         summary = summarise(plan)
-        Progress(config.log, config.run.name, plan.total_steps).show_rows(heading, summary.rows())
+        ProgressDisplay(config.log, config.run.name, plan.total_steps).show_rows(heading, summary.rows())
         if as_json:
             print(summary.model_dump_json(), flush=True)
     return 0

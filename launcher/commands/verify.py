@@ -1,7 +1,7 @@
-"""`counterflow verify CONFIG`: whether a layout trains as a single process does, tried on the configuration made small.
+"""`counterflow verify CONFIG`: whether a layout trains as a single process does, tried on a shrunk configuration.
 
-This process chooses the small run, starts its ranks on this machine and prints what rank 0 found. It writes nothing
-but a temporary file.
+This process shrinks the configuration, starts the ranks on this machine and prints the outcomes that rank 0 found. A
+temporary file is all that is written.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...configs.config import Config
-from ...configs.load import add_config_arguments, load_config
+from ...configs.load import load_config
 from ...settings import UsageError
 from ...verify.shrink import Shrunk, shrink
 from ..environment import WorkerEnvironment, read_environment
+from ..output import print_long
+from .options import add_config_arguments
 
 if TYPE_CHECKING:
     from ...verify.check import Outcome
 
 
-PIECE = 4096  # bytes that POSIX writes to a pipe all at once (PIPE_BUF on Linux)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Shrink the dimensions of a CONFIG, not its topology, run a few steps on processes of this machine and on a "
-        "single one, on the CPU, and say how far losses, gradients, router biases and updated weights agree. Exit "
-        "code 1 where they do not."
+        "Shrink the dimensions of a CONFIG, not its topology. Run a few steps on processes of this machine and on a "
+        "single one, on the CPU. Print how far losses, gradients, router biases and updated weights agree. Exit code 1 "
+        "if they do not."
     )
     add_config_arguments(parser)
     parser.add_argument(
@@ -41,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=2, metavar="K", help="steps of training (default 2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # where rank 0 leaves what it found
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # file for the outcomes that rank 0 found
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify; 0 where all agrees, 1 where it does not."""
+    """Verify; 0 if all agrees, 1 if not."""
     worker = read_environment(os.environ, args.nproc or 1)
     if worker.launcher == "torchrun":
         raise UsageError("verify starts its own processes on this machine: run it without torchrun, with --nproc N")
@@ -69,7 +68,7 @@ def _launch(args: argparse.Namespace, config: Config, shrunk: Shrunk) -> int:
     with tempfile.TemporaryDirectory(prefix="counterflow-verify-") as folder:
         result = Path(folder, "result")
         command = ["-m", "counterflow", "verify", args.config, "--steps", str(args.steps), "--result", str(result)]
-        command += ["--nproc", str(ranks)] if args.nproc is None else ["--nproc", str(args.nproc)]
+        command += ["--nproc", str(ranks if args.nproc is None else args.nproc)]
         for override in args.overrides:
             command += ["--set", override]
         code = launch_local(ranks, command)
@@ -77,21 +76,14 @@ def _launch(args: argparse.Namespace, config: Config, shrunk: Shrunk) -> int:
             return code
         outcomes: list[Outcome] = pickle.loads(result.read_bytes())
     if args.json:
-        _print_long(json.dumps(to_json(config, shrunk, outcomes)))
+        print_long(json.dumps(to_json(config, shrunk, outcomes)))
     else:
         print(f"\n{body(outcomes, ranks)}")
     return 0 if all(outcome.agrees for outcome in outcomes) else 1
 
 
-def _print_long(text: str) -> None:
-    """Print ASCII in pieces that a pipe takes whole: with PYTHONUNBUFFERED set, Python drops what a write leaves."""
-    for start in range(0, len(text), PIECE):
-        sys.stdout.write(text[start : start + PIECE])
-    print()
-
-
 def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
-    """One rank. What it found is no failure of a process, so it is left in a file, and the launcher gives the code."""
+    """Run one rank. Outcomes go to a file, also bad ones: a difference is no failure of a process."""
     from ...training.build import make_groups
     from ...verify.check import verify_ranks
     from ..bootstrap import bootstrap

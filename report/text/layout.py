@@ -1,7 +1,6 @@
-"""A layout drawn for a person: the nodes with their ranks, the grid, and the groups. Plain ASCII, 80 columns.
+"""A layout drawn for a terminal: the nodes with their ranks, the grid, and the groups. Plain ASCII, 80 columns.
 
-Every rank is drawn where that fits; beyond it the middle is left out and said to be. The cost does not grow with the
-number of ranks.
+Every rank is drawn where all fit; otherwise dots stand for the middle. The cost does not grow with the number of ranks.
 """
 
 from __future__ import annotations
@@ -9,21 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...parallel.layout import Layout
+from .lines import WIDTH
+from .numbers import count
 
-WIDTH = 80
-ALL_NODES = 4  # nodes drawn in full; of more, only the first and the last
-SHOWN = 4  # of more stages, replicas or members, the first two and the last
+ALL_NODES = 4  # most nodes that are all drawn; with more, the first and the last
+SHOWN = 4  # most stages, replicas or members that are all drawn; with more, the first two and the last
 
 
 def describe_layout(layout: Layout) -> str:
-    """One line: how many ranks and nodes, and the degrees."""
-    ranks, nodes = _plural(layout.world_size, "rank"), _plural(layout.num_nodes, "node")
+    """Summary in one line: the numbers of ranks and nodes, and the degrees."""
+    ranks, nodes = count(layout.world_size, "rank"), count(layout.num_nodes, "node")
     return f"{ranks} on {nodes}: pp {layout.pp} x edp {layout.edp} x ep {layout.ep} (dp {layout.dp})"
 
 
 def draw_layout(layout: Layout) -> str:
-    """The picture of `layout`: each node's ranks with their coordinates; for more nodes than are drawn, the grid of
-    expert parallel groups; and the groups with their sizes. At most 80 columns, no newline at the end."""
+    """Picture of `layout` in at most 80 columns, without a newline at the end.
+
+    It has each node's ranks with their coordinates, the grid of expert parallel groups where some nodes are left out,
+    and the groups with their sizes.
+    """
     parts = [describe_layout(layout), *_draw_nodes(layout)]
     if layout.num_nodes > ALL_NODES and layout.world_size > layout.ep:
         parts.append(_draw_grid(layout))
@@ -81,7 +84,7 @@ def _draw_grid(layout: Layout) -> str:
 
 
 def _draw_groups(layout: Layout) -> str:
-    """How many members each kind of group has, how many such groups there are, the first one, and its purpose."""
+    """A row for each kind of group: its members, the number of such groups, the first one, and its purpose."""
     kinds = (
         ("ep", layout.ep, 1, "exchange tokens"),
         ("edp", layout.edp, layout.ep, "hold the same experts"),
@@ -98,17 +101,13 @@ def _draw_groups(layout: Layout) -> str:
     return "\n".join(_align(table))
 
 
-def _pick(count: int, most: int) -> list[int | None]:
-    """Indices of `count` things: all of them up to `most`, else the first ones, None for those left out, the last."""
-    return list(range(count)) if count <= most else [*range(most - 2), None, count - 1]
+def _pick(things: int, most: int) -> list[int | None]:
+    """Indices of `things`: all of them up to `most`; else the first, None in place of those left out, the last."""
+    return list(range(things)) if things <= most else [*range(most - 2), None, things - 1]
 
 
 def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
-
-
-def _plural(count: int, name: str) -> str:
-    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def _align(table: Sequence[Sequence[str]]) -> list[str]:

@@ -1,8 +1,30 @@
-"""Numbers as a person reads them."""
+"""Numbers and counted things as a person reads them."""
 
 from __future__ import annotations
 
 import math
+
+
+def number(value: float) -> str:
+    """`value` to four digits, without an exponent where a person would write none."""
+    if value == 0 or 1e-4 <= abs(value) < 1e4:
+        return f"{value:.4g}"
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.3e}"
+
+
+def share(value: float) -> str:
+    """A part of the whole, 1.0 = all of it, in percent."""
+    return f"{100 * value:.1f}%"
+
+
+def count(things: int, name: str, ending: str = "s") -> str:
+    """A number of things with their name: 1 rank, 2 ranks. `ending` makes the plural."""
+    return f"{things} {plural(things, name, name + ending)}"
+
+
+def plural(value: float, one: str, many: str) -> str:
+    """The word that fits `value`: `one` for exactly 1, otherwise `many`."""
+    return one if value == 1 else many
 
 
 def format_count(value: float) -> str:
@@ -24,7 +46,7 @@ def format_bytes(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """1:05, 2:03:04 or 12d 03h; "--:--" when it is not known yet."""
+    """1:05, 2:03:04 or 12d 03h; "--:--" for a duration that is not known yet (not finite)."""
     if not math.isfinite(seconds):
         return "--:--"
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)

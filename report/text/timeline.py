@@ -1,7 +1,7 @@
-"""A timeline drawn for a terminal: one row a rank, to scale. Plain ASCII, 80 columns.
+"""A timeline drawn for a terminal: one row per rank, to scale. Plain ASCII, 80 columns.
 
-Where every action is at least a column wide, each is a box of its own, with its micro-batch where that fits. Where not,
-a column stands for several, and a row shows each kind in proportion to its time.
+Where every action is at least one column wide, each is a box, labelled with its micro-batch if the label fits.
+Otherwise a column stands for several actions, and a row shows each kind in proportion to its time.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from collections.abc import Sequence
 
 from ...parallel.schedule.actions import Action, Overlap
 from ...parallel.schedule.timeline import Span, Timeline
+from .lines import WIDTH
+from .numbers import count, number, plural, share
 
-ALL_RANKS = 32  # rows drawn; of more ranks, the first and the last
+ALL_RANKS = 32  # most rows that are drawn; with more ranks, the first and the last
 LEAST_WIDTH = 40
 IDLE, PAIR = ".", "X"
 MEANING = {"F": "forward", "B": "whole backward", "I": "backward for the input", "W": "backward for the weights"}
 
 
-def draw_text(timeline: Timeline, width: int = 80, unit: str = "") -> str:
-    """The picture of `timeline`: its figures, a row for each rank with its bubble and its peak of live micro-batches,
-    an axis of time in `unit`, and what the characters mean. At most `width` columns (40 or more), no newline at the
-    end."""
+def draw_text(timeline: Timeline, width: int = WIDTH, unit: str = "") -> str:
+    """Picture of `timeline` in at most `width` columns (40 or more), without a newline at the end.
+
+    It has the figures of the step, a row for each rank with its bubble and its peak of live micro-batches, an axis of
+    time in `unit`, and the meaning of the characters.
+    """
     assert width >= LEAST_WIDTH, f"a timeline is drawn in {LEAST_WIDTH} columns or more, not {width}"
     ranks = len(timeline.spans)
     label = max(len(str(ranks - 1)), len("rank"))
@@ -48,7 +52,7 @@ def draw_text(timeline: Timeline, width: int = 80, unit: str = "") -> str:
 
 
 def describe_timeline(timeline: Timeline, unit: str = "") -> str:
-    """One line: the schedule, its size, and what it costs."""
+    """Summary in one line: the schedule, its size, and its costs."""
     schedule = timeline.schedule
     sizes = (
         count(schedule.num_ranks, "rank"),
@@ -56,13 +60,13 @@ def describe_timeline(timeline: Timeline, unit: str = "") -> str:
         count(schedule.num_microbatches, "micro-batch", "es"),
     )
     time = f"{number(timeline.step_time)} {unit}".rstrip()
-    copies = f"{number(timeline.parameter_copies)} {'copy' if timeline.parameter_copies == 1 else 'copies'}"
+    copies = f"{number(timeline.parameter_copies)} {plural(timeline.parameter_copies, 'copy', 'copies')}"
     costs = f"step {time}, bubble {share(timeline.bubble_fraction)}, {copies} of the parameters"
     return f"{schedule.name}: {', '.join(sizes)}; {costs}"
 
 
 def _draw_boxes(spans: Sequence[Span], columns: int, scale: float) -> str:
-    """Each action from the column where it starts to the one where it ends; both are rounded to the nearest."""
+    """A row with a box for each action, from its start to its end, both rounded to the nearest column."""
     row = [IDLE] * columns
     for action, start, end in spans:
         first, last = math.floor(start * scale + 0.5), min(math.floor(end * scale + 0.5), columns)
@@ -71,7 +75,7 @@ def _draw_boxes(spans: Sequence[Span], columns: int, scale: float) -> str:
 
 
 def _box(action: Action | Overlap, width: int) -> str:
-    """The kind and the micro-batch, or the kind alone, filled up with dashes: where a letter stands a box begins."""
+    """A box: its kind and micro-batch, or its kind alone, filled up with dashes. So every letter begins a box."""
     if isinstance(action, Overlap):
         full = f"{PAIR}{action.forward.microbatch}/{action.backward.microbatch}"
     else:
@@ -80,8 +84,11 @@ def _box(action: Action | Overlap, width: int) -> str:
 
 
 def _draw_shares(spans: Sequence[Span], columns: int, scale: float) -> str:
-    """A column takes the kind whose share, with what earlier columns owe it, is the largest of those that it holds: so
-    that every kind, and idle, ends with its part of the row."""
+    """A row whose columns hold several actions each; every kind, and idle, ends with its part of the row.
+
+    A column shows one of the kinds that it holds. The choice is the kind with the largest debt: the sum of its shares
+    in the columns so far, less the columns that it was given.
+    """
     owed: dict[str, float] = {}
     shares: list[dict[str, float]] = [{} for _ in range(columns)]
     for action, start, end in spans:
@@ -106,7 +113,7 @@ def _letter(action: Action | Overlap) -> str:
 
 
 def _draw_axis(step: float, columns: int, scale: float, unit: str) -> list[str]:
-    """Marks at round times, and under them these times."""
+    """Two lines: marks at round times, and the times under them."""
     if not step:
         return []
     rough = step / max(columns // 12, 2)
@@ -126,33 +133,16 @@ def _legend(timeline: Timeline, boxes: bool) -> str:
     used = {_letter(action) for spans in timeline.spans for action, *_ in spans}
     meanings = [f"{kind} {meaning}" for kind, meaning in MEANING.items() if kind in used]
     if PAIR in used:
-        whose = f" ({PAIR}i/j: of micro-batches i and j)" if boxes else ""
-        meanings.append(f"{PAIR} a forward and a backward as one pair{whose}")
+        label = f" ({PAIR}i/j: of micro-batches i and j)" if boxes else ""
+        meanings.append(f"{PAIR} a forward and a backward as one pair{label}")
     meanings.append(f"{IDLE} idle")
-    how = "" if boxes else ". A column holds several actions; each kind has its part of the row."
-    return ", ".join(meanings) + how
+    scale = "" if boxes else ". A column holds several actions; each kind has its part of the row."
+    return ", ".join(meanings) + scale
 
 
 def _pick(ranks: int) -> list[int | None]:
-    """The ranks drawn: all, or the first, None for those left out, and the last."""
+    """Ranks that are drawn: all, or the first, None in place of those left out, and the last."""
     if ranks <= ALL_RANKS:
         return list(range(ranks))
     half = ALL_RANKS // 2
     return [*range(half), None, *range(ranks - half, ranks)]
-
-
-def number(value: float) -> str:
-    """`value` to four digits, without an exponent where a person would write none."""
-    if value == 0 or 1e-4 <= abs(value) < 1e4:
-        return f"{value:.4g}"
-    return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.3e}"
-
-
-def share(value: float) -> str:
-    """A part of the whole in percent."""
-    return f"{100 * value:.1f}%"
-
-
-def count(things: int, name: str, plural: str = "s") -> str:
-    """How many of them, in words that fit the number."""
-    return f"{things} {name}{'' if things == 1 else plural}"

@@ -52,7 +52,7 @@ def _compare(worker: Worker, seeds: range) -> None:
         assert_close_to_dense(found, {name: expected[name].double() for name in SUMS}, 1e-6, f"routing {seed}")
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.long) for part in range(1, 4))])
 def test_two_hops_equal_flat_for_200_random_routings(part: int, pool: Pool) -> None:
     pool.run(_compare, 4, range(50 * part, 50 * part + 50))
 

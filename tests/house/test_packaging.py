@@ -41,6 +41,16 @@ def test_every_module_is_installed_and_nothing_else(installed: Path, package_fil
     assert modules == {f"counterflow/{path.as_posix()}" for path in package_files}
 
 
+def test_style_sheets_and_scripts_of_pages_are_installed(
+    installed: Path, root: Path, project_files: list[Path], package_files: list[Path]
+) -> None:
+    folders = {path.parent for path in package_files}
+    assets = [path for path in project_files if path.suffix in (".css", ".js") and path.parent in folders]
+    assert {path.suffix for path in assets} == {".css", ".js"}
+    for path in assets:
+        assert (installed / "counterflow" / path).read_bytes() == (root / path).read_bytes()
+
+
 def test_shipped_configs_and_licence_are_installed(installed: Path, root: Path, project_files: list[Path]) -> None:
     shipped = [path for path in project_files if path.parts[0] in ("configs", "slurm") and path.suffix != ".py"]
     assert shipped
@@ -50,11 +60,17 @@ def test_shipped_configs_and_licence_are_installed(installed: Path, root: Path, 
     assert licence.read_bytes() == (root / "LICENSE").read_bytes()
 
 
+def test_type_checkers_find_the_packages_own_annotations(installed: Path) -> None:
+    assert (installed / "counterflow" / "py.typed").is_file()
+
+
 def test_installed_package_works_without_the_clone(installed: Path, tmp_path: Path) -> None:
     # -S leaves out site-packages' .pth files, so the editable install cannot answer in the wheel's place.
     code = (
         f"import sys; sys.path = [{str(installed)!r}, *{sys.path!r}]\n"
-        "import counterflow, counterflow.configs.config; print(counterflow.__file__)"
+        "import counterflow, counterflow.configs.config, counterflow.report.pages.page\n"
+        "assert '<h1>title</h1>' in counterflow.report.pages.page.draw_page('title', '')\n"
+        "print(counterflow.__file__)"
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What the sharded optimizer hands to its collectives, and when it is waited for."""
+"""Records of the sharded optimizer's collectives: launches, bytes and waits."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Launch:
 
     kind: Literal["reduce", "gather"]
     ranks: tuple[int, ...]
-    """Of its group."""
+    """Ranks of its group."""
     elements: int
-    """Of all shards together."""
+    """Elements of all shards together."""
     sent: int
-    """Bytes that this rank gives to others: every shard but its own, or its own to every other rank."""
+    """Bytes that this rank sends: every shard but its own, or its own to every other rank."""
 
 
 @dataclass
 class Seen:
-    """Collectives by the order of their launches, and `events`: their places in it, again negated when waited for."""
+    """Collectives in the order of their launches, and `events`: launches by number, waits by its negative."""
 
     launches: list[Launch] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
-    """1 for the first launch, -1 for its wait."""
+    """Numbers: 1 for the first launch, -1 for its wait."""
 
     def of(self, kind: str) -> list[Launch]:
         return [launch for launch in self.launches if launch.kind == kind]
@@ -44,33 +44,33 @@ class Seen:
         self.events.append(len(self.launches))
         return len(self.launches)
 
-    def told(self, collective: Collective, number: int) -> Collective:
-        """The same, that tells of its wait."""
+    def watched(self, collective: Collective, number: int) -> Collective:
+        """Make `collective` record its wait."""
         wait = collective.wait
 
-        def noted() -> Tensor:
+        def recording_wait() -> Tensor:
             self.events.append(-number)
             return wait()
 
-        collective.wait = noted  # type: ignore[method-assign]
+        collective.wait = recording_wait  # type: ignore[method-assign]
         return collective
 
 
 @contextmanager
 def recorded() -> Iterator[Seen]:
-    """Everything that optimizers of this rank begin."""
+    """Record the collectives that optimizers of this rank begin."""
     seen = Seen()
     reduce, gather = bucket.begin_reduce_scatter, bucket.begin_all_gather
 
     def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: Any, meter: Any) -> Collective:
         others = (len(pieces) - 1) * pieces.shape[1] * pieces.element_size()
         number = seen.note("reduce", group, pieces.numel(), others)
-        return seen.told(reduce(pieces, into, group, meter), number)
+        return seen.watched(reduce(pieces, into, group, meter), number)
 
     def begin_all_gather(shard: Tensor, group: Any, meter: Any) -> Collective:
         others = (group.size() - 1) * shard.numel() * shard.element_size()
         number = seen.note("gather", group, group.size() * shard.numel(), others)
-        return seen.told(gather(shard, group, meter), number)
+        return seen.watched(gather(shard, group, meter), number)
 
     with (
         patch.object(bucket, "begin_reduce_scatter", begin_reduce_scatter),

@@ -1,7 +1,7 @@
 """A toy pipeline for tests of the optimizer: named tensors in stages, and the ranks that hold them.
 
 A stage has a matrix, a norm gain, a deferred matrix and two experts; the first has an embedding too. Nothing is
-computed: a test gives each parameter the gradients it wants, in the order it wants.
+computed: a test gives each parameter its gradients, in any order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
 
 EXPERTS = 2
-MICRO_BATCHES = 8  # of each step; every one is run by one of the ranks that hold a tensor
+MICRO_BATCHES = 8  # of each step; each is run by one of the ranks that hold a tensor
 DENSE = {"matrix": (7, 5), "gain": (6,), "late": (3, 4)}
 EXPERT = (5, 4)
 EMBEDDING = (9, 4)
@@ -28,7 +28,7 @@ Holders = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, and which pipeline ranks hold each stage and the embedding."""
+    """A layout, and the pipeline ranks that hold each stage and the embedding."""
 
     world: int
     pp: int
@@ -41,12 +41,12 @@ class Case:
 
     @property
     def alone(self) -> Case:
-        """The same tensors in a single process."""
+        """The case of the same tensors in a single process."""
         return Case(1, 1, 1, ((0,),) * len(self.stages), (0,))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every global tensor."""
+        """Shapes of all global tensors."""
         found: dict[str, tuple[int, ...]] = {"embedding": EMBEDDING}
         for stage in range(len(self.stages)):
             found |= {f"stages.{stage}.{name}": shape for name, shape in DENSE.items()}
@@ -58,13 +58,13 @@ class Case:
 
 
 def mirrored(world: int, pp: int, ep: int) -> Case:
-    """DualPipe: pipeline ranks r and pp - 1 - r both hold stages r and pp - 1 - r."""
+    """The case of DualPipe: pipeline ranks r and pp - 1 - r both hold stages r and pp - 1 - r."""
     pairs = tuple(tuple(sorted({stage, pp - 1 - stage})) for stage in range(pp))
     return Case(world, pp, ep, pairs, pairs[0])
 
 
 def plain(world: int, pp: int, ep: int) -> Case:
-    """1F1B with MTP: the first and the last pipeline rank share the embedding."""
+    """The case of 1F1B with MTP: the first and the last pipeline rank share the embedding."""
     return Case(world, pp, ep, tuple((stage,) for stage in range(pp)), (0, pp - 1))
 
 
@@ -87,31 +87,33 @@ class Part:
     def __init__(self, case: Case, groups: Groups, dtype: torch.dtype = torch.float32) -> None:
         here, ep = groups.coordinates.pp, groups.coordinates.ep
         per_rank = EXPERTS // groups.layout.ep
-        mine = range(ep * per_rank, (ep + 1) * per_rank)
+        experts = range(ep * per_rank, (ep + 1) * per_rank)
         self.groups = groups
-        self.placed: list[LocalParameter] = []
+        self.parameters: list[LocalParameter] = []
         if here in case.embedding:
-            self.placed.append(LocalParameter(_empty(EMBEDDING, dtype), ("embedding",), holders=case.embedding))
+            self.parameters.append(LocalParameter(_empty(EMBEDDING, dtype), ("embedding",), holders=case.embedding))
         for stage, held in enumerate(case.stages):
             if here in held:
                 for name, shape in DENSE.items():
-                    self.placed.append(LocalParameter(_empty(shape, dtype), (f"stages.{stage}.{name}",), holders=held))
+                    self.parameters.append(
+                        LocalParameter(_empty(shape, dtype), (f"stages.{stage}.{name}",), holders=held)
+                    )
                 stack = _empty((per_rank, *EXPERT), dtype)
-                names = tuple(f"stages.{stage}.experts.{e}" for e in mine)
-                self.placed.append(LocalParameter(stack, names, "edp", held))
+                names = tuple(f"stages.{stage}.experts.{e}" for e in experts)
+                self.parameters.append(LocalParameter(stack, names, "edp", held))
 
     def micro_batches(self, item: LocalParameter) -> list[int]:
-        """Those that this rank runs, of each step: they are dealt out among the ranks that hold the same."""
+        """Micro-batches that this rank runs in each step, dealt out among the ranks that hold `item`."""
         group = self.groups.replicas(item.replicas, item.holders).get_group()
         return list(range(dist.get_rank(group), MICRO_BATCHES, dist.get_world_size(group)))
 
     def expected(self) -> dict[nn.Parameter, int]:
-        """Gradients that each parameter gets in a step."""
-        return {item.parameter: len(self.micro_batches(item)) for item in self.placed}
+        """Number of gradients that each parameter gets in a step."""
+        return {item.parameter: len(self.micro_batches(item)) for item in self.parameters}
 
     def backward(self, gradient: Callable[[str, int], Tensor], items: Iterable[LocalParameter] | None = None) -> None:
         """Give `items`, by default all from last to first, the gradients `gradient(name, micro_batch)` of a step."""
-        for item in reversed(self.placed) if items is None else items:
+        for item in reversed(self.parameters) if items is None else items:
             for micro_batch in self.micro_batches(item):
                 self.accumulate(item, micro_batch, gradient)
 
@@ -126,7 +128,7 @@ class Part:
 
     def published(self) -> dict[str, Tensor]:
         """Copies of this rank's global tensors."""
-        return {n: t.clone() for item in self.placed for n, t in zip(item.names, item.tensors(), strict=True)}
+        return {n: t.clone() for item in self.parameters for n, t in zip(item.names, item.tensors(), strict=True)}
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -142,10 +144,10 @@ def initial(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def exact_gradients(case: Case, step: int) -> Callable[[str, int], Tensor]:
-    """Multiples of 1/256: their sums are exact in FP32 in whatever order, so layouts must agree bit for bit."""
+    """Gradients in multiples of 1/256: sums are exact in FP32 in any order, so layouts must agree bit for bit."""
     return lambda name, micro: torch.randint(-200, 200, case.shapes[name], generator=seeded(name, micro, step)) / 256
 
 
 def rounded_gradients(case: Case, step: int) -> Callable[[str, int], Tensor]:
-    """Any numbers: their sums depend on the order."""
+    """Gradients whose sums depend on the order."""
     return lambda name, micro: torch.randn(case.shapes[name], generator=seeded(name, micro, step))

@@ -1,4 +1,4 @@
-"""What the executor holds, in bytes of tensors that live: one pass a live micro-batch, nothing after its end."""
+"""Memory of the executor, in bytes of live tensors: one pass per live micro-batch, nothing after its end."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Ledger:
         self.alive[f"{action.kind}{action.microbatch}" if isinstance(action, Action) else "pair"] = self.bytes()
 
     def backward(self, running: bool) -> None:
-        """Not of interest."""
+        """Ignore phases."""
 
     def bytes(self) -> int:
         return self._allocations.bytes_alive()
 
 
 def ledger_of(schedule: Schedule, recompute: RecomputePolicy) -> tuple[Ledger, int]:
-    """The ledger of a step on one rank, and the bytes that a pass holds between its forward and its backward."""
+    """Ledger of a step on one rank, and the bytes that a pass holds between its forward and its backward."""
     config = small_config()
     model = build(config, recompute=recompute)
     for parameter in model.parameters():  # as the optimizer does
@@ -55,8 +55,8 @@ def ledger_of(schedule: Schedule, recompute: RecomputePolicy) -> tuple[Ledger, i
         one = allocations.bytes_alive()
         del made, tape
     with Allocations() as allocations:
-        executor.watch = ledger = Ledger(allocations)
-        results = executor.train(program, batches)
+        ledger = Ledger(allocations)
+        results, _ = executor.train(program, batches, watch=ledger)
         results.clear()
         ledger.alive["end"] = ledger.bytes()
     return ledger, one

@@ -1,4 +1,4 @@
-"""Process groups: made from the layout's lists, whole or as a part of the world, and never the default group."""
+"""Process groups of a layout, on the whole world or a part of it, and never the default group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRIDS = [(1, 1, 1), (4, 1, 4), (4, 1, 1), (8, 2, 2), (8, 1, 4), (8, 8, 1)]  # wo
 
 
 def _present(worker: Worker, group: dist.ProcessGroup) -> list[int]:
-    """Global ranks in `group`, asked of it and found by summing over it."""
+    """Global ranks in `group`, as torch lists them and as a sum over the group finds them."""
     assert group is not dist.group.WORLD
     present = torch.zeros(worker.world_size, dtype=torch.int64)
     present[worker.rank] = 1
@@ -41,8 +41,8 @@ def _members(worker: Worker, layout: Layout, ranks: list[int] | None, holders: S
     for kind in ("dp", "edp"):
         for mesh in (groups.replicas(kind), groups.replicas(kind, (groups.coordinates.pp,))):
             assert mesh.mesh.tolist() == found[kind]
-    mine = {tuple(sorted(held)) for held in holders or () if groups.coordinates.pp in held and len(held) > 1}
-    assert {held for _, held in groups.shared} == mine
+    own = {tuple(sorted(held)) for held in holders or () if groups.coordinates.pp in held and len(held) > 1}
+    assert {held for _, held in groups.shared} == own
     for kind, held in groups.shared:
         found[f"{kind} {held}"] = _present(worker, groups.replicas(kind, held).get_group())
         assert groups.replicas(kind, held).mesh.tolist() == found[f"{kind} {held}"]
@@ -52,14 +52,14 @@ def _members(worker: Worker, layout: Layout, ranks: list[int] | None, holders: S
 def expected(layout: Layout, rank: int, holders: Sets | None = None) -> dict[str, list[int]]:
     lists = {"ep": layout.ep_groups(), "edp": layout.edp_groups(), "dp": layout.dp_groups()}
     lists["pp"] = layout.pp_groups()
-    mine = {name: next(group for group in groups if rank in group) for name, groups in lists.items()}
+    found = {name: next(group for group in groups if rank in group) for name, groups in lists.items()}
     for held in {tuple(sorted(held)) for held in holders or () if len(held) > 1}:
         if layout.coordinates(rank).pp in held:
-            places = [layout.coordinates(r) for r in range(layout.world_size)]
-            of_held = [r for r, at in enumerate(places) if at.pp in held]
-            mine[f"dp {held}"] = of_held
-            mine[f"edp {held}"] = [r for r in of_held if places[r].ep == places[rank].ep]
-    return {"world": list(range(layout.world_size)), **mine}
+            coordinates = [layout.coordinates(r) for r in range(layout.world_size)]
+            of_held = [r for r, at in enumerate(coordinates) if at.pp in held]
+            found[f"dp {held}"] = of_held
+            found[f"edp {held}"] = [r for r in of_held if coordinates[r].ep == coordinates[rank].ep]
+    return {"world": list(range(layout.world_size)), **found}
 
 
 @pytest.mark.parametrize(("world", "pp", "ep"), GRIDS)
@@ -70,8 +70,8 @@ def test_groups_hold_the_ranks_of_the_layout(pool: Pool, world: int, pp: int, ep
 
 
 def _two_grids(worker: Worker) -> dict[str, Any]:
-    mine = [0, 2, 4, 6] if worker.rank % 2 == 0 else [1, 3, 5, 7]
-    return _members(worker, Layout(4, 1, 2), mine)
+    ranks = [0, 2, 4, 6] if worker.rank % 2 == 0 else [1, 3, 5, 7]
+    return _members(worker, Layout(4, 1, 2), ranks)
 
 
 def test_a_grid_may_be_any_part_of_the_world(pool: Pool) -> None:
@@ -118,10 +118,10 @@ def test_holders_of_a_parameter_share_groups(pool: Pool, world: int, pp: int, ep
 
 
 def _in_any_order(worker: Worker, holders: Sets) -> bool:
-    """Each rank lists the sets in another order and starts late by another time."""
-    mine = holders[worker.rank % len(holders) :] + holders[: worker.rank % len(holders)]
+    """Whether a rank that lists the sets in its own order, and starts late, gets the expected groups."""
+    listed = holders[worker.rank % len(holders) :] + holders[: worker.rank % len(holders)]
     time.sleep(0.02 * (worker.rank * 3 % 4))
-    found = _members(worker, Layout(worker.world_size, worker.world_size), None, mine)
+    found = _members(worker, Layout(worker.world_size, worker.world_size), None, listed)
     return found.items() >= expected(Layout(worker.world_size, worker.world_size), worker.rank, holders).items()
 
 
@@ -130,7 +130,7 @@ def test_the_order_in_which_sets_are_listed_does_not_matter(pool: Pool) -> None:
 
 
 def _two_pipelines(worker: Worker) -> dict[str, Any]:
-    """Grids on even and odd ranks, with different sets."""
+    """Members of grids on even and odd ranks, with different sets."""
     odd = worker.rank % 2
     holders: Sets = [(0, 1), (1, 2), (0, 3)] if odd else []
     return _members(worker, Layout(4, 4), [odd, 2 + odd, 4 + odd, 6 + odd], holders)
@@ -146,7 +146,7 @@ def test_pipelines_with_different_sets_live_side_by_side(pool: Pool) -> None:
 
 
 def _one_after_another(worker: Worker) -> list[bool]:
-    """Three grids on the same ranks, then a group across what were different sets."""
+    """Whether three grids on the same ranks, then a group across different sets, have the expected members."""
     grids: list[tuple[Layout, Sets]] = [(Layout(4, 4), [(0, 3)]), (Layout(4, 2, 2), [(0, 1)]), (Layout(4, 4), MIRRORED)]
     found = []
     for layout, holders in grids:
@@ -173,12 +173,12 @@ def _unevenly(worker: Worker) -> bool:
 
 
 def test_torch_needs_ranks_that_have_made_equally_many_groups(pool: Pool) -> None:
-    """Why ranks that are in no set make placeholders: should torch stop needing it, they can go."""
+    """Ranks that are in no set make placeholders for this reason: if torch stops needing it, they can go."""
     assert not any(pool.run(_unevenly, 2))
 
 
 def _everyone_to_everyone(worker: Worker, layout: Layout) -> dict[tuple[int, int], list[int]]:
-    """Every pipeline rank sends to every other at once; what arrives, and between which global ranks, by channel."""
+    """Received tensors by channel, when every pipeline rank sends to every other at once."""
     pairs = list(itertools.combinations(range(layout.pp), 2))
     groups = Groups.create(layout, "cpu", links=pairs)
     here = groups.coordinates.pp

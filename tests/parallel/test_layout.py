@@ -24,15 +24,15 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 
 def grid(layout: Layout) -> list[Coordinates]:
-    """Every coordinate in rank order: ep runs fastest, then edp, then pp."""
+    """Coordinates in rank order: ep runs fastest, then edp, then pp."""
     sizes = (range(layout.pp), range(layout.edp), range(layout.ep))
     return [Coordinates(pp, edp, ep) for pp, edp, ep in product(*sizes)]
 
 
 def alike(layout: Layout, key: Callable[[Coordinates], Hashable]) -> set[tuple[int, ...]]:
     """Ranks whose coordinates have the same `key`, found by comparing all with all."""
-    places = grid(layout)
-    return {tuple(r for r, other in enumerate(places) if key(other) == key(mine)) for mine in places}
+    keys = [key(coordinates) for coordinates in grid(layout)]
+    return {tuple(rank for rank, other in enumerate(keys) if other == wanted) for wanted in keys}
 
 
 def as_set(groups: Iterable[list[int]]) -> set[tuple[int, ...]]:
@@ -44,7 +44,7 @@ def as_set(groups: Iterable[list[int]]) -> set[tuple[int, ...]]:
 @given(layouts())
 def test_ranks_and_coordinates_are_each_others_inverse_with_ep_fastest(layout: Layout) -> None:
     assert [layout.coordinates(rank) for rank in range(layout.world_size)] == grid(layout)
-    assert [layout.rank(*place) for place in grid(layout)] == list(range(layout.world_size))
+    assert [layout.rank(*coordinates) for coordinates in grid(layout)] == list(range(layout.world_size))
 
 
 @given(layouts())
@@ -56,17 +56,17 @@ def test_groups_are_the_ranks_that_share_the_other_coordinates(layout: Layout) -
 
 
 @given(layouts(), st.data())
-def test_replicas_are_the_ranks_at_the_holders_places(layout: Layout, data: st.DataObject) -> None:
+def test_replicas_are_the_ranks_of_the_holders(layout: Layout, data: st.DataObject) -> None:
     held = tuple(sorted(data.draw(st.sets(st.integers(0, layout.pp - 1), min_size=1))))
-    places = grid(layout)
-    for rank, here in enumerate(places):
+    coordinates = grid(layout)
+    for rank, here in enumerate(coordinates):
         if here.pp not in held:
             with pytest.raises(AssertionError, match=f"rank {rank} has pipeline rank {here.pp}"):
                 layout.replica_ranks(rank, "dp", held)
             continue
-        of_stage = [r for r, at in enumerate(places) if at.pp in held]
+        of_stage = [r for r, at in enumerate(coordinates) if at.pp in held]
         assert layout.replica_ranks(rank, "dp", held) == of_stage
-        assert layout.replica_ranks(rank, "edp", held) == [r for r in of_stage if places[r].ep == here.ep]
+        assert layout.replica_ranks(rank, "edp", held) == [r for r in of_stage if coordinates[r].ep == here.ep]
 
 
 @given(layouts())
@@ -82,10 +82,10 @@ def test_rounds_hold_every_shared_set_once_and_never_two_that_overlap(
     sets: list[tuple[int, ...]], shuffle: Random
 ) -> None:
     rounds = holder_rounds(sets)
-    listed = [held for apart in rounds for held in apart]
+    listed = [held for disjoint in rounds for held in disjoint]
     assert sorted(listed) == sorted({tuple(sorted(held)) for held in sets if len(held) > 1})
-    for apart in rounds:
-        assert len({pp for held in apart for pp in held}) == sum(map(len, apart))
+    for disjoint in rounds:
+        assert len({pp for held in disjoint for pp in held}) == sum(map(len, disjoint))
     shuffled = sets[:]
     shuffle.shuffle(shuffled)
     assert holder_rounds(shuffled) == rounds

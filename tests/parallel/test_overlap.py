@@ -1,4 +1,4 @@
-"""The engine that advances a pair: any order runs every phase once, in each side's own order."""
+"""The overlap engine: any order runs every phase once, in each side's own order."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def phases_of(names: list[str], log: list[str], side: str) -> Generator[str, Non
 def test_any_order_runs_each_side_to_its_end_in_its_own_order(order: tuple[str, ...], full: bool) -> None:
     backward = FORWARD[::-1]
     if full:
-        again = [f"redo.{name}" for name in ("attention", "dispatch", "shared", "experts")]
+        redone = [f"redo.{name}" for name in ("attention", "dispatch", "shared", "experts")]
         at = backward.index("finish") + 1
-        backward = [*backward[:at], *again, *backward[at:]]
+        backward = [*backward[:at], *redone, *backward[at:]]
     log: list[str] = []
     results = run_pair(phases_of(FORWARD, log, "F"), phases_of(backward, log, "B"), deque(), order)
     assert results == ("F", "B")
@@ -42,10 +42,10 @@ def test_any_order_runs_each_side_to_its_end_in_its_own_order(order: tuple[str, 
 
 
 def test_deepseeks_order_of_a_layer_pair() -> None:
-    """The annotations of the published trace, with a transfer that the trace names where its launch is, for two layers:
-    combine(B), attention(F), mlp(B), dispatch(F), dispatch(B), mlp(W), mlp(F), attention(B), attention(W), combine(F).
+    """Annotations of the published trace for two layers, with transfers named at their launch: combine(B),
+    attention(F), mlp(B), dispatch(F), dispatch(B), mlp(W), mlp(F), attention(B), attention(W), combine(F).
 
-    Ours launches dispatch(F) before mlp(B), beside which the trace has it run, and combine(B) before attention(W).
+    Our order launches dispatch(F) before mlp(B), beside which it runs in the trace, and combine(B) before attention(W).
     """
     log: list[str] = []
     queue = deque([lambda: log.append("W")])
@@ -66,25 +66,14 @@ def test_deepseeks_order_of_a_layer_pair() -> None:
     assert log[-2:] == ["W", "F.finish"]
 
 
-def test_names_of_the_phases_are_the_models() -> None:
+def test_phases_are_named_as_in_the_model() -> None:
     config = small_config()
     for recompute in ("none", "full"):
         model = build(config, recompute=recompute)
         tape = Tape()
         batch = MicroBatch(random_tokens(config, 1, 20), torch.tensor([True]))
-        forward, backward = [], []
-        generator = model.phases(batch, None, tape)
-        try:
-            while True:
-                forward.append(f"F.{next(generator)}")
-        except StopIteration:
-            pass
-        again = tape.backward(None, model.weight_queue, None)
-        try:
-            while True:
-                backward.append(f"B.{next(again)}")
-        except StopIteration:
-            pass
+        forward = [f"F.{name}" for name in model.phases(batch, None, tape)]
+        backward = [f"B.{name}" for name in tape.backward(None, model.weight_queue, None)]
         assert {*forward, *backward} <= set(ENTRIES)
         redone = {f"B.redo.{name}" for name in ("dense", "attention", "dispatch", "shared", "experts")}
         assert redone <= set(backward) if recompute == "full" else not redone & set(backward)
@@ -92,7 +81,7 @@ def test_names_of_the_phases_are_the_models() -> None:
 
 
 def test_cut_and_deferred_gradients_are_plain_autograds() -> None:
-    """One chunk by itself: the pieces of the graph, weight gradients now or later, against one backward of the sum."""
+    """Pieces of a single chunk's graph, weight gradients now or later, against one backward of the summed losses."""
     config = small_config(num_nextn_predict_layers=2)
     batch = MicroBatch(random_tokens(config, 2, 40), torch.tensor([True, False]))
     plain = build(config)

@@ -1,7 +1,7 @@
-"""What orders of an overlapped pair hide, on a model of a device and a link that each do one thing at a time.
+"""Communication that orders of an overlapped pair hide, on a model of a device and a link with one task each.
 
-The model knows nothing of the real blocks but the phases in which they launch and wait; `benchmarks/overlap.py`
-measures the same on real processes and a real link.
+The model has only the phases in which the real blocks launch and wait; `benchmarks/overlap.py` measures the same on
+real processes and a real link.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from counterflow.parallel.overlap import run_pair
 from counterflow.parallel.overlap_orders import find_order
 
 LAYERS = 4
-# Forward, backward for input, backward for weights: as DeepSeek's published trace has them (ms), and all alike.
+# Forward, backward for input, backward for weights: as in DeepSeek's published trace (ms), and all equal.
 TRACE = {"attention": (4.1, 8.8, 2.4), "shared": (0.5, 0.55, 0.7), "experts": (4.1, 4.75, 5.7)}
 EVEN = {"attention": (4.6, 4.6, 4.6), "shared": (0.5, 0.5, 0.5), "experts": (4.3, 4.3, 4.3)}
 ALTERNATION = [
@@ -45,10 +45,10 @@ class Device:
         self.communication = ratio * self.compute
         self.now = 0.0
         self.link_free_at = 0.0
-        self.weights: deque[Callable[[], None]] = deque()
+        self.weight_gradients: deque[Callable[[], None]] = deque()
 
     def launch(self, transfers: int = 1) -> float:
-        """When what is launched now has arrived: behind everything that was launched before, even if it is tiny."""
+        """Arrival of a transfer launched now: after all earlier launches, even if it is tiny."""
         self.link_free_at = max(self.now, self.link_free_at) + transfers * self.communication / (4 * LAYERS)
         return self.link_free_at
 
@@ -95,15 +95,15 @@ class Device:
     def _back(self, part: str) -> None:
         _, for_input, for_weights = self.parts[part]
         self.work(for_input)
-        self.weights.append(lambda: self.work(for_weights))
+        self.weight_gradients.append(lambda: self.work(for_weights))
 
 
 def exposed(order: Sequence[str], parts: Parts, ratio: float) -> float:
     """Share of the communication that is not hidden by compute, where all of it takes `ratio` of the compute."""
     device = Device(parts, ratio)
-    run_pair(device.forward(), device.backward(), device.weights, order)
-    while device.weights:
-        device.weights.popleft()()
+    run_pair(device.forward(), device.backward(), device.weight_gradients, order)
+    while device.weight_gradients:
+        device.weight_gradients.popleft()()
     return (device.now - device.compute) / device.communication
 
 
@@ -112,7 +112,7 @@ def test_v3_hides_communication_of_half_the_compute_and_nearly_all_of_as_much(pa
     v3 = find_order("v3")
     assert exposed(v3, parts, 0.5) == pytest.approx(0.0, abs=1e-9)
     assert exposed(v3, parts, 1.0) < 0.07
-    # What no order can hide is the excess; a pair that is bound by its link keeps it busy.
+    # No order can hide the excess; a pair that is bound by its link keeps it busy.
     assert exposed(v3, parts, 2.0) == pytest.approx(0.5, abs=0.01)
 
 

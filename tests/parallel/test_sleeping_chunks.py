@@ -1,4 +1,4 @@
-"""The stages of `benchmarks/pipeline.py` take the time that its simulation counts, and do real work in it."""
+"""Stages of `benchmarks/pipeline.py`: they take the time of the simulation, and do real work in it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from counterflow.tests.pool import Pool, Worker
 MICRO_BATCHES = 8
 
 
-class TurnedByHand(Device):
-    """A device whose time only sleeping moves."""
+class ManualClock(Device):
+    """A device whose clock moves only by sleeping."""
 
     def __init__(self) -> None:
         super().__init__(unit=1.0)
@@ -46,13 +46,13 @@ class TurnedByHand(Device):
 )
 def test_every_action_takes_exactly_its_cost(name: str, options: dict[str, Any]) -> None:
     schedule = find_schedule(name)(1, MICRO_BATCHES, **options)
-    device = TurnedByHand()
-    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.placement[0]}
+    device = ManualClock()
+    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.stages_of_rank[0]}
     unconnected: PipelineChannels = None  # type: ignore[assignment]
     executor = Executor(chunks, unconnected, find_order("v3"), SHAPE, torch.float32, torch.device("cpu"))
     starts: list[float] = []
-    executor.watch = SimpleNamespace(begin=lambda action: starts.append(device.now()), backward=lambda running: None)
-    executor.train(Program.of(schedule, 0), torch.zeros(MICRO_BATCHES, *SHAPE).unbind())
+    watch = SimpleNamespace(begin=lambda action: starts.append(device.now()), backward=lambda running: None)
+    executor.train(Program.of(schedule, 0), torch.zeros(MICRO_BATCHES, *SHAPE).unbind(), watch=watch)
     simulated = simulate(schedule, Costs.uniform(schedule.num_stages, **COSTS))
     assert starts == pytest.approx([span.start for span in simulated.spans[0]])
     assert device.now() == pytest.approx(simulated.step_time)
@@ -64,9 +64,9 @@ def test_both_sides_compute_every_weight_gradient_once(pool: Pool) -> None:
 
 
 def _gradient_errors(worker: Worker) -> dict[tuple[str, str], float]:
-    """The largest departure from what a mean over H, passed on by stages that add their biases, gives a bias."""
+    """Largest error of a bias's gradient, which is that of a mean over H through stages that add their biases."""
     errors = {}
-    for side, runner in make_runners(worker.rank, MICRO_BATCHES, TurnedByHand()).items():
+    for side, runner in make_runners(worker.rank, MICRO_BATCHES, ManualClock()).items():
         for _ in range(2):  # torch's first step also runs its modules to learn their shapes
             for module in runner.modules.values():
                 module.zero_grad()
@@ -93,7 +93,7 @@ def test_steps_take_no_less_than_simulated(pool: Pool) -> None:
 
 
 def test_torch_orders_cost_what_ours_do(pool: Pool) -> None:
-    """So the two stand in one line of the table."""
+    """Equal costs allow both in one line of the table."""
     (units,) = {tuple(sorted(found.items())) for found in pool.run(_simulated, RANKS)}
     found = dict(units)
     for name in ("1f1b", "dualpipev"):
@@ -103,5 +103,5 @@ def test_torch_orders_cost_what_ours_do(pool: Pool) -> None:
 
 
 def _simulated(worker: Worker) -> dict[tuple[str, str], float]:
-    runners = make_runners(worker.rank, 20, TurnedByHand())
+    runners = make_runners(worker.rank, 20, ManualClock())
     return {side: simulated_units(runner.schedule) for side, runner in runners.items()}

@@ -1,4 +1,4 @@
-"""The split of layers into stages, against every split there is."""
+"""The split of layers into stages, against all possible splits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from counterflow.parallel.stages import Split, balance, rank_loads, sizes_fault
 from counterflow.settings import UsageError
 
-# Sums of these are exact: `balance` compares exactly, and what only rounding sets apart is no tie to it.
+# Sums of these are exact, as in `balance`: rounding makes no difference between ties.
 COSTS = st.lists(st.sampled_from([0.0, 0.125, 0.25, 0.375, 0.75, 1.0, 2.5, 10.0]), min_size=1, max_size=9)
 
 
@@ -37,12 +37,12 @@ def test_no_split_has_a_lighter_heaviest_stage_or_is_more_even(
     split = balance(costs, first, last, num_stages)
     assert split.num_stages == num_stages
     assert [layer for layers in split.layers for layer in layers] == list(range(len(costs)))
-    mine = stage_costs(split.layers, costs, first, last)
+    found = stage_costs(split.layers, costs, first, last)
     others = [stage_costs(other, costs, first, last) for other in every_split(len(costs), num_stages)]
     largest = min(map(max, others))
-    assert max(mine) == largest
+    assert max(found) == largest
     as_light = [other for other in others if max(other) == largest]
-    assert sum(cost * cost for cost in mine) == min(sum(c * c for c in other) for other in as_light)
+    assert sum(cost * cost for cost in found) == min(sum(c * c for c in other) for other in as_light)
 
 
 def test_equal_layers_go_evenly_with_the_longer_stages_last() -> None:
@@ -61,7 +61,7 @@ def test_thousand_layers_on_128_stages_take_no_time() -> None:
 
 
 @pytest.mark.parametrize("num_stages", [0, 4])
-def test_more_stages_than_layers_are_refused_with_what_works(num_stages: int) -> None:
+def test_more_stages_than_layers_are_refused_with_the_numbers_that_work(num_stages: int) -> None:
     with pytest.raises(UsageError, match=rf"3 layers cannot make up {num_stages} stages.*: 1 to 3 stages work"):
         balance([1.0] * 3, 0.0, 0.0, num_stages)
 
@@ -104,23 +104,23 @@ def test_ranks_with_several_stages_are_no_busier_than_by_stages_alone(
     costs: list[float], last: float, form: str
 ) -> None:
     if form == "mirrored":
-        placement = [(rank, 3 - rank) for rank in range(4)]
+        stages_of_rank = [(rank, 3 - rank) for rank in range(4)]
     elif form == "folded":
-        placement = [(rank, 7 - rank) for rank in range(4)]
+        stages_of_rank = [(rank, 7 - rank) for rank in range(4)]
     else:
-        placement = [(rank, rank + 4) for rank in range(4)]
-    num_stages = max(map(max, placement)) + 1
+        stages_of_rank = [(rank, rank + 4) for rank in range(4)]
+    num_stages = max(map(max, stages_of_rank)) + 1
 
     def busiest(split: Split) -> float:
-        return max(rank_loads(stage_costs(split.layers, costs, 0.0, last), placement))
+        return max(rank_loads(stage_costs(split.layers, costs, 0.0, last), stages_of_rank))
 
-    split = balance(costs, 0.0, last, num_stages, placement)
+    split = balance(costs, 0.0, last, num_stages, stages_of_rank)
     assert [layer for layers in split.layers for layer in layers] == list(range(len(costs)))
     assert busiest(split) <= busiest(balance(costs, 0.0, last, num_stages)) + 1e-9
-    # No single layer more can be moved off the busiest rank to the good of all.
-    loads = rank_loads(stage_costs(split.layers, costs, 0.0, last), placement)
+    # No further move of a single layer off the busiest rank lowers the largest load.
+    loads = rank_loads(stage_costs(split.layers, costs, 0.0, last), stages_of_rank)
     most_busy = [rank for rank, load in enumerate(loads) if load > max(loads) - 1e-9]
-    moves = itertools.product(placement[most_busy[0]] if len(most_busy) == 1 else (), range(num_stages))
+    moves = itertools.product(stages_of_rank[most_busy[0]] if len(most_busy) == 1 else (), range(num_stages))
     for a, b in moves:
         sizes = [size - (stage == a) + (stage == b) for stage, size in enumerate(split.sizes)]
         if sizes[a]:

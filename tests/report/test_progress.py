@@ -1,4 +1,4 @@
-"""What a user sees: two lines that fit 80 columns on a terminal, plain lines in a log, nothing on standard output."""
+"""Progress on a terminal (two lines of 80 columns), in a log (plain lines) and on standard output (nothing)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from counterflow.model.config import ModelConfig
 from counterflow.model.counts import FLOP_CONVENTION, count_parameters
 from counterflow.report.hardware import Peak
 from counterflow.report.metrics import StepMetrics
-from counterflow.report.progress import Progress
+from counterflow.report.progress import ProgressDisplay
 from counterflow.report.summary import RunSummary, describe_run
-from counterflow.report.text.numbers import format_count, format_duration
+from counterflow.report.text.numbers import format_duration
 
 
 def metrics_of(step: int, **changed: Any) -> StepMetrics:
-    """The widest numbers that a real run shows."""
+    """Measurements with the widest numbers of a real run."""
     values: dict[str, Any] = {
         "step": step,
         "tokens": step * 63_000_000,
@@ -44,7 +44,7 @@ def metrics_of(step: int, **changed: Any) -> StepMetrics:
 
 
 class Clock:
-    """A clock that stands still until it is told."""
+    """Clock that moves only when a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -59,10 +59,10 @@ def clock() -> Clock:
 
 
 def show(config: LogConfig, steps: range, total: int, clock: Clock, terminal: int = 0, **changed: Any) -> str:
-    """The output of a run of two-second steps on a terminal of that many columns, or in a log where it is 0."""
+    """Output of a run of two-second steps on a terminal of `terminal` columns, or in a log where that is 0."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal > 0, width=terminal or None, legacy_windows=False)
-    with Progress(config, "deepseek-v3-671b", total, steps.start - 1, console, clock) as progress:
+    with ProgressDisplay(config, "deepseek-v3-671b", total, steps.start - 1, console, clock) as progress:
         for step in steps:
             clock.now += 2.0
             progress.update(metrics_of(step, **changed))
@@ -70,7 +70,7 @@ def show(config: LogConfig, steps: range, total: int, clock: Clock, terminal: in
 
 
 def visible(output: str) -> list[str]:
-    """Terminal output as the lines that were drawn, without control sequences."""
+    """Lines that were drawn on a terminal, without control sequences."""
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output))
 
 
@@ -93,7 +93,7 @@ def test_bar_shows_everything_within_80_columns(clock: Clock) -> None:
 def test_bar_keeps_the_last_validation_loss(clock: Clock) -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=80)
-    with Progress(LogConfig(), "smoke", 9, console=console, clock=clock) as progress:
+    with ProgressDisplay(LogConfig(), "smoke", 9, console=console, clock=clock) as progress:
         for step in range(1, 10):
             clock.now += 2.0
             progress.update(metrics_of(step, validation_loss=7.5 if step == 4 else None))
@@ -131,7 +131,7 @@ def test_missing_measurements_are_left_out(clock: Clock) -> None:
 
 def test_eta_counts_pauses_and_follows_a_change_of_pace(clock: Clock) -> None:
     output = io.StringIO()
-    with Progress(LogConfig(every=1), "smoke", 400, console=Console(file=output), clock=clock) as progress:
+    with ProgressDisplay(LogConfig(every=1), "smoke", 400, console=Console(file=output), clock=clock) as progress:
         for step in range(1, 301):
             clock.now += 1.0 if step <= 100 else 4.0  # the batch grew
             clock.now += 5.0 if step % 10 == 0 else 0.0  # an evaluation every ten steps, outside step_seconds
@@ -149,7 +149,7 @@ def test_eta_after_a_resume_does_not_count_the_steps_before_it(clock: Clock) -> 
 def test_notes_and_rows_stand_above_the_bar(clock: Clock) -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=80)
-    with Progress(LogConfig(), "smoke", 2, console=console, clock=clock) as progress:
+    with ProgressDisplay(LogConfig(), "smoke", 2, console=console, clock=clock) as progress:
         progress.show_rows("counterflow", {"model": "1 [bold]parameter[/]", "run": "runs/x"})
         progress.update(metrics_of(1))
         progress.note("checkpoint [1] written")
@@ -165,10 +165,10 @@ def test_standard_output_stays_clean_for_json() -> None:
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_progress import Console, LogConfig, Progress, RunSummary, metrics_of
+from test_progress import Console, LogConfig, ProgressDisplay, RunSummary, metrics_of
 for terminal in (False, True):
     Console.is_terminal = property(lambda self: terminal)
-    with Progress(LogConfig(every=1), "smoke", 2) as progress:
+    with ProgressDisplay(LogConfig(every=1), "smoke", 2) as progress:
         progress.show_rows("counterflow", {{"run": "runs/x"}})
         for step in (1, 2):
             progress.update(metrics_of(step))
@@ -177,8 +177,8 @@ print(RunSummary(steps=2, loss=1, validation_loss=None, unigram_entropy=None, to
       .model_dump_json())
 """
     ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    *others, last = ran.stdout.splitlines()
-    assert others == [f"from training {terminal} {step}" for terminal in (False, True) for step in (1, 2)]
+    *printed, last = ran.stdout.splitlines()
+    assert printed == [f"from training {terminal} {step}" for terminal in (False, True) for step in (1, 2)]
     assert json.loads(last)["steps"] == 2
     assert ran.stderr.count("runs/x") == 2
     assert ran.stderr.count("11.8599") >= 4
@@ -197,9 +197,9 @@ def test_header_names_sizes_layout_convention_and_peak_within_80_columns(clock: 
         run_dir="runs/deepseek-v3-671b",
     )
     assert rows["model"] == "671.0B parameters, 37.6B active per token; MTP adds 11.6B"
-    assert rows["peak"] == "0.213 TFLOP/s a rank, measured with a 2048-cubed bfloat16 matmul"
+    assert rows["peak"] == "0.213 TFLOP/s per rank, measured with a 2048-cubed bfloat16 matmul"
     output = io.StringIO()
-    Progress(LogConfig(), "smoke", 1, console=Console(file=output)).show_rows("counterflow", rows)
+    ProgressDisplay(LogConfig(), "smoke", 1, console=Console(file=output)).show_rows("counterflow", rows)
     assert all(len(line) <= 80 for line in output.getvalue().splitlines())
     assert "no causal discount" in output.getvalue()
 
@@ -215,27 +215,3 @@ def test_summary_shows_validation_loss_beside_the_unigram_entropy() -> None:
     assert {"steps", "loss", "validation_loss", "tokens_per_second", "run_dir"} <= json.loads(
         summary.model_dump_json()
     ).keys()
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (987, "987"),
-        (12_345, "12.3K"),
-        (999_949, "999.9K"),
-        (999_960, "1.0M"),
-        (671.026e9, "671.0B"),
-        (14.8e12, "14.8T"),
-    ],
-)
-def test_counts_are_short(value: float, text: str) -> None:
-    assert format_count(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (64.6, "1:05"), (7384, "2:03:04"), (12 * 86400 + 3 * 3600 + 59, "12d 03h"), (float("nan"), "--:--")],
-)
-def test_durations_read_as_clock_times(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text

@@ -38,14 +38,14 @@ class Case:
     nodes: int
     ranks: int
 
-    def placed(self, gain: float = 0.0) -> Placement:
+    def placement(self, gain: float = 0.0) -> Placement:
         return place_experts(self.loads, self.present, self.groups, self.nodes, self.ranks, gain)
 
     def busiest(self, placement: Placement) -> float:
         return max(loads_of_ranks(self.loads, placement, self.ranks))
 
     def nodes_of_groups(self, placement: Placement) -> list[set[int]]:
-        """For each group the nodes that hold one of its experts."""
+        """Nodes that hold an expert of each group."""
         per_group, per_node = len(self.loads) // self.groups, len(placement) // self.nodes
         found: list[set[int]] = [set() for _ in range(self.groups)]
         for place, expert in enumerate(placement):
@@ -55,7 +55,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any numbers that divide each other; the present placement is the one of earlier loads."""
+    """Draw numbers that divide each other; the present placement is the one of other loads."""
     groups, nodes, a_node = (draw(st.sampled_from([1, 2, 3, 4, 8])) for _ in range(3))
     ranks = nodes * a_node
     experts = math.lcm(groups, ranks) * draw(st.integers(1, 3))
@@ -66,47 +66,47 @@ def cases(draw: st.DrawFn) -> Case:
 
 @given(cases())
 def test_every_expert_has_one_place(case: Case) -> None:
-    placement = case.placed()
+    placement = case.placement()
     assert sorted(placement) == list(range(len(case.loads)))
     assert all(placement[place] == expert for expert, place in enumerate(places_of(placement)))
 
 
 @given(cases())
 def test_no_rank_is_busier_than_in_the_present_or_the_contiguous_placement(case: Case) -> None:
-    placement = case.placed()
+    placement = case.placement()
     assert case.busiest(placement) <= min(case.busiest(case.present), case.busiest(contiguous(len(case.loads))))
 
 
 @given(cases())
 def test_groups_stay_on_as_few_nodes_as_can_be_dealt_evenly(case: Case) -> None:
     nodes_in_a_set = case.nodes // math.gcd(case.groups, case.nodes)
-    for nodes in case.nodes_of_groups(case.placed()):
+    for nodes in case.nodes_of_groups(case.placement()):
         assert len({node // nodes_in_a_set for node in nodes}) == 1
         if case.groups % case.nodes == 0:
             assert len(nodes) == 1
 
 
 @given(cases(), st.floats(0, 0.9))
-def test_experts_move_only_for_the_gain_that_is_asked_for(case: Case, gain: float) -> None:
-    placement = case.placed(gain)
+def test_experts_move_only_for_the_configured_gain(case: Case, gain: float) -> None:
+    placement = case.placement(gain)
     assert placement == case.present or case.busiest(placement) < case.busiest(case.present) * (1 - gain)
 
 
 @given(cases())
 def test_a_second_placement_for_the_same_loads_moves_nothing(case: Case) -> None:
-    placement = case.placed()
+    placement = case.placement()
     assert place_experts(case.loads, placement, case.groups, case.nodes, case.ranks) == placement
 
 
 def test_the_packing_is_as_good_as_the_best_of_all_placements_in_small_layers() -> None:
-    """Greedy packing need not be optimal; for these loads an exhaustive search finds nothing better."""
+    """Greedy packing need not be optimal; for these loads an exhaustive search finds no better placement."""
     for loads in ([9, 1, 8, 2, 7, 3, 6, 4], [90, 10, 10, 10, 60, 60, 10, 30], [5, 5, 5, 5, 1, 1, 1, 1]):
         found = max(loads_of_ranks(loads, place_experts(loads, contiguous(8), 1, 1, 4), 4))
         assert found == min(max(loads_of_ranks(loads, order, 4)) for order in itertools.permutations(range(8)))
 
 
 def test_names_are_exchanged_so_that_little_moves() -> None:
-    """Two pairs of experts trade ranks; by the numbers that packing gives them, all but one rank would change."""
+    """Two pairs of experts exchange ranks; with the ranks' numbers from packing all but one rank would change."""
     loads = [50, 51, 10, 11, 40, 12, 13, 42]
     placement = place_experts(loads, contiguous(8), 1, 1, 4)
     assert max(loads_of_ranks(loads, contiguous(8), 4)) == 101
@@ -121,24 +121,24 @@ def test_without_loads_nothing_moves() -> None:
 
 @pytest.mark.parametrize("layer", EPLB, ids=range(len(EPLB)))
 def test_replicas_are_those_of_deepseeks_eplb(layer: dict[str, Any]) -> None:
-    """Expert by expert; which replica of an expert is which differs, since torch's sort is not stable."""
+    """Experts agree place by place; the numbers of replicas differ, since torch's sort is not stable."""
     loads, ranks = layer["loads"], layer["ranks"]
-    placed = place_replicas(loads, layer["replicas"], layer["groups"], layer["nodes"], ranks)
-    assert list(placed.physical_to_logical) == layer["phy2log"]
-    theirs = loads_of_ranks(loads, layer["phy2log"], ranks)
-    assert loads_of_ranks(loads, placed.physical_to_logical, ranks) == pytest.approx(theirs, rel=1e-12)
+    replicated = place_replicas(loads, layer["replicas"], layer["groups"], layer["nodes"], ranks)
+    assert list(replicated.physical_to_logical) == layer["phy2log"]
+    recorded = loads_of_ranks(loads, layer["phy2log"], ranks)
+    assert loads_of_ranks(loads, replicated.physical_to_logical, ranks) == pytest.approx(recorded, rel=1e-12)
 
 
 @given(cases(), st.integers(0, 3))
 def test_replicas_fill_the_ranks_and_leave_no_expert_out(case: Case, more: int) -> None:
     replicas = len(case.loads) + more * case.ranks
-    placed = place_replicas(case.loads, replicas, case.groups, case.nodes, case.ranks)
-    assert len(placed.physical_to_logical) == replicas
-    assert Counter(placed.physical_to_logical) == dict(enumerate(placed.counts)) and min(placed.counts) >= 1
-    for expert, places in enumerate(placed.logical_to_physical):
-        assert [placed.physical_to_logical[place] for place in places] == [expert] * len(places)
+    replicated = place_replicas(case.loads, replicas, case.groups, case.nodes, case.ranks)
+    assert len(replicated.physical_to_logical) == replicas
+    assert Counter(replicated.physical_to_logical) == dict(enumerate(replicated.counts)) and min(replicated.counts) >= 1
+    for expert, places in enumerate(replicated.logical_to_physical):
+        assert [replicated.physical_to_logical[place] for place in places] == [expert] * len(places)
     if case.groups % case.nodes == 0:
-        assert all(len(nodes) == 1 for nodes in case.nodes_of_groups(placed.physical_to_logical))
+        assert all(len(nodes) == 1 for nodes in case.nodes_of_groups(replicated.physical_to_logical))
 
 
 @given(cases())
@@ -161,7 +161,7 @@ def test_more_replicas_never_raise_the_load_of_the_fullest_one(case: Case) -> No
         ((16, 4, 0, 4), r"nodes 0: it must be at least 1"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused_with_those_that_do(
+def test_numbers_that_do_not_fit_are_refused_with_the_nearest_that_do(
     numbers: tuple[int, int, int, int], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):

@@ -1,4 +1,4 @@
-"""The moving average of the weights, against the closed formula in FP64 over every weight there has been."""
+"""The moving average of the weights, against the closed formula in FP64 over the weights of every step."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ EXPERT = {"w1": (5, 4), "w2": (3, 5)}
 SHAPES = DENSE | {f"experts.{e}.{w}": shape for e in range(EXPERTS) for w, shape in EXPERT.items()}
 LAYOUTS = [(2, 1), (2, 2), (4, 2), (4, 4)]  # world size, ep
 DECAY = 0.8
-SLOW = 0.05  # seconds by which a copy or an update is held up
+SLOW = 0.05  # seconds by which a copy or an update is delayed
 
 
 def weighted_mean(values: Sequence[Tensor], decay: float) -> Tensor:
-    """The formula, in FP64."""
+    """The formula in FP64."""
     powers = [decay ** (len(values) - 1 - i) for i in range(len(values))]
     return sum((p * v.double() for p, v in zip(powers, values, strict=True)), torch.zeros(())) / sum(powers)
 
@@ -59,7 +59,7 @@ def test_the_average_is_the_weighted_mean_of_the_weights_after_each_step(decay: 
         seen.append([weight.clone() for weight in weights])
         for values, shard in zip(zip(*seen, strict=True), average.shards(), strict=True):
             torch.testing.assert_close(shard.double(), weighted_mean(values, decay), rtol=1e-5, atol=1e-6)
-        if step == 0:  # of the initial weights nothing is left
+        if step == 0:  # the initial weights do not count
             assert all(map(torch.equal, average.shards(), weights))
 
 
@@ -91,11 +91,11 @@ def test_in_the_long_run_a_step_has_the_weight_that_the_decay_leaves() -> None:
 
 
 def slow(function: Callable[..., Any]) -> Callable[..., Any]:
-    def held_up(*args: Any) -> Any:
+    def delayed(*args: Any) -> Any:
         time.sleep(SLOW)
         return function(*args)
 
-    return held_up
+    return delayed
 
 
 def steps_in_quick_succession(average: Ema, weight: Tensor, steps: int = 6) -> Tensor:
@@ -119,7 +119,7 @@ def test_a_slow_update_never_reads_the_weights_of_the_next_step() -> None:
     with mock.patch.object(average, "_average", slow(average._average)):
         started = time.monotonic()
         found = steps_in_quick_succession(average, weight)
-        assert time.monotonic() - started > 5 * SLOW, "the updates should have been held up"
+        assert time.monotonic() - started > 5 * SLOW, "the updates should have been delayed"
     torch.testing.assert_close(found.double(), expected_after().expand(16, 3), rtol=1e-6, atol=0)
 
 
@@ -135,7 +135,7 @@ def test_without_release_the_race_is_lost_so_the_test_above_can_fail() -> None:
 
 
 class LazyCopy:
-    """A device that copies as late as its contract lets it: when a writer is held back, or somebody waits."""
+    """A device that copies as late as its contract allows: when a writer is held back, or a thread waits."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors, self.copies = tensors, [torch.full_like(tensor, torch.nan) for tensor in tensors]
@@ -163,18 +163,18 @@ class LazyCopy:
         self.due = False
 
 
-def test_a_copy_that_the_device_puts_off_is_of_its_own_step() -> None:
+def test_a_copy_that_the_device_delays_is_of_its_own_step() -> None:
     weight = torch.zeros(16, 3)
     average = Ema([weight], DECAY, background=True)
     average._copy = device = LazyCopy([weight])  # type: ignore[assignment]
     found = steps_in_quick_succession(average, weight)
     torch.testing.assert_close(found.double(), expected_after().expand(16, 3), rtol=1e-6, atol=0)
-    # One copy is used up before the next is started, and the step does not wait for the arithmetic.
+    # A copy is used before the next is started, and the step does not wait for the arithmetic.
     assert device.calls == ["hold back", "start", *["hold back", "wait", "start"] * 5, "wait"]
 
 
-def test_the_copy_keeps_its_place_between_two_steps_on_a_gpu() -> None:
-    """No GPU here: the calls, in order, on stand-ins with the signatures of torch's own."""
+def test_the_copy_runs_between_two_steps_on_a_gpu() -> None:
+    """Calls in order on stand-ins with the signatures of torch's own, without a GPU."""
     current, side = (mock.create_autospec(torch.cuda.Stream, instance=True) for _ in range(2))
     event = mock.create_autospec(torch.cuda.Event, instance=True)
     cuda = mock.MagicMock()
@@ -186,8 +186,8 @@ def test_the_copy_keeps_its_place_between_two_steps_on_a_gpu() -> None:
         mock.patch.object(ema_module, "_on_host", lambda tensor, pinned: torch.zeros_like(tensor)),
     ):
         log = mock.Mock()
-        for name, double in (("side", side), ("event", event), ("current", current), ("cuda", cuda)):
-            log.attach_mock(double, name)
+        for name, stand_in in (("side", side), ("event", event), ("current", current), ("cuda", cuda)):
+            log.attach_mock(stand_in, name)
         copy = DeviceCopy([weight])
         log.reset_mock()
         copy.start()
@@ -201,67 +201,67 @@ def test_the_copy_keeps_its_place_between_two_steps_on_a_gpu() -> None:
         mock.call.cuda.stream().__enter__(),
         mock.call.event.record(side),
         mock.call.cuda.stream().__exit__(None, None, None),
-        mock.call.current.wait_event(event),  # and the next update of the weights after the copy
+        mock.call.current.wait_event(event),  # the next update of the weights begins after the copy
         mock.call.event.synchronize(),
     ]
 
 
-def test_what_goes_wrong_in_the_thread_ends_the_next_step() -> None:
+def test_an_error_in_the_thread_ends_the_next_step() -> None:
     average = Ema([torch.zeros(3)], DECAY, background=True)
     with mock.patch.object(average, "_average", side_effect=MemoryError("no room")):
         average.update()
         with pytest.raises(MemoryError, match="no room"):
             average.release()
-    average.release()  # told once
+    average.release()  # raised once
 
 
-# In the sharded optimizer.
+# The average in the sharded optimizer.
 
 
 class Model:
-    """A rank's optimizer over all that is dense and its own experts, stacked."""
+    """The optimizer of a rank over the dense parameters and its own experts, stacked."""
 
     def __init__(self, worker: Worker, ep: int, dtype: torch.dtype, **keys: Any) -> None:
         groups = Groups.create(Layout(worker.world_size, 1, ep), "cpu")
         per_rank = EXPERTS // ep
-        mine = range(groups.coordinates.ep * per_rank, (groups.coordinates.ep + 1) * per_rank)
-        self.placed = [LocalParameter(nn.Parameter(torch.empty(s, dtype=dtype)), (n,)) for n, s in DENSE.items()]
+        local = range(groups.coordinates.ep * per_rank, (groups.coordinates.ep + 1) * per_rank)
+        self.parameters = [LocalParameter(nn.Parameter(torch.empty(s, dtype=dtype)), (n,)) for n, s in DENSE.items()]
         for w, shape in EXPERT.items():
             stack = nn.Parameter(torch.empty((per_rank, *shape), dtype=dtype))
-            self.placed.append(LocalParameter(stack, tuple(f"experts.{e}.{w}" for e in mine), "edp"))
+            self.parameters.append(LocalParameter(stack, tuple(f"experts.{e}.{w}" for e in local), "edp"))
         few = {"ema_decay": DECAY, "moments": "fp32", "clip_norm": None, "bucket_mb": 60 * 4 / 2**20}
         config = OptimConfig.model_validate({**few, **keys})
-        self.optimizer = ShardedOptimizer(self.placed, groups, config)
+        self.optimizer = ShardedOptimizer(self.parameters, groups, config)
         self.optimizer.initialise(lambda name, shape: noise(name))
 
     def step(self, number: int) -> None:
-        self.optimizer.zero_gradients()
+        self.optimizer.begin_step()
         groups = self.optimizer.groups
         for name, gradient in self.optimizer.gradients().items():
             replicas = dist.get_world_size(groups.edp if "experts" in name else groups.dp)
             gradient.copy_(noise(name, number).view_as(gradient) / replicas)  # powers of two: their sum is exact
         self.optimizer.step(0.1, self.optimizer.reduce_gradients())
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {n: t.clone() for item in self.placed for n, t in zip(item.names, item.tensors(), strict=True)}
+    def published(self) -> dict[str, Tensor]:
+        return {n: t.clone() for item in self.parameters for n, t in zip(item.names, item.tensors(), strict=True)}
 
 
 def averaged_run(
     worker: Worker, ep: int, dtype: torch.dtype, background: bool, steps: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], dict[str, int]]:
-    """The average, the master weights after every step, and how many elements of the average this rank holds."""
+    """The average, the master weights after every step, and the elements of the average that this rank holds."""
     model = Model(worker, ep, dtype)
-    ours = model.optimizer
+    optimizer = model.optimizer
     if background:
-        ours.ema = Ema([bucket.master for bucket in ours._buckets], DECAY, background)
-        ours.ema._average = slow(ours.ema._average)  # type: ignore[method-assign]
+        optimizer.ema = Ema([bucket.master for bucket in optimizer._buckets], DECAY, background)
+        optimizer.ema._average = slow(optimizer.ema._average)  # type: ignore[method-assign]
     history = []
     for number in range(1, steps + 1):
         model.step(number)
-        # Straight from the shards, past `state`, which waits for the average.
-        masters = {n: t for bucket in ours._buckets for n, t in bucket.views(bucket.master)}
+        # From the shards themselves, because `state` waits for the average.
+        masters = {n: t for bucket in optimizer._buckets for n, t in bucket.views(bucket.master)}
         history.append({name: gathered(tensor) for name, tensor in masters.items()})
-    averages = ours.averages()
+    averages = optimizer.averages()
     held = {name: tensor.to_local().numel() for name, tensor in averages.items()}
     return {name: gathered(tensor) for name, tensor in averages.items()}, history, held
 
@@ -274,7 +274,7 @@ def test_every_rank_averages_its_rows_of_the_master_weights(pool: Pool, world: i
         for name, average in averages.items():
             values = [weights[name.removeprefix("ema.")] for weights in history]
             torch.testing.assert_close(average.double(), weighted_mean(values, DECAY), rtol=1e-6, atol=1e-7)
-            assert not torch.equal(average, average.bfloat16().float()), "FP32, of the FP32 master weights"
+            assert not torch.equal(average, average.bfloat16().float()), "an FP32 average of the FP32 master weights"
         for name, count in elements.items():
             held[name.removeprefix("ema.")] += count
     assert held == {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}, "each row is held once"
@@ -289,33 +289,33 @@ def test_every_layout_has_the_average_of_one_process_bit_for_bit(pool: Pool) -> 
 
 
 def swapped(worker: Worker, ep: int) -> tuple[bool, bool, bool, str]:
-    """Whether the parameters are the average within, and what they were after; what a step within says."""
+    """Whether parameters are the average inside, have moved, and are restored; the error of a step inside."""
     model = Model(worker, ep, torch.bfloat16)
     for number in range(1, 4):
         model.step(number)
-    before, refusal = model.parameters(), ""
+    before, refusal = model.published(), ""
     averages = {name.removeprefix("ema."): gathered(t) for name, t in model.optimizer.averages().items()}
     with model.optimizer.averaged():
-        within = model.parameters()
+        within = model.published()
         try:
             model.optimizer.begin_step()
         except AssertionError as error:
             refusal = str(error)
     is_average = all(torch.equal(within[name], averages[name].bfloat16()) for name in within)
     moved = any(not torch.equal(within[name], before[name]) for name in within)
-    after = model.parameters()
+    after = model.published()
     return is_average, moved, all(torch.equal(after[name], before[name]) for name in before), refusal
 
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (4, 2)])
-def test_parameters_are_the_average_for_a_while_and_then_what_they_were(pool: Pool, world: int, ep: int) -> None:
+def test_parameters_are_the_average_for_a_while_and_then_the_weights(pool: Pool, world: int, ep: int) -> None:
     for is_average, moved, back, refusal in pool.run(swapped, world, ep):
         assert (is_average, moved, back) == (True, True, True)
-        assert "training would go on from the average" in refusal
+        assert "training would continue from the average" in refusal
 
 
 def host_views(worker: Worker) -> tuple[str, bool, bool]:
-    """Device of the average's DTensor where the grid is one of GPUs, and whether writing to it writes the shard."""
+    """Device of the average's DTensor on a grid of GPUs, and whether writing to it writes the shard."""
     model = Model(worker, 1, torch.float32)
     bucket = model.optimizer._buckets[0]
     bucket.mesh = DeviceMesh.from_group(bucket.group, "cuda", mesh_dim_names=("dp",))
@@ -331,7 +331,7 @@ def test_the_average_stays_in_cpu_memory_when_the_grid_is_one_of_gpus(pool: Pool
     assert pool.run(host_views, 2) == [("cpu", True, True)] * 2
 
 
-def test_without_the_key_nothing_is_kept(pool: Pool) -> None:
+def test_without_the_key_there_is_no_average(pool: Pool) -> None:
     def run(worker: Worker) -> tuple[Any, dict[str, Any]]:
         model = Model(worker, 1, torch.float32, ema_decay=None)
         model.step(1)

@@ -1,4 +1,4 @@
-"""New weights that are gathered during the next forward: the same bits as before it, and nobody reads others."""
+"""New weights that are gathered during the next forward: the same bits as before it, and no reader gets old ones."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ STEPS = 3
 
 
 def optim(elements: int, **keys: Any) -> OptimConfig:
-    """Buckets close at so many elements."""
+    """Configuration whose buckets close at so many elements."""
     return OptimConfig.model_validate({"lr": 1e-2, "moments": "fp32", "bucket_mb": elements * 4 / 2**20, **keys})
 
 
 def _both_ways(worker: Worker, case: Case, dtype: torch.dtype) -> dict[bool, dict[str, Any]]:
-    """Train with blocking gathers and with overlapped ones; what each step's forward reads, parameter by parameter."""
+    """Train with blocking and with overlapped gathers; returns what each forward reads, parameter by parameter."""
     groups, runs = case.groups(), {}
     for blocking in (True, False):
         part = Part(case, groups, dtype)
-        optimizer = ShardedOptimizer(part.placed, groups, optim(1))
+        optimizer = ShardedOptimizer(part.parameters, groups, optim(1))
         optimizer.initialise(initial)
         read: list[Tensor] = []
         with recorded() as seen:
             for step in range(STEPS):
                 optimizer.begin_step(part.expected())
-                for item in part.placed:
+                for item in part.parameters:
                     optimizer.wait_for(item.parameter)
                     read.append(item.parameter.detach().clone())
                 part.backward(rounded_gradients(case, step))
@@ -76,8 +76,8 @@ class Layers:
     def __init__(self, **keys: Any) -> None:
         self.groups = Groups.create(Layout(2), "cpu", timeout=keys.pop("timeout", 60.0))
         self.layers = [nn.Parameter(torch.empty(6, 4)) for _ in range(4)]
-        placed = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(self.layers)]
-        self.optimizer = ShardedOptimizer(placed, self.groups, optim(1, **keys))
+        local_parameters = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(self.layers)]
+        self.optimizer = ShardedOptimizer(local_parameters, self.groups, optim(1, **keys))
         self.optimizer.initialise(initial)
 
     def step(self, blocking: bool = False) -> None:
@@ -88,10 +88,10 @@ class Layers:
         self.optimizer.step(1e-2, self.optimizer.reduce_gradients(), blocking)
 
     def missing(self) -> list[int]:
-        """Layers that are not there: all of a layer is or nothing."""
-        gone = [bool(layer.isnan().all()) for layer in self.layers]
-        assert gone == [bool(layer.isnan().any()) for layer in self.layers]
-        return [number for number, away in enumerate(gone) if away]
+        """Layers without weights: a layer has arrived as a whole or not at all."""
+        missing = [bool(layer.isnan().all()) for layer in self.layers]
+        assert missing == [bool(layer.isnan().any()) for layer in self.layers]
+        return [number for number, is_missing in enumerate(missing) if is_missing]
 
 
 def _waiting_for_one(worker: Worker) -> list[Any]:
@@ -112,8 +112,8 @@ def _waiting_for_one(worker: Worker) -> list[Any]:
     return [*found, model.missing()]
 
 
-def test_a_weight_on_its_way_is_nan_and_takes_no_gradient(pool: Pool) -> None:
-    refused = "layers.3 was used, and nobody waited for its new weights"
+def test_a_weight_in_flight_is_nan_and_takes_no_gradient(pool: Pool) -> None:
+    refused = "layers.3 was used before its new weights had arrived"
     assert pool.run(_waiting_for_one, 2) == [[[0, 1, 2, 3], [0, 3], refused, []]] * 2
 
 
@@ -148,16 +148,16 @@ def _touched(worker: Worker, name: str) -> tuple[list[int], list[int], bool]:
 
 
 @pytest.mark.parametrize("name", TOUCHING)
-def test_what_touches_weights_or_state_waits_first(pool: Pool, name: str) -> None:
+def test_every_use_of_weights_or_state_waits_first(pool: Pool, name: str) -> None:
     assert pool.run(_touched, 2, name) == [([0, 1, 2, 3], [], True)] * 2
 
 
-def _late(of: int, wait: Callable[[], None]) -> Any:
-    """A replacement for `begin_all_gather` that waits before its launch number `of`."""
+def _late(number: int, wait: Callable[[], None]) -> Any:
+    """Replace `begin_all_gather` by one that waits before launch `number`."""
     begin, launched = bucket.begin_all_gather, iter(range(1000))
 
     def begin_all_gather(shard: Tensor, group: dist.ProcessGroup, meter: Any) -> Collective:
-        if next(launched) == of:
+        if next(launched) == number:
             wait()
         return begin(shard, group, meter)
 
@@ -165,7 +165,7 @@ def _late(of: int, wait: Callable[[], None]) -> Any:
 
 
 def _used_before_the_last_is_launched(worker: Worker) -> list[list[int]]:
-    """Rank 1 does not begin to gather layer 3 before rank 0 has the others."""
+    """Let rank 1 begin to gather layer 3 only once rank 0 has the others."""
     model, token = Layers(), torch.ones(1)
     if worker.rank == 1:
         with _late(3, lambda: dist.recv(token, 0, group=model.groups.world)):
@@ -186,32 +186,32 @@ def test_layers_can_be_used_before_the_last_gather_could_have_ended(pool: Pool) 
 
 
 def _with_a_dead_peer(worker: Worker) -> tuple[str, list[int]]:
-    """Rank 1 gathers nothing."""
-    model = Layers(timeout=1.0)
+    """Error and missing layers on rank 0, while rank 1 gathers nothing."""
+    model = Layers(timeout=5.0)
     if worker.rank == 1:
         with patch.object(bucket, "begin_all_gather", side_effect=RuntimeError("gone")), pytest.raises(RuntimeError):
             model.step()
         return "", []
     model.step()
-    with pytest.raises(CommunicationError) as told:
+    with pytest.raises(CommunicationError) as refused:
         model.optimizer.wait_for(model.layers[1])
-    return str(told.value), model.missing()
+    return str(refused.value), model.missing()
 
 
-def test_a_peer_that_does_not_come_is_told_and_leaves_no_old_weights(pool: Pool) -> None:
+def test_a_dead_peer_is_reported_and_leaves_no_old_weights(pool: Pool) -> None:
     said, missing = pool.run(_with_a_dead_peer, 2)[0]
     assert said.startswith("the all-gather of weights over ranks 0, 1 failed: ")
     assert missing == [0, 1, 2, 3]
 
 
 def _groups_used(worker: Worker, case: Case) -> list[tuple[tuple[str, ...], tuple[int, ...], list[Launch]]]:
-    """By bucket: names in it, pipeline ranks that hold them, and what was launched for it alone in a step."""
+    """Names in each bucket, pipeline ranks that hold them, and the launches for it alone in a step."""
     part = Part(case, case.groups())
-    optimizer = ShardedOptimizer(part.placed, part.groups, optim(1))
+    optimizer = ShardedOptimizer(part.parameters, part.groups, optim(1))
     optimizer.initialise(initial)
     found = []
     optimizer.begin_step(part.expected())
-    for item in reversed(part.placed):
+    for item in reversed(part.parameters):
         with recorded() as seen:
             part.backward(rounded_gradients(case, 0), [item])
         found.append((item.names, item.holders, seen.launches))
@@ -220,7 +220,7 @@ def _groups_used(worker: Worker, case: Case) -> list[tuple[tuple[str, ...], tupl
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.ep > 1] + [mirrored(8, 2, 1)], ids=str)
-def test_gradients_go_to_the_ranks_that_hold_the_same_and_to_no_others(pool: Pool, case: Case) -> None:
+def test_gradients_go_to_the_holders_of_the_same_parameter_alone(pool: Pool, case: Case) -> None:
     ranks = pool.run(_groups_used, case.world, case)
     edp = case.world // (case.pp * case.ep)
     for rank, parts in enumerate(ranks):

@@ -1,6 +1,6 @@
-"""Moments in BF16: rounded as an FP64 reference rounds them, 4 bytes a parameter less, and no other loss.
+"""Moments in BF16: rounded as an FP64 reference rounds them, 4 bytes per parameter less, and no other loss.
 
-The reference is numpy in FP64 with a rounding to BF16 of its own, made of integers. Sources: V3 §3.3.3; Transformer
+The reference is numpy in FP64 with a separate rounding to BF16, made of integers. Sources: V3 §3.3.3; Transformer
 Engine's FusedAdam stores moments by a cast, which rounds to the nearest, and updates with the unrounded ones.
 """
 
@@ -36,7 +36,7 @@ def optim(**keys: Any) -> OptimConfig:
 
 
 def to_bf16(values: Array) -> Array:
-    """FP64 to the nearest number of 8 significant bits, ties to even; for numbers that are normal in BF16, and 0."""
+    """Round FP64 to the nearest number of 8 significant bits, ties to even; for normal numbers of BF16, and 0."""
     bits = values.view(np.uint64)
     dropped = np.uint64(52 - 7)
     half = np.uint64(2 ** (52 - 8) - 1)
@@ -45,7 +45,7 @@ def to_bf16(values: Array) -> Array:
 
 
 def distance_to_a_tie(values: Array) -> Array:
-    """How far numbers are from the middle between two of BF16."""
+    """Distance of numbers to the middle between two neighbours of BF16."""
     below = values.view(np.uint64) >> np.uint64(45) << np.uint64(45)
     above = below + np.uint64(2**45)
     return np.abs(values - (below.view(np.float64) + above.view(np.float64)) / 2)
@@ -70,7 +70,7 @@ def state_of(seed: int) -> list[Tensor]:
 
 
 def gradients(seed: int) -> Tensor:
-    """Sizes over six orders of magnitude, as parameters of one model have them."""
+    """Gradients with sizes over six orders of magnitude, as in one model."""
     generator = torch.Generator().manual_seed(seed)
     size = 10 ** -(torch.arange(COUNT) * 6 / COUNT)
     return torch.randn(COUNT, generator=generator) * size
@@ -89,14 +89,14 @@ def test_every_step_equals_the_fp64_reference_with_moments_rounded_to_bf16(beta2
         gradient, now = gradients(step), Update(3e-3, step, gradient_scale=0.7)
         before = [numpy_of(tensor) for tensor in (weights, gradient, first, second)]
         expected = reference(*before, config, 0.1, now)
-        # What FP32 may be off by: by a share of the terms, of which those of the first moment may cancel.
+        # Errors of FP32: a share of the terms, which may cancel in the first moment.
         errors = 2.0**-23 * (np.abs(before[2]) + np.abs(before[1])), 2.0**-22 * expected[2]
         adamw(weights, gradient, first, second, config, 0.1, now)
         np.testing.assert_allclose(numpy_of(weights), expected[0], rtol=3e-7, atol=1e-9)
         for ours, unrounded, error in zip((first, second), expected[1:], errors, strict=True):
             assert ours.dtype == torch.bfloat16
             differs = numpy_of(ours) != to_bf16(unrounded)
-            assert (distance_to_a_tie(unrounded) <= error)[differs].all(), "only a tie may fall to another side"
+            assert (distance_to_a_tie(unrounded) <= error)[differs].all(), "only a tie may be rounded otherwise"
             others += int(differs.sum())
     assert others < 60 * 2 * COUNT / 10_000
 
@@ -106,14 +106,14 @@ def test_the_reference_rounds_as_bf16_does() -> None:
     exact = (patterns << 16).view(torch.float32)
     normal = exact[(exact >= torch.finfo(torch.bfloat16).tiny) & exact.isfinite()].double()
     ulp = torch.nextafter(normal.float(), torch.tensor(torch.inf)).double() - normal
-    for offset in (0.0, 0.3, 0.7, 0.999):  # of the way to the next FP32, which is 2^-16 of that to the next BF16
+    for offset in (0.0, 0.3, 0.7, 0.999):  # in steps of FP32, which are 2^-16 of the steps of BF16
         for share in (0, 2**15 - 1, 2**15, 2**15 + 1, 2**16 - 1):
             values = normal[:-1] + (share + offset) * ulp[:-1]
             assert torch.equal(torch.from_numpy(to_bf16(values.numpy())), nearest_of_all(values, normal)), share
 
 
 def nearest_of_all(values: Tensor, grid: Tensor) -> Tensor:
-    """By search among all numbers of BF16, ties to the one with an even last bit (even indices from the first)."""
+    """Round by search among all numbers of BF16, ties to an even last bit (even indices from the first)."""
     above = torch.searchsorted(grid, values).clamp(1, len(grid) - 1)
     below = above - 1
     down, up = values - grid[below], grid[above] - values
@@ -121,7 +121,7 @@ def nearest_of_all(values: Tensor, grid: Tensor) -> Tensor:
     return torch.where(take_upper, grid[above], grid[below])
 
 
-# What rounding costs.
+# The error of rounding.
 
 
 def second_moments(beta2: float, moments: str, sizes: list[float]) -> Tensor:
@@ -172,8 +172,7 @@ def test_sixty_steps_of_training_have_the_loss_of_fp32_moments(pool: Pool, text:
     """Seen: losses 0.46 % apart at most in a step, 0.06 % in the mean of the last 20, 0.04 % in validation."""
     small = ("model.num_hidden_layers=2", "model.num_nextn_predict_layers=0")
     curves = [
-        pool.run(train, 1, tiny(text, f"optim.moments={moments}", *small), 1, 60, timeout=300)[0]
-        for moments in ("bf16", "fp32")
+        pool.run(train, 1, tiny(text, f"optim.moments={moments}", *small), 1, 60)[0] for moments in ("bf16", "fp32")
     ]
     low, full = ([numbers["loss"] for numbers in curve.numbers] for curve in curves)
     assert full[-1] < full[0] - 2, "the model should have learned something"
@@ -188,11 +187,11 @@ def test_sixty_steps_of_training_have_the_loss_of_fp32_moments(pool: Pool, text:
 
 
 def bytes_of_state(worker: Worker, moments: str) -> dict[str, float]:
-    """Bytes a parameter of every tensor that the optimizer keeps, by the attribute that keeps it; storages once."""
+    """Bytes per parameter of every tensor of the optimizer, by attribute; each storage counts once."""
     groups = Groups.create(Layout(worker.world_size), "cpu")
     parameters = [nn.Parameter(torch.empty(64, 32, dtype=torch.bfloat16)) for _ in range(3)]
-    placed = [LocalParameter(parameter, (f"w{number}",)) for number, parameter in enumerate(parameters)]
-    optimizer = ShardedOptimizer(placed, groups, optim(moments=moments, bucket_mb=64 * 32 * 4 / 2**20))
+    local_parameters = [LocalParameter(parameter, (f"w{number}",)) for number, parameter in enumerate(parameters)]
+    optimizer = ShardedOptimizer(local_parameters, groups, optim(moments=moments, bucket_mb=64 * 32 * 4 / 2**20))
     seen: set[int] = set()
     found: dict[str, float] = {}
     for name, value in (item for bucket in optimizer._buckets for item in vars(bucket).items()):
@@ -204,11 +203,11 @@ def bytes_of_state(worker: Worker, moments: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("moments", "each", "total"), [("bf16", 2, 12), ("fp32", 4, 16)])
-def test_bytes_of_optimizer_state_of_a_parameter(pool: Pool, moments: str, each: int, total: int) -> None:
+def test_bytes_of_optimizer_state_per_parameter(pool: Pool, moments: str, each: int, total: int) -> None:
     alone = pool.run(bytes_of_state, 1, moments)[0]
     assert alone == {"master": 4, "exp_avg": each, "exp_avg_sq": each, "gradient": 4}
     assert sum(alone.values()) == total
-    for found in pool.run(bytes_of_state, 4, moments):  # sharded: all but the sums of gradients
+    for found in pool.run(bytes_of_state, 4, moments):  # all but the sums of gradients are sharded
         assert found == {
             "master": 1,
             "exp_avg": each / 4,

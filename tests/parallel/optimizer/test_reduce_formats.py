@@ -1,4 +1,4 @@
-"""The formats in which gradients travel: what is added up, in which order, and how many bytes that takes."""
+"""Formats in which gradients travel: what is added up, in which order, and how many bytes are sent."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from counterflow.tests.pool import Pool, Worker
 
 
 def optim(reduce: str, elements: int = 30) -> OptimConfig:
-    """Buckets close at so many elements."""
+    """Configuration whose buckets close at so many elements."""
     return OptimConfig.model_validate(
         {"lr": 1e-2, "moments": "fp32", "clip_norm": None, "bucket_mb": elements * 4 / 2**20, "reduce": reduce}
     )
 
 
 def to_bf16(tensor: Tensor) -> Tensor:
-    """FP32 rounded to the nearest multiple of the last of BF16's 8 bits, ties to even: the upper half of the word."""
+    """Round FP32 to the nearest multiple of the last of BF16's 8 bits, ties to even: the upper half of the word."""
     bits = tensor.contiguous().view(torch.int32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF).view(torch.float32)
 
 
 def _reduced(worker: Worker, case: Case, reduce: str) -> dict[str, tuple[Tensor, list[Tensor]]]:
-    """By global name: the sum, and what each rank of the group had, in the order of the ranks."""
+    """The sum of each global tensor and the gradients of the group's ranks, in their order."""
     part = Part(case, case.groups())
-    optimizer = ShardedOptimizer(part.placed, part.groups, optim(reduce))
+    optimizer = ShardedOptimizer(part.parameters, part.groups, optim(reduce))
     optimizer.begin_step(part.expected())
     part.backward(rounded_gradients(case, 0))
-    mine = {name: tensor.clone() for name, tensor in optimizer.gradients().items()}
+    own = {name: tensor.clone() for name, tensor in optimizer.gradients().items()}
     optimizer.reduce_gradients()
     sums = {name: gathered(tensor) for name, tensor in optimizer.reduced_gradients().items()}
     found = {}
-    for item in part.placed:
+    for item in part.parameters:
         group = part.groups.replicas(item.replicas, item.holders).get_group()
         for name in item.names:
-            parts = [torch.empty_like(mine[name]) for _ in range(group.size())]
-            dist.all_gather(parts, mine[name].contiguous(), group=group)
+            parts = [torch.empty_like(own[name]) for _ in range(group.size())]
+            dist.all_gather(parts, own[name].contiguous(), group=group)
             found[name] = sums[name], parts
     return found
 
@@ -71,7 +71,7 @@ def test_sums_are_fp32_in_the_order_of_the_ranks(pool: Pool, case: Case, reduce:
 
 
 def _small_after_large(worker: Worker) -> tuple[float, float]:
-    """The first rank has 1, each of the others 2^-9; and what adding up in BF16 would make of it."""
+    """Sum of 1 on the first rank and 2^-9 on each of the others, and the sum in BF16 arithmetic."""
     groups = Groups.create(Layout(worker.world_size), "cpu")
     weight = nn.Parameter(torch.ones(worker.world_size))
     optimizer = ShardedOptimizer([LocalParameter(weight, ("w",))], groups, optim("bf16"))
@@ -90,12 +90,12 @@ def test_small_contributions_are_not_lost_beside_a_large_one(pool: Pool) -> None
 
 
 def _bytes(worker: Worker, ep: int, reduce: str, dtype: torch.dtype) -> tuple[int, int, Seen, dict[str, int]]:
-    """Elements of what dp and edp share, what is launched in a step, and the bytes that the meter counts."""
+    """Elements that dp and edp share, the launches of a step, and the bytes that the meter counts."""
     groups = Groups.create(Layout(worker.world_size, 1, ep), "cpu")
     dense, experts = nn.Parameter(torch.empty(16, 5, dtype=dtype)), nn.Parameter(torch.empty(2, 8, 3, dtype=dtype))
-    mine = range(2 * groups.coordinates.ep, 2 * groups.coordinates.ep + 2)
-    placed = [LocalParameter(dense, ("dense",)), LocalParameter(experts, tuple(f"experts.{e}" for e in mine), "edp")]
-    optimizer = ShardedOptimizer(placed, groups, optim(reduce))
+    names = tuple(f"experts.{e}" for e in range(2 * groups.coordinates.ep, 2 * groups.coordinates.ep + 2))
+    local_parameters = [LocalParameter(dense, ("dense",)), LocalParameter(experts, names, "edp")]
+    optimizer = ShardedOptimizer(local_parameters, groups, optim(reduce))
     optimizer.initialise(initial)
     groups.meter.take()
     with recorded() as seen:
@@ -128,7 +128,7 @@ def _non_finite(worker: Worker, value: float) -> tuple[float, Any]:
     groups = Groups.create(Layout(2), "cpu")
     weight = nn.Parameter(torch.ones(4))
     optimizer = ShardedOptimizer([LocalParameter(weight, ("w",))], groups, optim("bf16"))
-    optimizer.zero_gradients()
+    optimizer.begin_step()
     factor = torch.tensor([1.0, 1.0, value if worker.rank else 1.0, 1.0])
     (weight * factor).sum().backward()
     norm = optimizer.reduce_gradients()
@@ -136,7 +136,7 @@ def _non_finite(worker: Worker, value: float) -> tuple[float, Any]:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_stays_so(pool: Pool, value: float) -> None:
+def test_non_finite_gradients_stay_so(pool: Pool, value: float) -> None:
     (norm, first), (same, second) = pool.run(_non_finite, 2, value)
     assert not torch.tensor([norm, same]).isfinite().any()
     assert (first, second) == ([True, True], [False, True])

@@ -24,24 +24,24 @@ STEPS = 3
 
 
 def optim(elements: int) -> OptimConfig:
-    """Buckets close at so many elements."""
+    """Configuration whose buckets close at so many elements."""
     return OptimConfig.model_validate(
         {"lr": 1e-2, "moments": "fp32", "clip_norm": 2.0, "bucket_mb": elements * 4 / 2**20}
     )
 
 
 def stage_of(item: LocalParameter) -> int:
-    """Stage that `item` is in; the embedding is in the first."""
+    """Stage of `item`; the embedding is in the first."""
     name = item.names[0]
     return 0 if name == "embedding" else int(name.split(".")[1])
 
 
 def in_own_order(part: Part) -> list[list[LocalParameter]]:
-    """This rank's parameters stage by stage as it finishes them: the upper half of the ranks begins at the low end."""
-    stages = sorted({stage_of(item) for item in part.placed}, reverse=True)
+    """Parameters of this rank by stage, as it finishes them: the upper half of the ranks begins at the low end."""
+    stages = sorted({stage_of(item) for item in part.parameters}, reverse=True)
     if part.groups.coordinates.pp >= part.groups.layout.pp // 2:
         stages.reverse()
-    return [[item for item in reversed(part.placed) if stage_of(item) == stage] for stage in stages]
+    return [[item for item in reversed(part.parameters) if stage_of(item) == stage] for stage in stages]
 
 
 def _opposite_orders(worker: Worker, case: Case) -> dict[bool, dict[str, Any]]:
@@ -49,7 +49,7 @@ def _opposite_orders(worker: Worker, case: Case) -> dict[bool, dict[str, Any]]:
     groups, runs = case.groups(), {}
     for overlapped in (False, True):
         part = Part(case, groups)
-        optimizer = ShardedOptimizer(part.placed, groups, optim(1))
+        optimizer = ShardedOptimizer(part.parameters, groups, optim(1))
         optimizer.initialise(initial)
         found: dict[str, Any] = {"early": [], "buckets": optimizer.num_buckets, "norms": []}
         with recorded() as seen:
@@ -57,7 +57,7 @@ def _opposite_orders(worker: Worker, case: Case) -> dict[bool, dict[str, Any]]:
                 if overlapped:
                     optimizer.begin_step(part.expected())
                 else:
-                    optimizer.zero_gradients()
+                    optimizer.begin_step()
                 for items in in_own_order(part):
                     part.backward(rounded_gradients(case, step), items)
                     found["early"].append(optimizer.launched_early)
@@ -74,7 +74,7 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def assert_same_order(ranks: list[list[Launch]]) -> None:
-    """All members of a group start its reductions in one order."""
+    """Check that all members of a group start its reductions in one order."""
     for group in {launch.ranks for started in ranks for launch in started}:
         orders = {tuple(launch for launch in ranks[rank] if launch.ranks == group) for rank in group}
         assert len(orders) == 1, (group, orders)
@@ -92,27 +92,27 @@ def test_mirrored_ranks_that_finish_in_opposite_orders_get_the_same_bits(pool: P
     assert_same_order([rank[True]["started"] for rank in ranks])
     for index, rank in enumerate(ranks):
         during = rank[True]
-        # Its four parameters, if the rank began at the later stage; else they are still to come, and the others wait.
-        begun_at_the_later = index < case.world // 2
-        assert during["early"] == [4 if begun_at_the_later else 0, during["buckets"]] * STEPS
+        # Four parameters, if the rank began at the later stage; otherwise they are missing, and the others wait.
+        began_at_later_stage = index < case.world // 2
+        assert during["early"] == [4 if began_at_later_stage else 0, during["buckets"]] * STEPS
 
 
 def _at_random(worker: Worker, case: Case, seed: int) -> dict[bool, dict[str, Any]]:
-    """Gradients in any order, some parameters unannounced, and not the same ones on the replicas."""
+    """Train on gradients in any order, with some parameters unannounced, other ones on each replica."""
     groups, runs = case.groups(), {}
     for overlapped in (False, True):
         draw = random.Random(f"{seed} {worker.rank}")
         part = Part(case, groups)
-        optimizer = ShardedOptimizer(part.placed, groups, optim((1, 30, 90)[seed % 3]))
+        optimizer = ShardedOptimizer(part.parameters, groups, optim((1, 30, 90)[seed % 3]))
         gradients = rounded_gradients(case, seed)
         announced = {p: count for p, count in part.expected().items() if draw.random() < 0.9}
-        waiting = {index: part.micro_batches(item) for index, item in enumerate(part.placed)}
+        waiting = {index: part.micro_batches(item) for index, item in enumerate(part.parameters)}
         turns = [index for index, batches in waiting.items() for _ in batches]
         draw.shuffle(turns)
         with recorded() as seen:
             optimizer.begin_step(announced if overlapped else None)
             for index in turns:
-                part.accumulate(part.placed[index], waiting[index].pop(0), gradients)
+                part.accumulate(part.parameters[index], waiting[index].pop(0), gradients)
             norm = optimizer.reduce_gradients()
         reduced = {name: tensor.to_local() for name, tensor in optimizer.reduced_gradients().items()}
         runs[overlapped] = {"norm": norm, "reduced": reduced, "started": seen.launches}
@@ -130,17 +130,17 @@ def test_gradients_in_any_order_give_the_same_bits_and_one_order_a_group(pool: P
 
 
 def _backwards_through_layers(worker: Worker) -> list[int]:
-    """A plain stack of layers: launched reductions after each backward of the last two micro-batches."""
+    """Number of launched reductions after each backward of two micro-batches through a stack of layers."""
     groups = Groups.create(Layout(2), "cpu")
     layers = [nn.Parameter(torch.ones(8, 4)) for _ in range(4)]
-    placed = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
-    optimizer = ShardedOptimizer(placed, groups, optim(64))  # two layers a bucket
+    local_parameters = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
+    optimizer = ShardedOptimizer(local_parameters, groups, optim(64))  # two layers a bucket
     optimizer.begin_step(dict.fromkeys(layers, 2))
     early = []
     for layer in [*reversed(layers), *reversed(layers)]:
         layer.sum().backward()
         early.append(optimizer.launched_early)
-    # Rank 0 gets its sums while rank 1, which has started the reductions, waits for something else.
+    # Rank 0 gets its sums while rank 1, which has started the reductions, waits for a message.
     if worker.rank == 0:
         for bucket in optimizer._buckets:
             bucket.finish_reduce()
@@ -157,11 +157,11 @@ def test_reductions_start_and_end_during_the_last_backward(pool: Pool) -> None:
 
 
 def _unannounced(worker: Worker) -> tuple[list[int], float]:
-    """Of the three layers of two gradients each, nobody knows how many the middle one will get."""
+    """Launched reductions and norm of three layers of two gradients each; the middle one's are not announced."""
     groups = Groups.create(Layout(2), "cpu")
     layers = [nn.Parameter(torch.ones(4)) for _ in range(3)]
-    placed = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
-    optimizer = ShardedOptimizer(placed, groups, optim(4))
+    local_parameters = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
+    optimizer = ShardedOptimizer(local_parameters, groups, optim(4))
     optimizer.begin_step({layers[0]: 2, layers[2]: 2})
     early = []
     for layer in [*reversed(layers), *reversed(layers)]:
@@ -178,15 +178,15 @@ def test_an_unannounced_parameter_and_those_before_it_wait_for_the_end(pool: Poo
 
 
 def _with_deferred(worker: Worker, case: Case) -> tuple[list[str], int, int]:
-    """Each weight gradient by backward on the leaf alone, as the queue of W does: the hook sees it."""
+    """Compute each weight gradient by backward on the leaf alone, as the queue of W does: the hook sees it."""
     part = Part(case, case.groups())
-    optimizer = ShardedOptimizer(part.placed, part.groups, optim(1))
+    optimizer = ShardedOptimizer(part.parameters, part.groups, optim(1))
     optimizer.begin_step(part.expected())
-    for item in reversed(part.placed):
+    for item in reversed(part.parameters):
         for _ in part.micro_batches(item):
             torch.autograd.backward(item.parameter, torch.ones_like(item.parameter))
     early = optimizer.launched_early
-    kept = [item.names[0] for item in part.placed if item.parameter.grad is not None]
+    kept = [item.names[0] for item in part.parameters if item.parameter.grad is not None]
     optimizer.reduce_gradients()
     for name, tensor in optimizer.reduced_gradients().items():
         assert torch.equal(gathered(tensor), torch.full(case.shapes[name], 8.0)), name
@@ -202,13 +202,13 @@ def test_gradients_of_a_leaf_itself_count_as_any_other(pool: Pool) -> None:
 def _extra(worker: Worker, when: str) -> str:
     groups = Groups.create(Layout(worker.world_size), "cpu")
     layers = {name: nn.Parameter(torch.ones(4)) for name in ("first", "last")}
-    placed = [LocalParameter(layer, (name,)) for name, layer in layers.items()]
-    optimizer = ShardedOptimizer(placed, groups, optim(4))
+    local_parameters = [LocalParameter(layer, (name,)) for name, layer in layers.items()]
+    optimizer = ShardedOptimizer(local_parameters, groups, optim(4))
     optimizer.begin_step({layers["last"]: 1, layers["first"]: 2} if when != "unannounced" else None)
     layers["first"].sum().backward()
     if when != "final":
         layers["last"].sum().backward()
-    else:  # its bucket may not start yet, as the last one has not
+    else:  # the first bucket may not start before the last one
         layers["first"].sum().backward()
     if when == "unannounced":
         optimizer.reduce_gradients()
@@ -224,14 +224,14 @@ def test_a_gradient_too_many_is_refused_with_the_parameters_name(pool: Pool, wor
     reduced = "last got a gradient after its gradients were reduced"
     assert pool.run(_extra, world, "launched") == [reduced] * world
     assert pool.run(_extra, world, "unannounced") == [reduced] * world
-    assert pool.run(_extra, world, "final") == ["first got a gradient more than was announced for this step"] * world
+    assert pool.run(_extra, world, "final") == ["first got a gradient more than announced for this step"] * world
 
 
 def _steps_of_both_kinds(worker: Worker) -> list[float]:
-    """A step with overlap, one without, one that gets no gradient; the norm may be asked for twice."""
+    """Norms of a step with overlap, one without, and one without gradients; each is computed twice."""
     case = plain(4, 4, 1)
     part = Part(case, case.groups())
-    optimizer = ShardedOptimizer(part.placed, part.groups, optim(30))
+    optimizer = ShardedOptimizer(part.parameters, part.groups, optim(30))
     norms = []
     for expected in (part.expected(), None, part.expected()):
         optimizer.begin_step(expected)

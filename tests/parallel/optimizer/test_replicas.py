@@ -1,7 +1,6 @@
 """Parameters that several pipeline ranks hold: mirrored stages of DualPipe, the embedding on first and last stage.
 
-Compared with a single process that holds every tensor once. Its own right numbers are compared with torch's AdamW in
-test_sharded_optimizer.py.
+They are compared with a single process that holds every tensor once, which test_sharded.py compares with torch's AdamW.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ Gradients = Callable[[Case, int], Callable[[str, int], Tensor]]
 
 
 def trained(worker: Worker, case: Case, gradients: Gradients, steps: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Train; published parameters, state, reduced gradients, norms, and the elements of state on this rank."""
+    """Train; returns published parameters, state, reduced gradients, norms, and the elements of state on this rank."""
     part = Part(case, case.groups(), dtype)
     config = optim(moments="fp32" if dtype == torch.float32 else "bf16")
-    optimizer = ShardedOptimizer(part.placed, part.groups, config)
+    optimizer = ShardedOptimizer(part.parameters, part.groups, config)
     optimizer.initialise(initial)
     norms = []
     for step in range(steps):
@@ -66,7 +65,7 @@ def trained(worker: Worker, case: Case, gradients: Gradients, steps: int, dtype:
 
 
 def merged(ranks: list[dict[str, Any]], part: str) -> dict[str, Tensor]:
-    """The global tensors of all ranks; those that several hold are bit-equal."""
+    """The global tensors of all ranks; copies on several ranks must be bit-equal."""
     whole: dict[str, Tensor] = {}
     for rank in ranks:
         for name, tensor in rank[part].items():
@@ -104,7 +103,7 @@ def test_copies_are_bit_equal_after_20_steps_of_rounded_sums(pool: Pool, case: C
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_copies_cost_no_further_optimizer_state(pool: Pool, case: Case) -> None:
-    """Each row of each state is owned by one rank of the grid, however many hold the parameter."""
+    """Rows of each state have one owner in the grid, however many ranks hold the parameter."""
     owned: dict[str, int] = {}
     for rank in pool.run(trained, case.world, case, exact_gradients, 0, torch.float32):
         for name, count in rank["owned"].items():
@@ -116,9 +115,10 @@ def test_copies_cost_no_further_optimizer_state(pool: Pool, case: Case) -> None:
 
 def _shard_elements(worker: Worker, case: Case) -> int:
     part = Part(case, case.groups())
-    # Rows that the ranks divide, so that there is no padding in what is counted.
+    # Rows that the ranks divide, so that no padding is counted.
     matrix = [
-        LocalParameter(nn.Parameter(torch.empty(16, 4)), (item.names[0],), holders=item.holders) for item in part.placed
+        LocalParameter(nn.Parameter(torch.empty(16, 4)), (item.names[0],), holders=item.holders)
+        for item in part.parameters
     ]
     optimizer = ShardedOptimizer(matrix, part.groups, optim())
     return sum(tensor.to_local().untyped_storage().nbytes() for tensor in [*optimizer.state().values()][:1])
@@ -132,7 +132,7 @@ def test_a_mirrored_rank_stores_half_of_two_stages(pool: Pool) -> None:
 
 def _norm_of_ones(worker: Worker, case: Case) -> float:
     part = Part(case, case.groups())
-    optimizer = ShardedOptimizer(part.placed, part.groups, optim())
+    optimizer = ShardedOptimizer(part.parameters, part.groups, optim())
     optimizer.begin_step(part.expected())
     part.backward(lambda name, micro_batch: torch.full(case.shapes[name], 1 / MICRO_BATCHES))
     return optimizer.reduce_gradients()
@@ -146,7 +146,7 @@ def test_gradients_of_one_have_the_norm_of_the_parameter_count(pool: Pool, case:
 
 
 def _used_by_two_chunks(worker: Worker) -> tuple[Tensor, int]:
-    """The embedding of first and last stage on one rank is one parameter; each chunk has its graph."""
+    """Sum and early reductions of an embedding that first and last stage share on one rank, each with its graph."""
     groups = Groups.create(Layout(2, 2), "cpu", holders=[(0, 1)])
     embedding = nn.Parameter(torch.zeros(5, 3))
     optimizer = ShardedOptimizer([LocalParameter(embedding, ("embedding",), holders=(0, 1))], groups, optim())
@@ -158,13 +158,13 @@ def _used_by_two_chunks(worker: Worker) -> tuple[Tensor, int]:
     return gathered(optimizer.reduced_gradients()["embedding"]), early
 
 
-def test_a_parameter_of_two_chunks_is_placed_once_and_sums_both(pool: Pool) -> None:
+def test_a_parameter_of_two_chunks_is_listed_once_and_sums_both(pool: Pool) -> None:
     for total, early in pool.run(_used_by_two_chunks, 2):
         assert torch.equal(total, torch.full((5, 3), 1.0 + 2 + 11 + 12))
         assert early == 1
 
 
-def _placed_twice(worker: Worker) -> None:
+def _listed_twice(worker: Worker) -> None:
     weight = nn.Parameter(torch.zeros(5, 3))
     ShardedOptimizer(
         [LocalParameter(weight, ("first",)), LocalParameter(weight, ("last",))],
@@ -173,38 +173,38 @@ def _placed_twice(worker: Worker) -> None:
     )
 
 
-def test_a_parameter_that_is_placed_twice_is_refused(pool: Pool) -> None:
-    with pytest.raises(RankFailure, match="last is placed twice"):
-        pool.run(_placed_twice, 1)
+def test_a_parameter_that_is_listed_twice_is_refused(pool: Pool) -> None:
+    with pytest.raises(RankFailure, match="last is listed twice"):
+        pool.run(_listed_twice, 1)
 
 
 def _disagreeing(worker: Worker, case: Case, change: str) -> str:
-    """The last rank lists its parameters otherwise; what each says."""
+    """Error of each rank when the last one lists its parameters otherwise."""
     part = Part(case, case.groups())
     if worker.rank == worker.world_size - 1:
         if change == "order":
-            part.placed.reverse()
+            part.parameters.reverse()
         else:
-            part.placed.pop(0)
+            part.parameters.pop(0)
     with pytest.raises(AssertionError) as refused:
-        ShardedOptimizer(part.placed, part.groups, optim())
+        ShardedOptimizer(part.parameters, part.groups, optim())
     return str(refused.value)
 
 
 @pytest.mark.parametrize("change", ["order", "one less"])
-def test_replicas_that_place_different_parameters_are_refused(pool: Pool, change: str) -> None:
+def test_replicas_that_list_different_parameters_are_refused(pool: Pool, change: str) -> None:
     said = pool.run(_disagreeing, 2, mirrored(2, 2, 1), change)
     assert said[0].startswith("dp of pipeline ranks (0, 1): here (('embedding',), (9, 4), True, 0), on rank 1 ((")
     assert said[1].endswith("on rank 0 (('embedding',), (9, 4), True, 0)")
 
 
 def _one_lacks_the_shared_one(worker: Worker) -> str:
-    """Rank 3 forgot the embedding: rank 0 must not wait for it in vain."""
+    """Error of each rank when rank 3 lacks the embedding: rank 0 must not wait for it for ever."""
     case = plain(4, 4, 1)
     part = Part(case, case.groups())
-    placed = [item for item in part.placed if worker.rank != 3 or item.names != ("embedding",)]
+    local_parameters = [item for item in part.parameters if worker.rank != 3 or item.names != ("embedding",)]
     try:
-        ShardedOptimizer(placed, part.groups, optim())
+        ShardedOptimizer(local_parameters, part.groups, optim())
     except AssertionError as refused:
         return str(refused)
     return ""

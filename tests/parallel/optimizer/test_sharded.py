@@ -45,28 +45,27 @@ def optim(**keys: Any) -> OptimConfig:
 
 
 class Model:
-    """Parameters as a rank of `groups` holds them: all that is dense, and its own experts stacked."""
+    """Parameters of a rank of `groups`: all dense ones, and its own experts stacked."""
 
     def __init__(self, groups: Groups, dtype: torch.dtype) -> None:
         per_rank = EXPERTS // groups.layout.ep
         first = groups.coordinates.ep * per_rank
-        mine = range(first, first + per_rank)
+        local = range(first, first + per_rank)
         self.groups = groups
-        self.placed = [LocalParameter(parameter(shape, dtype), (name,)) for name, shape in DENSE.items()]
+        self.parameters = [LocalParameter(parameter(shape, dtype), (name,)) for name, shape in DENSE.items()]
         for projections in (("w1", "w3"), ("w2",)):
             rows, columns = EXPERT[projections[0]]
             stack = parameter((per_rank, len(projections) * rows, columns), dtype)
-            self.placed.append(
-                LocalParameter(stack, tuple(f"experts.{e}.{w}" for e in mine for w in projections), "edp")
-            )
+            names = tuple(f"experts.{e}.{w}" for e in local for w in projections)
+            self.parameters.append(LocalParameter(stack, names, "edp"))
 
-    def backward(self, of: Callable[[str, int], Tensor]) -> None:
-        """Run this rank's micro-batches; `of(name, micro_batch)` is the gradient of a global tensor."""
-        for item in self.placed:
+    def backward(self, gradient_of: Callable[[str, int], Tensor]) -> None:
+        """Run this rank's micro-batches; `gradient_of(name, micro_batch)` is the gradient of a global tensor."""
+        for item in self.parameters:
             group = self.groups.dp if item.replicas == "dp" else self.groups.edp
             share = MICRO_BATCHES // group.size()
             for micro_batch in range(dist.get_rank(group) * share, (dist.get_rank(group) + 1) * share):
-                wanted = torch.stack([of(name, micro_batch) for name in item.names]).view(item.parameter.shape)
+                wanted = torch.stack([gradient_of(name, micro_batch) for name in item.names]).view(item.parameter.shape)
                 (item.parameter * wanted.to(item.parameter.dtype)).sum().backward()
 
 
@@ -77,25 +76,25 @@ def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 def trained(
     worker: Worker, ep: int, config: OptimConfig, steps: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Train; whole state, published parameters and reduced gradients by global name, and each step's norm."""
+    """Train; returns state, published parameters and reduced gradients by global name, and each step's norm."""
     groups = Groups.create(Layout(worker.world_size, 1, ep), "cpu")
     model = Model(groups, dtype)
-    optimizer = ShardedOptimizer(model.placed, groups, config)
+    optimizer = ShardedOptimizer(model.parameters, groups, config)
     optimizer.initialise(initial)
     norms = []
     for step in range(steps):
-        optimizer.zero_gradients()
+        optimizer.begin_step()
         model.backward(lambda name, micro_batch, step=step: gradient(name, step, micro_batch))
         norms.append(optimizer.reduce_gradients())
         optimizer.step(config.lr.at(0), norms[-1])
-    published = {n: t.clone() for item in model.placed for n, t in zip(item.names, item.tensors(), strict=True)}
+    published = {n: t.clone() for item in model.parameters for n, t in zip(item.names, item.tensors(), strict=True)}
     state = {name: gathered(tensor) for name, tensor in optimizer.state().items()}
     gradients = {name: gathered(tensor) for name, tensor in optimizer.reduced_gradients().items()}
     return {"published": published, "state": state, "gradients": gradients, "norms": norms}
 
 
 def merged(ranks: list[dict[str, Any]], part: str) -> dict[str, Tensor]:
-    """The global tensors of all ranks; those that several hold are bit-equal."""
+    """The global tensors of all ranks; copies on several ranks must be bit-equal."""
     whole: dict[str, Tensor] = {}
     for rank in ranks:
         for name, tensor in rank[part].items():
@@ -205,7 +204,7 @@ def _sum_of_ones(worker: Worker, count: int) -> tuple[Tensor, bool, float]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_bf16_gradients_are_accumulated_in_fp32(pool: Pool, world: int) -> None:
-    # In BF16, 256 + 1 is 256: the sum of 300 ones would stand still there.
+    # In BF16, 256 + 1 is 256: a sum of 300 ones would stop there.
     for total, kept, norm in pool.run(_sum_of_ones, world, 300):
         assert torch.equal(total, torch.full((3, 2), 300.0 * world))
         assert norm == pytest.approx(300 * world * 6**0.5, rel=1e-14)
@@ -215,8 +214,8 @@ def test_bf16_gradients_are_accumulated_in_fp32(pool: Pool, world: int) -> None:
 def _norm_of_ones(worker: Worker, ep: int) -> float:
     groups = Groups.create(Layout(worker.world_size, 1, ep), "cpu")
     model = Model(groups, torch.float32)
-    optimizer = ShardedOptimizer(model.placed, groups, optim())
-    optimizer.zero_gradients()
+    optimizer = ShardedOptimizer(model.parameters, groups, optim())
+    optimizer.begin_step()
     model.backward(lambda name, micro_batch: torch.full(SHAPES[name], 1 / MICRO_BATCHES))
     return optimizer.reduce_gradients()
 
@@ -239,5 +238,5 @@ def _views(worker: Worker) -> bool:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_what_is_written_to_the_state_is_what_training_goes_on_with(pool: Pool, world: int) -> None:
+def test_training_continues_with_the_values_written_to_the_state(pool: Pool, world: int) -> None:
     assert pool.run(_views, world) == [True] * world

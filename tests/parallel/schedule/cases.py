@@ -28,7 +28,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def examples(count: int) -> settings:
-    """So many examples, each as slow as a busy machine makes it."""
+    """Settings of a test with so many examples, each as slow as a busy machine makes it."""
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -43,7 +43,7 @@ def schedules(draw: st.DrawFn, ranks: int = 16, microbatches: int = 64) -> Sched
 
 @st.composite
 def costs(draw: st.DrawFn, num_stages: int) -> Costs:
-    """Of each stage its own, in whole numbers so that sums are exact; a pair may be cheaper than its parts."""
+    """Draw costs for each stage, in whole numbers so that sums are exact; a pair may be cheaper than its parts."""
 
     def each(low: int, high: int) -> tuple[float, ...]:
         return tuple(map(float, draw(st.lists(st.integers(low, high), min_size=num_stages, max_size=num_stages))))
@@ -55,9 +55,9 @@ def costs(draw: st.DrawFn, num_stages: int) -> Costs:
 
 
 def ends_by_relaxation(schedule: Schedule, costs: Costs) -> dict[tuple[int, int], float]:
-    """When each action (rank, position) ends: the least times that respect all constraints, found by raising them.
+    """End of each action (rank, position): the least times that respect all constraints, found by raising them.
 
-    Knows nothing of worklists or of `transfers.py`, and goes over everything until nothing changes.
+    It uses neither worklists nor `transfers.py`, but repeats all constraints until nothing changes.
     """
     done_at = {part: (rank, position) for rank, position, part in schedule.work()}
     ends: dict[tuple[int, int], float] = {
@@ -84,13 +84,13 @@ def _arrivals(
     done_at: dict[Action, tuple[int, int]],
     ends: dict[tuple[int, int], float],
 ) -> dict[Action, float]:
-    """When the input from another stage of each action is there."""
+    """Arrival of each action's input from another stage."""
     arrivals = {}
     channels: dict[tuple[int, int], float] = {}
     for rank, position, part in schedule.work():
         step = {"F": 1, "B": -1, "I": -1, "W": 0}[part.kind]
-        there = [Action(kind, part.stage + step, part.microbatch) for kind in ("F" if step == 1 else "BI")]
-        for action in there if step else []:
+        consumers = [Action(kind, part.stage + step, part.microbatch) for kind in ("F" if step == 1 else "BI")]
+        for action in consumers if step else []:
             if action in done_at:
                 arrival, target = ends[rank, position], done_at[action][0]
                 if target != rank:
@@ -102,7 +102,7 @@ def _arrivals(
 
 
 def parse_order(text: str) -> tuple[Action | Overlap, ...]:
-    """A rank's order as `deepseek_orders.json` has it: "F0.1 F3.1+B0.0" is F0 of stage 1, and a pair."""
+    """Parse a rank's order in `deepseek_orders.json`: "F0.1 F3.1+B0.0" is F0 of stage 1, and a pair."""
     order: list[Action | Overlap] = []
     for token in text.split():
         read = []

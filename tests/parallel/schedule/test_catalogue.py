@@ -13,7 +13,7 @@ from counterflow.parallel.schedule.costs import Costs
 from counterflow.parallel.schedule.simulate import simulate
 from counterflow.settings import UsageError
 
-MINE = '''
+OWN_FILE = '''
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from counterflow.settings import UsageError
 
 
 @dataclass
-class Depth:  # a dataclass looks up the module that it is made in
+class Depth:  # a dataclass looks up its own module
     value: int
 
 
 def depth_first(num_ranks, num_microbatches, *, depth=1):
-    """Goes through the pipeline with `depth` micro-batches at a time."""
+    """Run `depth` micro-batches at a time through the pipeline."""
     def order(rank):
         for first in range(0, num_microbatches, Depth(depth).value):
             some = range(first, min(first + depth, num_microbatches))
@@ -67,9 +67,9 @@ def flat(num_ranks, num_microbatches):
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Path:
-    path = tmp_path / "mine.py"
-    path.write_text(MINE)
+def own_file(tmp_path: Path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(OWN_FILE)
     return path
 
 
@@ -79,35 +79,35 @@ def test_names_are_those_of_config_and_command_line() -> None:
         assert find_schedule(name)(4, 8).name == name
 
 
-def test_options_are_the_keyword_only_parameters(mine: Path) -> None:
+def test_options_are_the_keyword_only_parameters(own_file: Path) -> None:
     assert options_of(find_schedule("interleaved")) == {"stages_per_rank": 2}
     assert options_of(find_schedule("dualpipe")) == {"defer_weights": False}
     assert options_of(find_schedule("1f1b")) == {}
-    assert options_of(find_schedule(f"{mine}:depth_first")) == {"depth": 1}
+    assert options_of(find_schedule(f"{own_file}:depth_first")) == {"depth": 1}
 
 
-def test_a_users_schedule_is_checked_and_simulated_like_any(mine: Path) -> None:
-    schedule = find_schedule(f"{mine}:depth_first")(3, 5, depth=2)
+def test_a_users_schedule_is_checked_and_simulated_like_any(own_file: Path) -> None:
+    schedule = find_schedule(f"{own_file}:depth_first")(3, 5, depth=2)
     assert check(schedule).peak == (2, 2, 2)
     # A group of two passes three stages forward and back in 2 + 1 and 4 + 2 steps twice, the last alone.
     assert simulate(schedule, Costs.uniform(3)).step_time == 2 * (4 * 1 + 4 * 2) + 3 * 3
     with pytest.raises(ScheduleError, match="schedule b, rank 0, position 0"):
-        check(find_schedule(f"{mine}:backwards_only")(2, 1))
+        check(find_schedule(f"{own_file}:backwards_only")(2, 1))
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("breaks", r"breaks for 4 ranks and 8 micro-batches failed with IndexError: .* \(mine.py, line 34\)$"),
-        ("flat", r"schedule flat, rank 0: its placement must be a tuple of stages, such as \(0,\), not the int 0"),
+        ("breaks", r"breaks for 4 ranks and 8 micro-batches failed with IndexError: .* \(own.py, line 34\)$"),
+        ("flat", r"schedule flat, rank 0: its stages must be a tuple of numbers, such as \(0,\), not the int 0"),
         ("picky", "^picky wants 7 ranks$"),
         ("nothing", "the function must return a Schedule, not a NoneType"),
         ("other_size", "the function returned one for 4 ranks and 1 micro-batches"),
     ],
 )
-def test_faults_of_a_users_function_are_reported_as_his(mine: Path, function: str, message: str) -> None:
+def test_faults_of_a_users_function_name_its_file_and_line(own_file: Path, function: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        find_schedule(f"{mine}:{function}")(4, 8)
+        find_schedule(f"{own_file}:{function}")(4, 8)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_faults_of_a_users_function_are_reported_as_his(mine: Path, function: st
         ("absent.py:f", "there is no file .*absent.py"),
     ],
 )
-def test_unknown_names_are_refused_with_what_there_is(name: str, message: str) -> None:
+def test_unknown_names_are_refused_with_the_known_ones(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         find_schedule(name)
 
 
-def test_a_file_without_the_function_or_that_breaks_is_refused(mine: Path, tmp_path: Path) -> None:
+def test_a_file_without_the_function_or_that_breaks_is_refused(own_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no function 'depht', its functions are depth_first, backwards_only"):
-        find_schedule(f"{mine}:depht")
+        find_schedule(f"{own_file}:depht")
     for text, fault in (
         ("import os\nimport no_such_module_anywhere", r"ModuleNotFoundError: .* \(broken.py, line 2\)$"),
         ("def f(:", r"SyntaxError: .* \(broken.py, line 1\)$"),

@@ -1,4 +1,4 @@
-"""Transfers queue in their channel, as on NCCL: one channel an ordered pair of ranks never holds up another."""
+"""Transfers queue in their channel, as on NCCL: channels of ordered pairs of ranks never block each other."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Channel = Callable[[Transfer], object]
 
 
 def own(transfer: Transfer) -> object:
-    """A channel for each ordered pair of ranks, as `Groups.channels` makes them."""
+    """The channel of an ordered pair of ranks, as in `Groups.channels`."""
     return transfer.source, transfer.target
 
 
 def one_a_direction(transfer: Transfer) -> object:
-    """One group of all ranks for each direction."""
+    """The channel of all ranks for a direction."""
     return transfer.source < transfer.target
 
 
 def ends(schedule: Schedule, channel: Channel) -> bool:
-    """Whether every rank comes to its end if a transfer happens once it is the first in its channel on both sides."""
+    """Whether every rank ends if a transfer runs once it is the first in its channel on both sides."""
     plan = plan_transfers(schedule)
     queues: dict[tuple[int, object], deque[Transfer]] = {}
     done: set[Transfer] = set()
@@ -55,7 +55,7 @@ def ends(schedule: Schedule, channel: Channel) -> bool:
 
 
 @pytest.mark.parametrize("name", schedule_names())
-def test_no_channel_holds_up_another(name: str) -> None:
+def test_no_channel_blocks_another(name: str) -> None:
     for ranks in range(2, 9):
         for microbatches in (1, 2, 3, 5, 8, 13, 2 * ranks, 32):
             try:
@@ -66,7 +66,7 @@ def test_no_channel_holds_up_another(name: str) -> None:
 
 
 def test_one_group_for_all_ranks_would_deadlock() -> None:
-    """Why every link has groups of its own: a send waits behind a receive that depends on it."""
+    """A send waits behind a receive that depends on it, so every link needs its own groups."""
     assert not ends(find_schedule("1f1b")(4, 5), one_a_direction)
     assert not ends(find_schedule("dualpipe")(4, 8), one_a_direction)
 
@@ -79,5 +79,5 @@ def test_one_group_for_all_ranks_would_deadlock() -> None:
         ("dualpipe", [(0, 1), (1, 2), (2, 3)]),
     ],
 )
-def test_links_are_those_between_neighbouring_stages(name: str, expected: list[tuple[int, int]]) -> None:
+def test_links_join_neighbouring_stages(name: str, expected: list[tuple[int, int]]) -> None:
     assert sorted(links(find_schedule(name)(4, 8))) == expected

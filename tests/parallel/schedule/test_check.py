@@ -1,4 +1,4 @@
-"""The checker finds what is wrong with a schedule and says where."""
+"""Faults of schedules, which the checker finds and locates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Orders = list[list[Action | Overlap]]
 
 
 def actions(text: str) -> tuple[Action, ...]:
-    """ "F0.1 B0.1": kind, micro-batch, stage."""
+    """Parse "F0.1 B0.1": kind, micro-batch, stage."""
     read = []
     for token in text.split():
         microbatch, stage = map(int, token[1:].split("."))
@@ -32,8 +32,8 @@ def actions(text: str) -> tuple[Action, ...]:
 
 
 def two_ranks(first: str, second: str, microbatches: int = 2) -> Schedule:
-    """A schedule of one stage a rank."""
-    return Schedule("mine", 2, 2, microbatches, ((0,), (1,)), (actions(first), actions(second)))
+    """A schedule of one stage per rank."""
+    return Schedule("test", 2, 2, microbatches, ((0,), (1,)), (actions(first), actions(second)))
 
 
 GOOD = two_ranks("F0.0 F1.0 B0.0 B1.0", "F0.1 B0.1 F1.1 B1.1")
@@ -109,14 +109,14 @@ def test_stages_on_one_rank_come_in_the_order_of_the_data() -> None:
 def test_forms_that_do_not_fit_are_refused() -> None:
     for change, message in (
         ({"num_microbatches": 0}, "num_microbatches is 0"),
-        ({"placement": ((0,),)}, "placement is given for 1 ranks, but there are 2"),
-        ({"placement": ((0,), (0,))}, r"wrong or missing are \[1\]"),
-        ({"placement": ((0, 0), (1,))}, "holds a stage twice"),
+        ({"stages_of_rank": ((0,),)}, "stages_of_rank is given for 1 ranks, but there are 2"),
+        ({"stages_of_rank": ((0,), (0,))}, r"wrong or missing are \[1\]"),
+        ({"stages_of_rank": ((0, 0), (1,))}, "holds a stage twice"),
         ({"actions": ()}, "actions is given for 0 ranks"),
         ({"num_stages": "2"}, "num_stages is '2', which is no int"),
-        ({"placement": (0, 1)}, r"rank 0: its placement must be a tuple of stages, such as \(0,\), not the int 0"),
-        ({"placement": ((0,), ("1",))}, r"rank 1: its placement must be a tuple of stages"),
-        ({"placement": 2}, "placement must be a tuple with one entry a rank, not the int 2"),
+        ({"stages_of_rank": (0, 1)}, r"rank 0: its stages must be a tuple of numbers, such as \(0,\), not the int 0"),
+        ({"stages_of_rank": ((0,), ("1",))}, r"rank 1: its stages must be a tuple of numbers"),
+        ({"stages_of_rank": 2}, "stages_of_rank must be a tuple with one entry per rank, not the int 2"),
         (
             {"actions": (GOOD.actions[0], iter(()))},
             "rank 1: its actions must be a tuple of Actions, not the tuple_",
@@ -143,7 +143,7 @@ F, B = Action("F", 0, 1), Action("B", 0, 0)
         (Overlap(F, Action("B", 0, None)), "microbatch None is no int"),  # type: ignore[arg-type]
     ],
 )
-def test_what_is_no_action_is_shown_where_it_stands(wrong: object, message: str) -> None:
+def test_an_entry_that_is_no_action_is_shown_with_its_position(wrong: object, message: str) -> None:
     order = (Action("F", 0, 0), wrong)
     with pytest.raises(ScheduleError) as caught:
         check(replace(GOOD, actions=(order, GOOD.actions[1])))  # type: ignore[arg-type]
@@ -163,15 +163,15 @@ def test_two_ranks_that_wait_for_each_others_data_are_found() -> None:
 
 
 def test_a_deadlock_of_blocking_sends_alone_is_found() -> None:
-    """Every input is there in time where sends are buffered. Where they block, each rank's first outputs wait for a
+    """Inputs arrive in time where sends are buffered. Where sends block, each rank's first outputs wait for a receive
 
-    receive that the other posts only later, as both begin with micro-batches that the other needs late.
+    that the other posts only later, because both begin with micro-batches that the other needs late.
     """
     orders = (
         actions("F0.0 F1.0 F2.0 F3.1 F4.1 F5.1 B3.1 B4.1 B5.1 B0.0 B1.0 B2.0"),
         actions("F3.0 F4.0 F5.0 F0.1 F1.1 F2.1 B0.1 B1.1 B2.1 B3.0 B4.0 B5.0"),
     )
-    schedule = Schedule("mine", 2, 2, 6, ((0, 1), (1, 0)), orders)
+    schedule = Schedule("test", 2, 2, 6, ((0, 1), (1, 0)), orders)
     assert simulate(schedule, Costs.uniform(2)).step_time == 18  # no rank ever waits
     with pytest.raises(
         ScheduleError, match=r"deadlock.* rank 0 .*until rank 1 receives.* rank 1 .*until rank 0 receives"
@@ -180,7 +180,7 @@ def test_a_deadlock_of_blocking_sends_alone_is_found() -> None:
 
 
 def runs_with_blocking_sends(schedule: Schedule) -> bool:
-    """Steps every rank in turn, over and over: the rendezvous of the checker's docstring, spelled out."""
+    """Step every rank in turn, over and over, by the rendezvous of the checker's docstring."""
     boundaries = plan_transfers(schedule)
     at = [0] * schedule.num_ranks
     moved = True
@@ -224,25 +224,25 @@ def move(orders: Orders, draw: random.Random) -> None:
 
 
 def is_sound(schedule: Schedule) -> bool:
-    """The rules of a schedule, each written anew as a question about sets and positions."""
+    """Whether the rules of a schedule hold, each restated with sets and positions."""
     work = list(schedule.work())
     at = {part: (rank, position) for rank, position, part in work}
     for stage in range(schedule.num_stages):
         for m in range(schedule.num_microbatches):
             whole, split = [Action(k, stage, m) for k in "FB"], [Action(k, stage, m) for k in "FIW"]
-            mine = [part for _, _, part in work if part[1:] == (stage, m)]
-            if sorted(mine) not in (sorted(whole), sorted(split)):
+            found = [part for _, _, part in work if part[1:] == (stage, m)]
+            if sorted(found) not in (sorted(whole), sorted(split)):
                 return False
-            places = [at[part] for part in (whole if len(mine) == 2 else split)]
-            if places != sorted(set(places)) or len({rank for rank, _ in places}) > 1:
+            positions = [at[part] for part in (whole if len(found) == 2 else split)]
+            if positions != sorted(set(positions)) or len({rank for rank, _ in positions}) > 1:
                 return False
-            if stage not in schedule.placement[places[0][0]]:
+            if stage not in schedule.stages_of_rank[positions[0][0]]:
                 return False
             # Forward up, then backward down, where neighbouring stages share a rank.
             for kinds in ("F", "BI"):
-                lower = next((at[part] for kind in kinds if (part := Action(kind, stage - 1, m)) in at), places[0])
-                mine_at = next(at[part] for kind in kinds if (part := Action(kind, stage, m)) in at)
-                if stage and lower[0] == mine_at[0] and (lower < mine_at) != (kinds == "F"):
+                lower = next((at[part] for kind in kinds if (part := Action(kind, stage - 1, m)) in at), positions[0])
+                upper = next(at[part] for kind in kinds if (part := Action(kind, stage, m)) in at)
+                if stage and lower[0] == upper[0] and (lower < upper) != (kinds == "F"):
                     return False
     return all(
         not isinstance(action, Overlap) or len({part.microbatch for part in parts(action)}) == 2
@@ -282,7 +282,7 @@ def fault_of(schedule: Schedule) -> ScheduleError | None:
     return None
 
 
-def test_a_schedule_that_trains_is_not_one_of_forwards_alone() -> None:
+def test_a_schedule_with_backwards_is_refused_for_evaluation() -> None:
     with pytest.raises(ScheduleError, match="has forwards alone") as caught:
         check(GOOD, training=False)
     assert caught.value.action == Action("B", 0, 0)

@@ -1,4 +1,4 @@
-"""The schedule that docs/pipeline.md writes as an example runs as it stands there."""
+"""The example schedule of docs/pipeline.md, run as printed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "pipeline.md"
 
 @pytest.fixture
 def name(tmp_path: Path) -> str:
-    """The example in a file of its own, as the page has it."""
+    """The example's name, in a separate file with the page's text."""
     (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     file = tmp_path / "my_schedules.py"
     file.write_text(code, encoding="utf-8")
@@ -31,7 +31,7 @@ def test_it_is_found_checked_simulated_and_drawn(name: str, ranks: int, microbat
     schedule = find_schedule(name)(ranks, microbatches)
     assert max(check(schedule).peak) == min(2, microbatches)
     timeline = simulate(schedule, Costs.uniform(ranks))
-    # A group of two passes down and up by itself: two forwards and two backwards at each rank's own pace.
+    # Groups of two pass down and up one after another: two forwards and two backwards on each rank.
     groups, rest = divmod(microbatches, 2)
     assert timeline.step_time == groups * ((ranks + 1) * 1 + (ranks + 1) * 2) + rest * 3 * ranks
     assert "two by two" in draw_html([("two by two", timeline)])

@@ -1,4 +1,4 @@
-"""Costs read off a timeline are those it was simulated with."""
+"""Costs from a timeline, which must equal the costs of its simulation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def test_simulating_with_the_measured_costs_gives_the_measured_step(name: str) -
     schedule = find_schedule(name)(4, 12)
     costs = Costs.uniform(schedule.num_stages, 3.0, 4.0, 2.0, 6.5)
     timeline = simulate(schedule, costs)
-    again = simulate(schedule, measured_costs(timeline))
-    assert again.step_time == pytest.approx(timeline.step_time, rel=1e-9)
-    for one, other in zip(again.spans, timeline.spans, strict=True):
+    repeated = simulate(schedule, measured_costs(timeline))
+    assert repeated.step_time == pytest.approx(timeline.step_time, rel=1e-9)
+    for one, other in zip(repeated.spans, timeline.spans, strict=True):
         assert [span.start for span in one] == pytest.approx([span.start for span in other], abs=1e-9)
 
 
-def test_stages_are_told_apart() -> None:
+def test_stages_keep_their_own_costs() -> None:
     schedule = find_schedule("zb1p")(3, 8)
     costs = Costs((1.0, 2.0, 3.0), (2.0, 1.0, 5.0), (0.5, 0.25, 4.0), (0.0,) * 3)
     found = measured_costs(simulate(schedule, costs))
@@ -34,7 +34,7 @@ def test_stages_are_told_apart() -> None:
 
 
 def test_a_pair_saves_no_more_than_its_shorter_half() -> None:
-    """Actions that something else slowed down while they ran alone would make pairs seem to take no time."""
+    """Actions that another program slowed down while they ran alone would make pairs seem to take no time."""
     schedule = find_schedule("dualpipe")(2, 8)
     timeline = simulate(schedule, Costs.uniform(2, 10.0, 10.0, 10.0, 25.0))
     quick = tuple(

@@ -1,4 +1,4 @@
-"""Our schedules beside those of others: DeepSeek's public code, and torch.distributed.pipelining."""
+"""Our schedules compared with DeepSeek's public code and torch.distributed.pipelining."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.pipelining import schedules as theirs
+from torch.distributed.pipelining import schedules as torch_schedules
 
 from counterflow.parallel.schedule.actions import Action, Overlap, Schedule
 from counterflow.parallel.schedule.catalogue import find_schedule
@@ -30,7 +30,7 @@ def deepseeks(name: str, ranks: int, microbatches: int) -> Schedule:
 
 
 @pytest.mark.parametrize(("name", "ranks", "microbatches"), DEEPSEEK)
-def test_order_is_that_of_deepseeks_public_code(name: str, ranks: int, microbatches: int) -> None:
+def test_order_equals_deepseeks_public_code(name: str, ranks: int, microbatches: int) -> None:
     public = deepseeks(name, ranks, microbatches)
     assert check(public).peak == (2 * ranks + 1 if name == "dualpipev" else ranks + 1,) * ranks
     assert find_schedule(name)(ranks, microbatches).actions == public.actions
@@ -38,7 +38,7 @@ def test_order_is_that_of_deepseeks_public_code(name: str, ranks: int, microbatc
 
 @examples(100)
 @given(case=st.sampled_from(DEEPSEEK), data=st.data())
-def test_step_is_no_longer_than_that_of_deepseeks_public_code(case: tuple[str, int, int], data: st.DataObject) -> None:
+def test_step_is_no_longer_than_in_deepseeks_public_code(case: tuple[str, int, int], data: st.DataObject) -> None:
     name, ranks, microbatches = case
     public = deepseeks(name, ranks, microbatches)
     given_costs = data.draw(costs(public.num_stages))
@@ -47,15 +47,15 @@ def test_step_is_no_longer_than_that_of_deepseeks_public_code(case: tuple[str, i
 
 
 _KINDS = {
-    theirs.FORWARD: "F",
-    theirs.FULL_BACKWARD: "B",
-    theirs.BACKWARD_INPUT: "I",
-    theirs.BACKWARD_WEIGHT: "W",
+    torch_schedules.FORWARD: "F",
+    torch_schedules.FULL_BACKWARD: "B",
+    torch_schedules.BACKWARD_INPUT: "I",
+    torch_schedules.BACKWARD_WEIGHT: "W",
 }
 
 
 def translate(order: list) -> tuple[Action | Overlap, ...]:
-    """torch's actions without its gaps and its gradient reductions."""
+    """Translate torch's actions, without its gaps and gradient reductions."""
     translated: list[Action | Overlap] = []
     for action in order:
         if action is None:
@@ -68,7 +68,7 @@ def translate(order: list) -> tuple[Action | Overlap, ...]:
 
 
 def torchs(cls: type, ranks: int, microbatches: int, stages_per_rank: int) -> tuple[tuple[Action | Overlap, ...], ...]:
-    """The orders of torch's schedule, from the function that its constructor asks, without stages and processes."""
+    """The orders of torch's schedule, from the function that its constructor calls, without stages and processes."""
     groups = max(1, microbatches // ranks)
     schedule = SimpleNamespace(
         pp_group_size=ranks,
@@ -88,9 +88,9 @@ def torchs(cls: type, ranks: int, microbatches: int, stages_per_rank: int) -> tu
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 1), (1, 5), (2, 2), (2, 7), (4, 4), (4, 9), (5, 12), (8, 20)])
 def test_1f1b_is_torchs(ranks: int, microbatches: int) -> None:
     *ours, our_last = find_schedule("1f1b")(ranks, microbatches).actions
-    *others, other_last = torchs(theirs.Schedule1F1B, ranks, microbatches, 1)
+    *others, other_last = torchs(torch_schedules.Schedule1F1B, ranks, microbatches, 1)
     assert ours == others
-    # torch's table, which its own 1F1B does not run by, counts the last rank's forwards from 1.
+    # torch's table, which its own 1F1B does not use, counts the last rank's forwards from 1.
     assert our_last == tuple(a._replace(microbatch=a.microbatch - (a.kind == "F")) for a in other_last)
 
 
@@ -98,10 +98,10 @@ def test_1f1b_is_torchs(ranks: int, microbatches: int) -> None:
 @pytest.mark.parametrize("stages", [2, 3])
 def test_interleaved_is_torchs_where_ranks_divide_the_microbatches(ranks: int, microbatches: int, stages: int) -> None:
     ours = find_schedule("interleaved")(ranks, microbatches, stages_per_rank=stages)
-    assert ours.actions == torchs(theirs.ScheduleInterleaved1F1B, ranks, microbatches, stages)
+    assert ours.actions == torchs(torch_schedules.ScheduleInterleaved1F1B, ranks, microbatches, stages)
 
 
-def test_interleaved_with_one_stage_a_rank_is_1f1b() -> None:
+def test_interleaved_with_one_stage_per_rank_is_1f1b() -> None:
     for ranks, microbatches in itertools.product(range(1, 7), range(1, 20)):
         ours = find_schedule("interleaved")(ranks, microbatches, stages_per_rank=1)
         assert ours.actions == find_schedule("1f1b")(ranks, microbatches).actions
@@ -110,19 +110,19 @@ def test_interleaved_with_one_stage_a_rank_is_1f1b() -> None:
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 3), (2, 4), (3, 9), (4, 8), (4, 16), (8, 24)])
 def test_zb1p_is_torchs(ranks: int, microbatches: int) -> None:
     ours = find_schedule("zb1p")(ranks, microbatches)
-    assert ours.actions == torchs(theirs.ScheduleInterleavedZeroBubble, ranks, microbatches, 1)
+    assert ours.actions == torchs(torch_schedules.ScheduleInterleavedZeroBubble, ranks, microbatches, 1)
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 2), (2, 4), (2, 9), (3, 6), (4, 11), (8, 16)])
 def test_dualpipev_is_torchs(ranks: int, microbatches: int) -> None:
     ours = find_schedule("dualpipev")(ranks, microbatches)
-    assert ours.actions == torchs(theirs.ScheduleDualPipeV, ranks, microbatches, 2)
+    assert ours.actions == torchs(torch_schedules.ScheduleDualPipeV, ranks, microbatches, 2)
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(4, 8), (3, 5)])
 def test_gpipe_is_torchs_but_for_the_order_of_backwards(ranks: int, microbatches: int) -> None:
-    """torch goes back in the order of the forwards, the paper's figure in the opposite one."""
+    """Backwards run in the order of the forwards in torch, in the opposite one in the paper's figure."""
     ours = find_schedule("gpipe")(ranks, microbatches).actions
-    for mine, other in zip(ours, torchs(theirs.ScheduleGPipe, ranks, microbatches, 1), strict=True):
-        assert mine[:microbatches] == other[:microbatches]
-        assert mine[microbatches:] == other[microbatches:][::-1]
+    for order, other in zip(ours, torchs(torch_schedules.ScheduleGPipe, ranks, microbatches, 1), strict=True):
+        assert order[:microbatches] == other[:microbatches]
+        assert order[microbatches:] == other[microbatches:][::-1]

@@ -1,4 +1,4 @@
-"""What every schedule promises: it can run, it holds no more than it says, and it costs what the formula says."""
+"""Promises of every schedule: it can run, holds no more than stated, and takes the time of its formula."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_dualpipe_holds_one_more_than_its_ranks_on_each_of_them(ranks: int) -> N
         assert check(find_schedule("dualpipev")(ranks // 2, ranks + extra)).peak == (ranks + 1,) * (ranks // 2)
 
 
-# V3 Table 2, and the step that its replay takes. F&B is the pair, B the whole backward.
+# V3 Table 2, and the step of its replay. F&B is the pair, B the whole backward.
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 8), (4, 16), (4, 20), (6, 24), (8, 20), (12, 31), (16, 40)])
 def test_worst_bubble_is_table_2(stages: int, microbatches: int) -> None:
     f, backward, w = UNIT, 2 * UNIT, UNIT
@@ -93,7 +93,7 @@ def test_worst_bubble_is_table_2(stages: int, microbatches: int) -> None:
         ("zb1p", 4, 20, 630),
     ],
 )
-def test_steps_take_what_deepseeks_replay_took(name: str, ranks: int, microbatches: int, step: float) -> None:
+def test_steps_take_as_long_as_deepseeks_replay(name: str, ranks: int, microbatches: int, step: float) -> None:
     assert timed(name, ranks, microbatches).step_time == step
 
 
@@ -124,14 +124,14 @@ def test_interleaving_any_number_of_microbatches_beats_1f1b(ranks: int, microbat
 @examples(80)
 @given(half=st.integers(1, 8), microbatches=st.integers(1, 40), defer=st.booleans())
 def test_few_or_odd_microbatches_cost_a_bounded_bubble(half: int, microbatches: int, defer: bool) -> None:
-    """From P+1 micro-batches on the full schedule's bubble at most, and a pair besides for an odd number."""
+    """Above P micro-batches the bubble is at most the full schedule's, plus a pair for an odd number."""
     ranks = 2 * half
     timeline = timed("dualpipe", ranks, microbatches, defer_weights=defer)
     if microbatches > ranks:
         full = (half - 1) * (PAIR - UNIT)
         assert max(timeline.bubble) <= full + microbatches % 2 * PAIR
     else:
-        # One micro-batch needs its way through all stages and back, and its last W.
+        # A micro-batch takes its way through all stages and back, and its last W.
         assert timeline.step_time <= 2 * UNIT * ranks + UNIT + (microbatches - 1) * 2 * UNIT
 
 
@@ -160,19 +160,19 @@ def test_odd_ranks_are_refused_with_the_nearest_even(ranks: int, near: str) -> N
     check(find_schedule("dualpipev")(ranks, 16))
 
 
-def test_no_stage_a_rank_is_refused() -> None:
+def test_no_stage_per_rank_is_refused() -> None:
     with pytest.raises(UsageError, match="stages_per_rank is 0"):
         find_schedule("interleaved")(4, 8, stages_per_rank=0)
 
 
 @examples(60)
 @given(schedule=schedules())
-def test_placement_of_dual_schedules_is_mirrored_or_folded(schedule: Schedule) -> None:
+def test_stages_of_dual_schedules_are_mirrored_or_folded(schedule: Schedule) -> None:
     copies = {len(schedule.holders(stage)) for stage in range(schedule.num_stages)}
     assert copies == {2 if schedule.name == "dualpipe" else 1}
     if schedule.name.startswith("dualpipe"):
         last = schedule.num_stages - 1
-        assert schedule.placement == tuple((rank, last - rank) for rank in range(schedule.num_ranks))
+        assert schedule.stages_of_rank == tuple((rank, last - rank) for rank in range(schedule.num_ranks))
 
 
 def test_dualpipe_feeds_both_ends() -> None:
@@ -195,7 +195,7 @@ def test_forwards_alone_have_no_bubble_but_the_way_in(name: str, ranks: int) -> 
     """The last stage begins when the first micro-batch has come through, and then never waits."""
     schedule = forward_only(find_schedule(name)(ranks, 24))
     timeline = simulate(schedule, Costs.uniform(schedule.num_stages, UNIT))
-    assert timeline.step_time <= UNIT * (schedule.num_stages - 1 + 24 * len(schedule.placement[0]))
+    assert timeline.step_time <= UNIT * (schedule.num_stages - 1 + 24 * len(schedule.stages_of_rank[0]))
 
 
 def test_generators_are_pure() -> None:

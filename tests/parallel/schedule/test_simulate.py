@@ -1,4 +1,4 @@
-"""A simulated step is what the costs and the order leave no choice about, and simulating it takes linear time."""
+"""Simulated steps: the least times that costs and order allow, computed in linear time."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_times_are_the_least_that_respect_order_data_and_channels(schedule: Sche
 
 
 def test_transfers_queue_on_their_channel_and_then_travel() -> None:
-    """Three forwards of 1 s on rank 0; each transfer occupies the channel for 4 s and then travels 1 s."""
+    """Three forwards of 1 s on rank 0; each transfer occupies the channel for 4 s and then takes 1 s."""
     orders = (
         tuple(Action("F", 0, m) for m in range(3)) + tuple(Action("B", 0, m) for m in range(3)),
         tuple(Action(kind, 1, m) for m in range(3) for kind in "FB"),  # type: ignore[arg-type]
     )
-    schedule = Schedule("mine", 2, 2, 3, ((0,), (1,)), orders)
+    schedule = Schedule("test", 2, 2, 3, ((0,), (1,)), orders)
     one = (1.0, 1.0)
     timeline = simulate(schedule, Costs(one, one, one, (0.0, 0.0), 1.0, 8.0, 2.0))
     starts = [[span.start for span in spans] for spans in timeline.spans]
@@ -58,7 +58,7 @@ def test_p2p_latency_alone_delays_every_hop() -> None:
     assert simulate(within, Costs.uniform(2, 10, 10, 10, p2p=3)).step_time == 60
 
 
-def test_a_pair_saves_what_its_stages_hide() -> None:
+def test_a_pair_saves_the_hidden_time_of_its_stages() -> None:
     pair = Overlap(Action("F", 0, 1), Action("B", 1, 0))
     assert Costs.uniform(2, 10, 10, 10, overlapped=25).duration(pair) == 25
     uneven = Costs((10, 20), (11, 21), (12, 22), (4, 8))
@@ -68,7 +68,7 @@ def test_a_pair_saves_what_its_stages_hide() -> None:
     assert Costs.uniform(2, 10, 10, 10, overlapped=12).duration(deferred) == 10  # no shorter than its longer half
 
 
-def test_timeline_says_how_much_of_the_ranks_time_is_bubble() -> None:
+def test_timeline_has_the_share_of_the_ranks_time_that_is_bubble() -> None:
     timeline = simulate(find_schedule("gpipe")(2, 1), Costs.uniform(2))
     assert (timeline.step_time, timeline.bubble, timeline.bubble_fraction) == (6, (3, 3), 0.5)
     assert timeline.to_json() == {
@@ -87,7 +87,7 @@ def test_costs_of_another_number_of_stages_are_refused() -> None:
 
 
 def lines_run(work: Callable[[], object]) -> int:
-    """How many lines of Python `work` executes: a measure of time that does not depend on the machine."""
+    """Number of Python lines that `work` executes: a measure of time that does not depend on the machine."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -118,5 +118,5 @@ def test_generating_checking_and_simulating_are_linear(options: dict[str, bool])
 
     few = lines_an_action(4, 32)
     assert lines_an_action(4, 128) < 1.05 * few
-    # Of fewer ranks more are at an end, where less is sent. Quadratic work would give 4.
+    # With fewer ranks a larger share is at an end, where less is sent. Quadratic work would give 4.
     assert lines_an_action(16, 32) < 1.25 * few

@@ -1,4 +1,4 @@
-"""What ranks send and receive follows from their actions, and is posted so that it overlaps and stays in order."""
+"""Transfers that follow from the actions, posted so that they overlap and stay in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from counterflow.parallel.schedule.transfers import Transfer, plan_transfers
 from counterflow.tests.parallel.schedule.cases import examples, schedules
 
 
-def places(schedule: Schedule) -> dict[tuple[str, int, int], tuple[int, int]]:
+def positions_of(schedule: Schedule) -> dict[tuple[str, int, int], tuple[int, int]]:
     """Rank and position of every forward and backward; a B and an I count as the same."""
     return {
         ("F" if part.kind == "F" else "B", part.stage, part.microbatch): (rank, position)
@@ -23,14 +23,14 @@ def places(schedule: Schedule) -> dict[tuple[str, int, int], tuple[int, int]]:
 
 @examples(80)
 @given(schedule=schedules(ranks=8, microbatches=24))
-def test_a_transfer_joins_the_two_actions_it_lies_between(schedule: Schedule) -> None:
-    at = places(schedule)
+def test_a_transfer_joins_its_producer_and_its_consumer(schedule: Schedule) -> None:
+    at = positions_of(schedule)
     expected = set()
     for (kind, stage, microbatch), (source, position) in at.items():
-        there = at.get((kind, stage + 1 if kind == "F" else stage - 1, microbatch))
-        if there is not None and there[0] != source:
+        consumer = at.get((kind, stage + 1 if kind == "F" else stage - 1, microbatch))
+        if consumer is not None and consumer[0] != source:
             name = "activation" if kind == "F" else "gradient"
-            expected.add((Transfer(name, stage, microbatch, source, there[0]), position + 1, there[1]))
+            expected.add((Transfer(name, stage, microbatch, source, consumer[0]), position + 1, consumer[1]))
     plan = plan_transfers(schedule)
     assert [len(boundaries) for boundaries in plan] == [len(actions) + 1 for actions in schedule.actions]
     sent = [(t, index) for boundaries in plan for index, b in enumerate(boundaries) for t in b.sends]
@@ -90,4 +90,4 @@ def test_a_pair_sends_its_forwards_output_first() -> None:
 
 def test_a_transfer_reads_as_a_sentence() -> None:
     transfer = Transfer("gradient", stage=2, microbatch=5, source=2, target=1)
-    assert str(transfer) == "gradient of micro-batch 5 out of stage 2, from rank 2 to rank 1"
+    assert str(transfer) == "gradient of micro-batch 5 that stage 2 made, from rank 2 to rank 1"
