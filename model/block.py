@@ -40,8 +40,8 @@ from .router import Routing
 UNWEIGHTED = BalanceWeights()
 
 BlockPhases = Generator[str, None, tuple[Tensor, Routing | None]]
-"""Yields each phase's name before running it. Returns the next residual stream `[B, S, H]`, and the routing for the
-step's statistics (None from a dense block)."""
+"""Generator that yields each phase's name before running it. Returns the next residual stream `[B, S, H]`, and the
+routing for the step's statistics (None from a dense block)."""
 
 
 class DecoderBlock(nn.Module, ABC):
