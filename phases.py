@@ -20,7 +20,7 @@ from .weight_gradients import WeightQueue
 Result = TypeVar("Result")
 
 Phases = Generator[str, None, tuple[Tensor | None, Any]]
-"""Yields the name of each phase before running it; returns the input of the next stage, and the chunk's own result."""
+"""Generator that yields the name of each phase before running it; returns the next stage's input and its own result."""
 
 
 def run(phases: Generator[str, None, Result], after: Callable[[], None] | None = None) -> Result:

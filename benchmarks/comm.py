@@ -1,16 +1,16 @@
-"""Dispatchers side by side: bytes over each kind of link, and time.
+"""Comparison of dispatchers: bytes over each kind of link, and time.
 
     .venv/bin/python -P benchmarks/comm.py --nodes 8 --ranks 2 --tokens 8 --hidden 7168 --experts 256 --limit 4
     sudo .venv/bin/python -P benchmarks/comm.py --mbit 200 --train
 
-One side is a dispatcher and a wire, such as two-hop-fp8. A step of the layer is dispatch and combine, forward and
-backward, of the same tokens with next to no computation between. With --train it is a training step of a small model,
-through the trainer. Every side runs in every round, in turn; a time is that of the slowest rank, the table shows
-medians, and ratios are to the first side, round by round.
+A side is a dispatcher and a wire, such as two-hop-fp8. A step of the layer is dispatch and combine, forward and
+backward, of the same tokens with almost no computation in between. With --train it is a training step of a small model.
+Every side runs in every round, in turn. A time is the slowest rank's, the table shows medians, and ratios are to the
+first side, round by round.
 
-With --mbit the two nodes are network namespaces joined by a link of that rate, and the kernel's own count of bytes
-stands beside the meter's. Without, all ranks share this machine: then times say what the host does, not what a network
-would. Namespaces need root and iproute2.
+With --mbit the two nodes are network namespaces joined by a link of that rate, and the kernel's own count of bytes is
+printed next to the meter's. Without it, all ranks share this machine, and times are the host's work, not a network's.
+Namespaces need root and iproute2.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from counterflow.training.build import make_groups
 from counterflow.training.trainer import Trainer
 
 SIDES = ("flat-bf16", "flat-fp8", "two-hop-bf16", "two-hop-fp8")
-OUT, HOME = ("dispatch", "combine backward"), ("combine", "dispatch backward")
+TO_EXPERTS, TO_TOKENS = ("dispatch", "combine backward"), ("combine", "dispatch backward")
 
 
 def node_limited(rank: int, args: argparse.Namespace) -> Tensor:
@@ -59,7 +59,7 @@ def node_limited(rank: int, args: argparse.Namespace) -> Tensor:
 
 @dataclass
 class Side:
-    """What is measured of one side."""
+    """Measurements of one side."""
 
     step: Callable[[], None]
     meter: Meter
@@ -67,12 +67,12 @@ class Side:
     kernel: list[int] = field(default_factory=list)
     """Bytes that the first node's kernel sent over the link."""
     metered: list[int] = field(default_factory=list)
-    """Bytes that its ranks sent to the other node."""
+    """Bytes that the first node's ranks sent to the other node."""
     traffic: list[Traffic] = field(default_factory=list)
 
 
 def layer_side(name: str, args: argparse.Namespace, group: dist.ProcessGroup, nodes: Sequence[int]) -> Side:
-    """A dispatcher by itself."""
+    """Side of a dispatcher alone."""
     meter = Meter(dict(enumerate(nodes)))
     dispatcher = make_dispatcher(name, args.experts, group, nodes, meter)
     x = torch.randn(args.tokens, args.hidden, generator=torch.Generator().manual_seed(7)).bfloat16().requires_grad_()
@@ -99,7 +99,7 @@ def make_dispatcher(
 
 
 def training_side(name: str, args: argparse.Namespace, size: int, folder: Path) -> Side:
-    """Training steps of a small model, in BF16, its experts on all ranks."""
+    """Side of training steps of a small model, in BF16, with experts on all ranks."""
     dispatcher, _, wire = name.rpartition("-")
     config = Config.model_validate(
         {
@@ -140,10 +140,10 @@ def _train(trainer: Trainer) -> None:
 
 
 def measure(sides: dict[str, Side], args: argparse.Namespace, group: dist.ProcessGroup) -> None:
-    """All sides in turn, every round; the first round warms up."""
+    """Run all sides in turn, in every round; the first round warms up."""
     names = list(sides)
-    for turn in range(args.rounds + 1):
-        for name in names[:: 1 if turn % 2 else -1]:
+    for number in range(args.rounds + 1):
+        for name in names[:: 1 if number % 2 else -1]:
             side = sides[name]
             side.meter.take()
             dist.barrier(group)
@@ -154,13 +154,13 @@ def measure(sides: dict[str, Side], args: argparse.Namespace, group: dist.Proces
             dist.barrier(group)
             kernel = bytes_sent() - kernel if args.mbit else 0
             dist.all_reduce(seconds, dist.ReduceOp.MAX, group=group)
-            mine = side.meter.take()
-            numbers, metered = torch.tensor(numbers_of(mine)), torch.tensor(0)
+            traffic = side.meter.take()
+            numbers, metered = torch.tensor(numbers_of(traffic)), torch.tensor(0)
             if args.rank < args.ranks:
-                metered += sum(tally.bytes for kind, tally in mine.items() if kind.link == "between")
+                metered += sum(tally.bytes for kind, tally in traffic.items() if kind.link == "between")
             dist.all_reduce(numbers, group=group)
             dist.all_reduce(metered, group=group)
-            if turn:
+            if number:
                 side.metered.append(int(metered))
                 side.seconds.append(float(seconds))
                 side.kernel.append(kernel)
@@ -168,7 +168,7 @@ def measure(sides: dict[str, Side], args: argparse.Namespace, group: dist.Proces
 
 
 def serve(args: argparse.Namespace) -> None:
-    """One of the ranks."""
+    """Run one of the ranks."""
     torch.set_num_threads(1)
     size = args.nodes * args.ranks
     store = dist.TCPStore(args.address, args.port, size, is_master=args.rank == 0)
@@ -203,22 +203,26 @@ def report(sides: dict[str, Side], args: argparse.Namespace) -> None:
         base = None
         for name, side in sides.items():
             traffic = side.traffic[-1]
-            sent = {purposes: _sum(traffic, purposes, "between") for purposes in (OUT[:1], HOME[:1], OUT + HOME)}
+            sent = {
+                purposes: _sum(traffic, purposes, "between")
+                for purposes in (TO_EXPERTS[:1], TO_TOKENS[:1], TO_EXPERTS + TO_TOKENS)
+            }
             base = base or sent
             cells = [
                 f"{format_bytes(sent[purposes][0] / tokens):>12}{sent[purposes][0] / max(1, base[purposes][0]):>7.3f}x"
-                for purposes in (OUT[:1], HOME[:1])
+                for purposes in (TO_EXPERTS[:1], TO_TOKENS[:1])
             ]
-            within = _sum(traffic, OUT + HOME, "within")[0]
-            print(f"{name:<16}      {''.join(cells)}{sent[OUT + HOME][1]:>10}{format_bytes(within / tokens):>12}")
+            within = _sum(traffic, TO_EXPERTS + TO_TOKENS, "within")[0]
+            messages = sent[TO_EXPERTS + TO_TOKENS][1]
+            print(f"{name:<16}      {''.join(cells)}{messages:>10}{format_bytes(within / tokens):>12}")
         print()
     print(f"{'a step':<16}{'ms':>10}{'ratio':>9}   {'rounds':<18}{'kernel bytes / metered':>30}")
     for name, side in sides.items():
-        ratios = [mine / its for mine, its in zip(side.seconds, first.seconds, strict=True)]
+        ratios = [own / base for own, base in zip(side.seconds, first.seconds, strict=True)]
         kernel = ""
         if args.mbit and not args.train:
-            seen, metered = statistics.median(side.kernel), statistics.median(side.metered)
-            kernel = f"{seen:.0f} / {metered:.0f} = {seen / metered:.3f}"
+            sent, metered = statistics.median(side.kernel), statistics.median(side.metered)
+            kernel = f"{sent:.0f} / {metered:.0f} = {sent / metered:.3f}"
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         ms = statistics.median(side.seconds) * 1e3
         print(f"{name:<16}{ms:>10.1f}{statistics.median(ratios):>8.3f}x   {spread:<18}{kernel:>30}", flush=True)
@@ -231,13 +235,13 @@ def _sum(traffic: Traffic, purposes: Sequence[str], link: str) -> tuple[int, int
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=256, help="of each rank")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each rank")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--ranks", type=int, default=1, help="of each node")
-    parser.add_argument("--groups", type=int, help="groups of experts; by default one a node")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of each node")
+    parser.add_argument("--groups", type=int, help="groups of experts; by default one per node")
     parser.add_argument("--limit", type=int, help="groups that a token may use; by default all")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="compared with the first")
     parser.add_argument("--rounds", type=int, default=9)
@@ -257,7 +261,7 @@ def main() -> None:
     args.limit = args.limit or args.groups
     if args.experts % (args.nodes * args.ranks) or args.experts % args.groups:
         parser.error(
-            f"{args.experts} experts do not go evenly on {args.nodes * args.ranks} ranks and {args.groups} groups"
+            f"{args.experts} experts are not a multiple of {args.nodes * args.ranks} ranks and {args.groups} groups"
         )
     if args.top_k > args.experts // args.groups * args.limit:
         parser.error(f"top-{args.top_k} of {args.experts // args.groups * args.limit} experts in {args.limit} groups")

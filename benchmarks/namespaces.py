@@ -3,9 +3,9 @@
     with joined(mbit=100) as link:
         subprocess.run([*link.inside(0), "ping", "-c", "1", link.addresses[1]])
 
-Needs root and iproute2. Names are unique and addresses live inside the namespaces, so several links can exist at once
-and none touches the machine's own network. Whatever ends the block, an exception, Ctrl-C or SIGTERM, the namespaces are
-removed; only after SIGKILL they stay, as `ip netns list` shows (`ip netns delete NAME` removes them).
+Needs root and iproute2. Names are unique and addresses are inside the namespaces, so several links can exist at once
+and none affects the machine's own network. The namespaces are removed at the end of the block, also after an exception,
+Ctrl-C or SIGTERM. After SIGKILL they stay; `ip netns list` shows them and `ip netns delete NAME` removes them.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from counterflow.settings import UsageError
 
 INTERFACE = "wire"
 ADDRESSES = ("10.0.0.1", "10.0.0.2")
-# What an idle link may send at once before it keeps to its rate: little beside a transfer, but more than it could send
-# in the time by which the kernel's timer is late, or it would never reach its rate.
+# Bytes that an idle link may send at once before its rate applies: few compared with a transfer, but more than it could
+# send in the time by which the kernel's timer is late, or the link would never reach its rate.
 BURST_BYTES = 16 * 1024
-# What may wait for the link. More than a socket keeps under way, so that nothing is ever dropped.
+# Bytes that may wait for the link: more than a socket keeps in flight, so that nothing is dropped.
 QUEUE_BYTES = 16 * 2**20
 
-# A connection must not begin slowly again after a pause, nor estimate the rate of its path from what it happened to
-# send: with BBR, the default in places, transfers of 0.5 MiB in both directions at once went at anything from 34 to 98
-# of 100 Mbit/s. Reno is in every kernel; on a link that drops nothing it soon sends whatever the link takes.
+# A connection must not begin slowly again after a pause, nor estimate the rate of its path from its own traffic: with
+# BBR, the default of some systems, transfers of 0.5 MiB in both directions at once ran at 34 to 98 of 100 Mbit/s. Reno
+# is in every kernel; on a link that drops nothing it soon uses the whole rate.
 TCP = {"tcp_slow_start_after_idle": 0, "tcp_congestion_control": "reno"}
 
 
 @dataclass(frozen=True)
 class Link:
-    """The link and its two ends, 0 and 1; each direction has the whole rate to itself."""
+    """Link and its two ends, 0 and 1; each direction has the whole rate."""
 
     namespaces: tuple[str, str]
     addresses: tuple[str, str] = ADDRESSES
     interface: str = INTERFACE
-    """Its name, the same in both namespaces: what GLOO_SOCKET_IFNAME has to say."""
+    """Name of the interface in both namespaces, the value of GLOO_SOCKET_IFNAME."""
 
     def inside(self, end: int) -> list[str]:
-        """What to put before a command so that it runs at this end."""
+        """Prefix of a command that runs at this end."""
         return ["ip", "netns", "exec", self.namespaces[end]]
 
     def limit(self, mbit: float) -> None:
@@ -63,7 +63,7 @@ class Link:
 
 @contextmanager
 def joined(mbit: float) -> Iterator[Link]:
-    """Two new namespaces and a link between them, limited to `mbit` million bits a second in each direction.
+    """Make two namespaces and a link between them, limited to `mbit` million bits a second in each direction.
 
     Raises:
         UsageError: not root, no iproute2, or a kernel that refuses.
@@ -76,7 +76,7 @@ def joined(mbit: float) -> Iterator[Link]:
             _run("ip", "netns", "add", namespace)
             cleanup.callback(_remove, namespace)
         first, second = link.namespaces
-        # Made where they belong: the machine's own namespace never sees the interfaces.
+        # Made inside the namespaces: the machine's own namespace never has the interfaces.
         _run(*f"ip -n {first} link add {INTERFACE} type veth peer name {INTERFACE} netns {second}".split())
         for namespace, address in zip(link.namespaces, ADDRESSES, strict=True):
             _run(*f"ip -n {namespace} address add {address}/30 dev {INTERFACE}".split())
@@ -89,8 +89,8 @@ def joined(mbit: float) -> Iterator[Link]:
 
 
 def run_at_both_ends(link: Link, arguments: Sequence[str], ranks: int = 1) -> None:
-    """Run Python on `arguments` with `--rank R` in `ranks` processes at each end of the link: the ends' ranks follow
-    one another. One that fails ends the others, and SystemExit is raised."""
+    """Run Python on `arguments` with `--rank R` in `ranks` processes at each end of the link, numbered end by end. A
+    process that fails ends the others, and SystemExit is raised."""
     environment = ["env", f"GLOO_SOCKET_IFNAME={link.interface}", "OMP_NUM_THREADS=1", "TORCH_CPP_LOG_LEVEL=ERROR"]
     command = [*environment, sys.executable, "-P", *arguments, "--rank"]
     run_together([[*link.inside(rank // ranks), *command, str(rank)] for rank in range(2 * ranks)])
@@ -108,11 +108,11 @@ def run_together(commands: Iterable[Sequence[str]]) -> None:
                 one.terminate()
             one.wait()
     if any(one.returncode for one in running):
-        raise SystemExit("one of the processes failed; what it said is above")
+        raise SystemExit("one of the processes failed; its output is above")
 
 
 def bytes_sent() -> int:
-    """Bytes that the kernel has sent over the link, packet headers included: asked by a process at one of its ends."""
+    """Bytes that the kernel has sent over the link, packet headers included; read by a process at one of its ends."""
     return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 
@@ -132,7 +132,7 @@ def _run(*command: str) -> str:
 
 
 def _remove(namespace: str) -> None:
-    # The interfaces go at once, even while a process is still in the namespace.
+    # Deletes the interfaces at once, even while a process is still in the namespace.
     subprocess.run(["ip", "-n", namespace, "link", "delete", INTERFACE], capture_output=True)
     done = subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, text=True)
     if done.returncode:
@@ -141,8 +141,8 @@ def _remove(namespace: str) -> None:
 
 @contextmanager
 def _terminated_as_exit() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP raise SystemExit, so that what is to be cleaned up is."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    """Context in which SIGTERM and SIGHUP raise SystemExit, so that the cleanup runs."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
 

@@ -1,10 +1,10 @@
-"""Moving tokens to expert order and back on one rank: ours beside plain index_select and index_add.
+"""Comparison of tokens moved to expert order and back on one rank: ours, and plain index_select and index_add.
 
     python -P benchmarks/permute.py [--threads 2] [--rounds 30]
 
-Forward and backward in BF16 without experts between, gate weights included. "bf16 adds" lets index_add round after
-every addition, "fp32 adds" sums in FP32 and rounds once, as ours does. All sides run in turn in one process; a line
-gives their medians and the median, with quartiles, of the rounds' ratios to ours.
+Forward and backward run in BF16 without experts in between, gate weights included. "bf16 adds" lets index_add round
+after every addition, "fp32 adds" sums in FP32 and rounds once, as ours does. All sides run in turn in one process. A
+line has their medians, and the median and quartiles of the rounds' ratios to ours.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def plain_fp32(x: Tensor, expert_ids: Tensor, weights: Tensor, num_experts: int)
     order = torch.argsort(flat, stable=True)
     torch.bincount(flat, minlength=num_experts).cumsum(0)
     token = order // expert_ids.shape[1]
-    rows = x.float().index_select(0, token).to(x.dtype)  # so that the backward adds in FP32, too
+    rows = x.float().index_select(0, token).to(x.dtype)  # so that the backward adds in FP32 too
     total = torch.zeros(x.shape).index_add(0, token, rows.float()).to(x.dtype)
     return total, weights.flatten().index_select(0, order)
 
@@ -61,7 +61,7 @@ def measure(side: Side, inputs: tuple[Tensor, Tensor, Tensor, int]) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from giving memory back: page faults of fresh memory, equal on all sides, drown the difference."""
+    """Stop glibc from returning memory: page faults of new memory, equal on all sides, would hide the difference."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -94,9 +94,9 @@ def main() -> None:
         )
 
 
-def compare(theirs: list[float], own: list[float]) -> str:
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(theirs, own, strict=True)], n=4)
-    return f"   {1e3 * statistics.median(theirs):12.2f}   {middle:4.2f} [{low:.2f}, {high:.2f}]"
+def compare(other: list[float], own: list[float]) -> str:
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(other, own, strict=True)], n=4)
+    return f"   {1e3 * statistics.median(other):12.2f}   {middle:4.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from ..settings import Section, key
 
 
 class CommConfig(Section):
-    """How ranks exchange tensors."""
+    """Exchange of tensors between ranks."""
 
     backend: Literal["auto", "gloo", "nccl"] = key("auto", "collective library; auto is nccl on GPUs and gloo on CPUs")
     dispatcher: Literal["auto", "flat", "two-hop", "deepep"] = key(

@@ -22,7 +22,7 @@ class OneProcessDispatcher(FlatDispatcher):
     Args:
         num_experts: E.
         nodes: the node of each rank that the experts would lie on.
-        options: what all dispatchers take.
+        options: see `DispatchOptions`.
     """
 
     def __init__(self, num_experts: int, nodes: Sequence[int], options: DispatchOptions | None = None) -> None:

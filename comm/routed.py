@@ -105,7 +105,7 @@ class RoutedDispatcher(ABC):
         group: the expert parallel group. None is this process alone; then, and in a group of one rank, nothing is
             communicated.
         num_experts: E, routed experts of the layer over the whole group.
-        options: what all dispatchers take.
+        options: see `DispatchOptions`.
 
     Raises:
         UsageError: the group does not divide the experts.

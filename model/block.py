@@ -40,8 +40,8 @@ from .router import Routing
 UNWEIGHTED = BalanceWeights()
 
 BlockPhases = Generator[str, None, tuple[Tensor, Routing | None]]
-"""Yields each phase's name before running it. Returns the next residual stream `[B, S, H]`, and the routing for the
-step's statistics (None from a dense block)."""
+"""Generator that yields each phase's name before running it. Returns the next residual stream `[B, S, H]`, and the
+routing for the step's statistics (None from a dense block)."""
 
 
 class DecoderBlock(nn.Module, ABC):
@@ -52,7 +52,7 @@ class DecoderBlock(nn.Module, ABC):
 
     mlp: nn.Module
     last_saving_phase: str | None = None
-    """The phase after whose begin autograd saves nothing any more; None where this is the last one."""
+    """First phase in which autograd saves nothing any more; None if all phases save."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, recompute: RecomputePolicy, recipe: Recipe) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Routed:
     """Way of the tokens to these places; the exchange of its counts has begun."""
 
     def cut(self, tape: Uncut | Tape, balance: BalanceWeights) -> Routed:
-        """The same for the phases after attention; the balance losses end here."""
+        """Return the results for the phases after attention; the balance losses end here."""
         routing = self.routing.cut(tape, balance)
         return Routed(tape.cut(self.residual), tape.cut(self.normed), routing, self.places, self.route)
 

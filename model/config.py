@@ -15,7 +15,7 @@ class RopeScaling(Section):
     type: Literal["yarn"] = key("yarn", "kind of scaling")
     factor: float = key(40.0, "length of the context over the original one", ge=1)
     original_max_position_embeddings: int = key(4096, "context of the first training phase", unit="tokens", ge=1)
-    beta_fast: float = key(32.0, "rotations above which a frequency is left alone")
+    beta_fast: float = key(32.0, "rotations above which a frequency is unchanged")
     beta_slow: float = key(1.0, "rotations below which a frequency is fully interpolated")
     mscale: float = key(1.0, "attention temperature coefficient of the rotation")
     mscale_all_dim: float = key(1.0, "attention temperature coefficient of the softmax scale; 0 turns it off")

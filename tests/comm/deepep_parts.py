@@ -1,4 +1,4 @@
-"""What both generations of the stand-in for DeepEP are made of; see `deepep_stand_in.py`."""
+"""Common parts of both generations of the stand-in for DeepEP; see `deepep_stand_in.py`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from counterflow.tests.fp8.record_te_signatures import parse
 
 RECORDED: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
 CALLS: Counter[str] = Counter()
-"""How often each callable was called in this process."""
+"""Number of calls of each callable in this process."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """peers: GPUs of a node, 8 in the legacy generation.
-    float32: rows may be FP32, standing for the BF16 they would be, so that results can be compared to the last bit.
+    """Settings of the stand-in.
+
+    peers: GPUs per node, 8 in the legacy generation.
+    float32: rows may be FP32 in place of BF16, so that results can be compared to the last bit.
     """
 
     release: str = "2.1.0"
@@ -38,7 +40,7 @@ def require(holds: bool, rule: str) -> None:
 
 
 def binds(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a method refuse the calls that one of the recorded releases would refuse."""
+    """Make a method refuse the calls that one of the recorded releases would refuse."""
     known = [release["callables"][name] for release in RECORDED.values() if name in release["callables"]]
     signatures = [parse(text) for text in known]
 
@@ -58,14 +60,14 @@ def binds(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class EventOverlap:
-    """Of a call that was launched; without an event if it was not."""
+    """Event of a launched call; empty for a call that was complete."""
 
     def __init__(self, deliver: Callable[[], None] | None) -> None:
         self.event = deliver
 
     @binds("EventOverlap.current_stream_wait")
     def current_stream_wait(self, release_handle: bool = False) -> None:
-        require(self.event is not None, "an event that is not there, or was released, cannot be waited for")
+        require(self.event is not None, "an event that is missing, or was released, cannot be waited for")
         assert self.event is not None
         self.event()
         if release_handle:
@@ -73,7 +75,7 @@ class EventOverlap:
 
 
 class Outputs:
-    """What a call returns: complete, or, if it was only launched, once its event is waited for."""
+    """Results of a call: valid at once, or, for a launched call, once its event has been waited for."""
 
     def __init__(self, launched: bool, *inputs: Tensor | None) -> None:
         self._launched = launched
@@ -104,21 +106,21 @@ class Outputs:
 
 
 def on_their_stream(given: Tensor) -> Tensor:
-    """What it holds for their kernels, which come after those that compute it."""
+    """Value of a result for the library's own kernels, which run after the kernels that compute it."""
     found: Tensor = getattr(given, "on_their_stream", given)
     return found
 
 
 def check_legacy_streams(previous_event: Any, launched: bool, on_comm: bool) -> None:
-    require(not on_comm or (previous_event is not None and launched), "memory of its stream wants both events")
+    require(not on_comm or (previous_event is not None and launched), "memory of its stream needs both events")
 
 
 def check_elastic_streams(previous_event: Any, on_comm: bool) -> None:
-    require(previous_event is None or on_comm, "after an event, memory must be of its own stream")
+    require(previous_event is None or on_comm, "after an event, memory must belong to its own stream")
 
 
 class Way:
-    """Which tokens went from where to where in a dispatch: what a handle knows."""
+    """Source and destination of all tokens of a dispatch, as a handle records them."""
 
     def __init__(self, group: dist.ProcessGroup, ids: Tensor, num_experts: int) -> None:
         self.group, self.ids = group, ids.clone()
@@ -126,8 +128,8 @@ class Way:
         require(num_experts % self.ranks == 0, "experts are shared evenly")
         require(bool((ids < num_experts).all()), "expert ids are below the number of experts")
         self.per_rank = num_experts // self.ranks
-        place = torch.where(ids < 0, self.ranks, ids // self.per_rank)
-        self.in_rank = torch.stack([(place == rank).any(1) for rank in range(self.ranks)], 1)
+        rank_of_slot = torch.where(ids < 0, self.ranks, ids // self.per_rank)
+        self.in_rank = torch.stack([(rank_of_slot == rank).any(1) for rank in range(self.ranks)], 1)
         self.sent = [self.in_rank[:, rank].nonzero().view(-1) for rank in range(self.ranks)]
         self.per_expert = torch.bincount(ids[ids >= 0], minlength=num_experts)
         counts = torch.tensor([len(tokens) for tokens in self.sent])
@@ -135,34 +137,35 @@ class Way:
         dist.all_to_all_single(received, counts, group=group)
         self.received: list[int] = received.tolist()
         self.order = torch.arange(sum(self.received))
-        """Of the tokens by (source rank, token), as they lie."""
+        """Order of arrival of the tokens, as indices into the order of (source rank, token)."""
 
-    def out(self, rows: Tensor) -> Tensor:
-        """[T, ...] -> [A, ...]"""
+    def send(self, rows: Tensor) -> Tensor:
+        """Send rows of the tokens to their experts' ranks: [T, ...] -> [A, ...]."""
         copies = torch.cat([rows[tokens] for tokens in self.sent])
         return self._swap(copies, [len(tokens) for tokens in self.sent], self.received)[self.order]
 
-    def home(self, rows: Tensor, keys: Tensor, node_of: Tensor) -> Tensor:
-        """[A, ...] -> the sums [T, ...] over the ranks of a node by their keys [T, ranks], then over nodes."""
-        require(rows.shape[0] == len(self.order), "as many rows come back as were sent")
+    def send_back(self, rows: Tensor, keys: Tensor, node_of: Tensor) -> Tensor:
+        """Return rows [A, ...] to the tokens, as sums [T, ...] over the ranks of a node, in the order of their keys
+        [T, ranks], and then over nodes."""
+        require(rows.shape[0] == len(self.order), "as many rows are sent back as were sent")
         by_source = torch.empty_like(rows).index_copy_(0, self.order, rows)
         sent = [len(tokens) for tokens in self.sent]
         parts = self._swap(by_source, self.received, sent).split(sent)
         nodes, tokens = int(node_of.max()) + 1, self.ids.shape[0]
         keys = keys.masked_fill(~self.in_rank, -1)
-        each = torch.zeros(tokens, self.ranks, *rows.shape[1:])
+        by_rank = torch.zeros(tokens, self.ranks, *rows.shape[1:])
         for rank, part in enumerate(parts):
-            each[self.sent[rank], rank] = part.float()
-        of_node = torch.zeros(tokens, nodes, *rows.shape[1:])
+            by_rank[self.sent[rank], rank] = part.float()
+        by_node = torch.zeros(tokens, nodes, *rows.shape[1:])
         node_keys = torch.full((tokens, nodes), -1)
         for node in range(nodes):
             members = (node_of == node).nonzero().view(-1)
-            of_node[:, node] = _sum(each[:, members], keys[:, members]).to(rows.dtype).float()
+            by_node[:, node] = _sum(by_rank[:, members], keys[:, members]).to(rows.dtype).float()
             node_keys[:, node] = keys[:, members].amax(1)
-        return _sum(of_node, node_keys).to(rows.dtype)
+        return _sum(by_node, node_keys).to(rows.dtype)
 
     def _swap(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Gloo carries no FP8, and no rows without bytes."""
+        """Exchange rows as bytes, because gloo has no FP8 and no rows without bytes."""
         width = rows[:1].numel() if rows.shape[0] else int(torch.tensor(rows.shape[1:]).prod())
         bytes_of_row = width * rows.element_size()
         out = rows.contiguous().view(torch.uint8).view(rows.shape[0], bytes_of_row)
@@ -172,35 +175,35 @@ class Way:
 
 
 def _sum(parts: Tensor, keys: Tensor) -> Tensor:
-    """FP32 [T, n, ...], added up in the ascending order of keys [T, n]."""
+    """Sum of FP32 [T, n, ...] over n, in the ascending order of keys [T, n]."""
     order = keys.argsort(1)
     total = torch.zeros(parts.shape[0], *parts.shape[2:])
-    for place in range(parts.shape[1]):
-        total += parts[torch.arange(len(parts)), order[:, place]]
+    for index in order.unbind(1):
+        total += parts[torch.arange(len(parts)), index]
     return total
 
 
 class Common:
-    """What both generations' buffers check."""
+    """Checks that both generations' buffers make."""
 
     settings: Settings
     name: str
 
-    def _open(self, group: dist.ProcessGroup, explicitly_destroy: bool) -> None:
-        self.group, self._owned, self._gone = group, explicitly_destroy, False
+    def open(self, group: dist.ProcessGroup, explicitly_destroy: bool) -> None:
+        self.group, self._owned, self._destroyed = group, explicitly_destroy, False
         peers = self.settings.peers
-        require(group.size() <= peers or group.size() % peers == 0, "all nodes have as many ranks")
+        require(group.size() <= peers or group.size() % peers == 0, "all nodes have equally many ranks")
         self.node_of = torch.arange(group.size()) // peers
         self.nodes = int(self.node_of[-1]) + 1
 
     def destroy(self) -> None:
         require(self._owned, "`explicitly_destroy` must be set")
-        require(not self._gone, "it is destroyed once")
-        self._gone = True
+        require(not self._destroyed, "it is destroyed once")
+        self._destroyed = True
         dist.barrier(self.group)
 
-    def _payload(self, x: Any) -> tuple[Tensor, Tensor | None]:
-        require(not self._gone, "it was destroyed")
+    def payload(self, x: Any) -> tuple[Tensor, Tensor | None]:
+        require(not self._destroyed, "it was destroyed")
         data, scales = x if isinstance(x, tuple) else (x, None)
         carried = (torch.bfloat16, torch.float32) if self.settings.float32 else (torch.bfloat16,)
         require(data.dtype in (carried if scales is None else (torch.float8_e4m3fn,)), f"rows of {data.dtype}")
@@ -208,42 +211,42 @@ class Common:
         self._check_width(data.shape[1], scales is not None)
         if scales is not None:
             require(scales.dtype == torch.float32, "scales are FP32")
-            require(tuple(scales.shape) == (data.shape[0], data.shape[1] // 128), "one scale for 128 values")
+            require(tuple(scales.shape) == (data.shape[0], data.shape[1] // 128), "one scale per 128 values")
         return data, scales
 
     def _check_width(self, width: int, fp8: bool) -> None:
         unit = 256 if self.nodes > 1 or self.name == "ElasticBuffer" else 128 if fp8 else 8
         require(width % unit == 0, f"rows of a multiple of {unit} values")
 
-    def _check_rows(self, x: Tensor, weights: Tensor | None) -> None:
+    def check_rows(self, x: Tensor, weights: Tensor | None) -> None:
         require(x.dtype == torch.bfloat16 or (self.settings.float32 and x.dtype == torch.float32), f"sums of {x.dtype}")
-        self._payload(x)
+        self.payload(x)
         if weights is not None:
             require(weights.dtype == torch.float32 and weights.is_contiguous(), "weights are contiguous FP32")
-            require(weights.dim() == 2 and weights.shape[0] == x.shape[0], "weights for every row")
+            require(weights.dim() == 2 and weights.shape[0] == x.shape[0], "weights of every row")
 
     @staticmethod
-    def _check_choice(ids: Tensor, weights: Tensor | None) -> None:
+    def check_choice(ids: Tensor, weights: Tensor | None) -> None:
         require(ids.dtype == torch.int64 and ids.dim() == 2 and ids.is_contiguous(), "ids are contiguous int64 [T, K]")
         require(ids.shape[1] <= 32, "at most 32 choices")
         ordered = ids.sort(1).values
         require(not bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()), "no expert twice")
         if weights is not None:
             require(weights.dtype == torch.float32 and weights.is_contiguous(), "weights are contiguous FP32")
-            require(weights.shape == ids.shape, "a weight for every choice")
+            require(weights.shape == ids.shape, "one weight per choice")
 
-    def _local(self, ids: Tensor, way: Way) -> Tensor:
+    def local(self, ids: Tensor, way: Way) -> Tensor:
         local = ids - way.rank * way.per_rank
         return local.masked_fill((ids < 0) | (local < 0) | (local >= way.per_rank), -1)
 
     @staticmethod
-    def _per_expert(local: Tensor, way: Way, alignment: int) -> list[int]:
+    def per_expert(local: Tensor, way: Way, alignment: int) -> list[int]:
         counts = torch.bincount(local[local >= 0], minlength=way.per_rank).tolist()
         return [-(-count // alignment) * alignment for count in counts]
 
 
 class Config:
-    """How large the pieces are in which tokens are sent. The numbers are none of theirs."""
+    """Sizes of the pieces in which tokens are sent. The numbers are not DeepEP's."""
 
     def __init__(self, num_sms: int, peers: int) -> None:
         self.num_sms, self.peers = num_sms, peers

@@ -1,20 +1,20 @@
-"""Stands for `deep_ep` on CPUs: its signatures, its rules and what its documentation says it computes, over gloo.
+"""Stand-in for `deep_ep` on CPUs: its signatures, its rules and its documented results, over gloo.
 
-    library = stand_in(Settings(peers=2))       # 2 ranks a node
+    library = stand_in(Settings(peers=2))       # 2 ranks per node
     buffer = library.module.Buffer(group, ...)
 
-It holds callers to what the library does (1.2.1 and 2.1.0, read in their source), above all where that surprises:
+It enforces the library's behaviour (1.2.1 and 2.1.0, read in their source), above all where that is surprising:
 
 - a call that a recorded release would not bind raises TypeError
-- what a launched call returns is garbage until its event was waited for, and its inputs must not change before that;
-  only counts of tokens are there at once, and layouts and handles may be passed on, for they stay on its own stream
-- `combine` sums without weights; gate weights go back through its `topk_weights`
-- a dispatch with a handle takes no experts, no weights, the SMs of the first and, between nodes, its size of row
-- weights that arrive are meaningless where the expert is another rank's; the elastic generation does not zero them
+- the results of a launched call are garbage until its event has been waited for, and its inputs must not change before
+  that; counts of tokens are there at once, and layouts and handles may be passed on, as they stay on its own stream
+- `combine` sums without weights; gate weights are returned through its `topk_weights`
+- a dispatch with a handle takes no experts, no weights, the SMs of the first dispatch and, between nodes, its row size
+- weights that arrive have no meaning if the expert is another rank's; the elastic generation does not zero them
 - the legacy generation delivers by (source rank, token), the elastic one in an order of its own
 - sums are FP32 over the ranks of a node, rounded, then over nodes: by rank, or by a token's slots (elastic)
 
-What it does not do: anything beside the host. A call moves its data before it returns.
+Nothing runs asynchronously: a call moves its data before it returns.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from counterflow.tests.fp8.record_te_signatures import parse
 
 
 def stand_in(settings: Settings) -> Library:
-    """The library as `find_library` would return it."""
+    """Return the library as `find_library` would."""
     module: Any = ModuleType("deep_ep")
     module.Buffer = type("Buffer", (_Legacy,), {"settings": settings})
     if f"{_Elastic.name}.dispatch" in RECORDED[settings.release]["callables"]:
@@ -80,7 +80,7 @@ class _Legacy(Common):
         enable_shrink: bool = False,
         comm: Any = None,
     ) -> None:
-        self._open(group, explicitly_destroy)
+        self.open(group, explicitly_destroy)
         self._bytes, self._queue_pairs = (num_nvl_bytes, num_rdma_bytes), num_qps_per_rank
 
     destroy = binds("Buffer.destroy")(Common.destroy)
@@ -108,7 +108,7 @@ class _Legacy(Common):
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Any, ...]:
         check_legacy_streams(previous_event, async_finish, allocate_on_comm_stream)
-        self._check_choice(topk_idx, None)
+        self.check_choice(topk_idx, None)
         way = Way(self.group, topk_idx, num_experts)
         outputs = Outputs(async_finish, topk_idx)
         return (*[part if part is None else outputs.give(part) for part in self._layout(way)], outputs.event())
@@ -137,7 +137,7 @@ class _Legacy(Common):
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Any, ...]:
         check_legacy_streams(previous_event, async_finish, allocate_on_comm_stream)
-        data, scales = self._payload(x)
+        data, scales = self.payload(x)
         sms = self._check_config(config or self.get_dispatch_config(self.group.size()), data.shape[1])
         outputs = Outputs(async_finish, data, scales, topk_idx, topk_weights)
         if handle is not None:
@@ -146,19 +146,20 @@ class _Legacy(Common):
             require(data.shape[0] == way.ids.shape[0], "as many tokens as in the first dispatch")
             return (self._arrived(way, data, scales, outputs), None, None, None, None, outputs.event())
         assert num_tokens_per_rank is not None and is_token_in_rank is not None and num_tokens_per_expert is not None
-        require(topk_idx is not None and topk_weights is not None, "experts and weights, for gate weights travel")
+        require(topk_idx is not None and topk_weights is not None, "experts and weights, as gate weights are sent")
         assert topk_idx is not None and topk_weights is not None
-        self._check_choice(topk_idx, topk_weights)
+        self.check_choice(topk_idx, topk_weights)
         require(topk_idx.shape[0] == data.shape[0], "experts for every token")
         way = Way(self.group, topk_idx, num_tokens_per_expert.shape[0])
         given = [num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank]
-        for ours, theirs in zip(given, self._layout(way), strict=True):
-            require((ours is None) == (theirs is None), "token counts of nodes, where there are several")
-            if ours is not None and theirs is not None:
-                require(ours.dtype == theirs.dtype and torch.equal(on_their_stream(ours), theirs), "the ids' layout")
-        local = self._local(way.out(topk_idx), way)
-        weights = way.out(topk_weights).masked_fill(local < 0, 0.0)
-        counts = self._per_expert(local, way, expert_alignment)
+        for part, expected in zip(given, self._layout(way), strict=True):
+            require((part is None) == (expected is None), "token counts of nodes, if there are several")
+            if part is not None and expected is not None:
+                same = part.dtype == expected.dtype and torch.equal(on_their_stream(part), expected)
+                require(same, "the ids' layout")
+        local = self.local(way.send(topk_idx), way)
+        weights = way.send(topk_weights).masked_fill(local < 0, 0.0)
+        counts = self.per_expert(local, way, expert_alignment)
         received = self._arrived(way, data, scales, outputs)
         made = LegacyHandle(way, self, sms)
         return received, outputs.give(local), outputs.give(weights), counts, made, outputs.event()
@@ -176,18 +177,18 @@ class _Legacy(Common):
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Any, ...]:
         check_legacy_streams(previous_event, async_finish, allocate_on_comm_stream)
-        self._check_rows(x, topk_weights)
+        self.check_rows(x, topk_weights)
         sms = self._check_config(config or self.get_combine_config(self.group.size()), x.shape[1])
         way = self._check_handle(handle, sms)
         outputs = Outputs(async_finish, x, topk_weights)
         keys = torch.arange(way.ranks).expand(way.ids.shape[0], -1)
-        sums = outputs.give(way.home(x, keys, self.node_of))
-        weights = None if topk_weights is None else outputs.give(way.home(topk_weights, keys, self.node_of))
+        sums = outputs.give(way.send_back(x, keys, self.node_of))
+        weights = None if topk_weights is None else outputs.give(way.send_back(topk_weights, keys, self.node_of))
         return sums, weights, outputs.event()
 
     def _arrived(self, way: Way, data: Tensor, scales: Tensor | None, outputs: Outputs) -> Any:
-        rows = outputs.give(way.out(data))
-        return rows if scales is None else (rows, outputs.give(way.out(scales)))
+        rows = outputs.give(way.send(data))
+        return rows if scales is None else (rows, outputs.give(way.send(scales)))
 
     def _check_config(self, config: Config, width: int) -> int:
         require(config.num_sms % 2 == 0, "an even number of SMs")
@@ -195,8 +196,11 @@ class _Legacy(Common):
             config.get_nvl_buffer_size_hint(2 * width, self.group.size()),
             config.get_rdma_buffer_size_hint(2 * width, self.group.size()),
         )
-        require(all(has >= wants for has, wants in zip(self._bytes, hints, strict=True)), "memory as the hints say")
-        require(self.nodes == 1 or self._queue_pairs >= config.num_sms, "a queue pair an SM")
+        require(
+            all(size >= hint for size, hint in zip(self._bytes, hints, strict=True)),
+            "memory of at least the hinted size",
+        )
+        require(self.nodes == 1 or self._queue_pairs >= config.num_sms, "one queue pair per SM")
         return config.num_sms
 
     def _check_handle(self, handle: LegacyHandle, sms: int) -> Way:
@@ -206,7 +210,7 @@ class _Legacy(Common):
 
 
 class EPHandle:
-    """What a dispatch of the elastic generation found out, in part."""
+    """Part of the record of an elastic dispatch."""
 
     def __init__(self, way: Way, buffer: Any, num_sms: int, num_experts: int, most: int) -> None:
         self.way, self.buffer, self.num_sms = way, buffer, num_sms
@@ -242,13 +246,13 @@ class _Elastic(Common):
         explicitly_destroy: bool = False,
     ) -> None:
         require(num_bytes is not None or (num_max_tokens_per_rank > 0 and hidden > 0), "a size")
-        require(allow_hybrid_mode and allow_multiple_reduction and not deterministic, "modes that stand here")
-        self._open(group, explicitly_destroy)
+        require(allow_hybrid_mode and allow_multiple_reduction and not deterministic, "modes of the stand-in")
+        self.open(group, explicitly_destroy)
         self._hidden, self._top_k, self._fp8 = hidden, num_topk, use_fp8_dispatch
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
-        everyone: list[Any] = [None] * group.size()
-        dist.all_gather_object(everyone, num_max_tokens_per_rank, group)
-        require(len(set(everyone)) == 1, "all ranks hold the same number of tokens")
+        sizes: list[Any] = [None] * group.size()
+        dist.all_gather_object(sizes, num_max_tokens_per_rank, group)
+        require(len(set(sizes)) == 1, "all ranks hold the same number of tokens")
         self._shuffles = torch.Generator().manual_seed(group.rank())
 
     destroy = binds("ElasticBuffer.destroy")(Common.destroy)
@@ -277,14 +281,14 @@ class _Elastic(Common):
         use_tma_aligned_col_major_sf: bool = False,
     ) -> tuple[Any, ...]:
         check_elastic_streams(previous_event, allocate_on_comm_stream)
-        require(num_sms > 0, "its estimate of SMs is not for node-limited routing, and wants the experts' number")
-        data, scales = self._payload(x)
+        require(num_sms > 0, "its estimate of SMs is not for node-limited routing, and needs the number of experts")
+        data, scales = self.payload(x)
         self._check_size(data.shape, 0 if topk_idx is None else topk_idx.shape[1])
         outputs = Outputs(async_with_compute_stream, data, scales, topk_idx, topk_weights)
         if handle is None:
             assert topk_idx is not None and num_experts is not None, "experts, or a handle"
             require(topk_idx.shape[0] == data.shape[0], "experts for every token")
-            self._check_choice(topk_idx, topk_weights)
+            self.check_choice(topk_idx, topk_weights)
             way = Way(self.group, topk_idx, num_experts)
             way.order = self._shuffled(way)
             handle = EPHandle(way, self, num_sms, num_experts, self.num_max_tokens_per_rank)
@@ -297,22 +301,22 @@ class _Elastic(Common):
             require(data.shape[0] == way.ids.shape[0], "as many tokens as in the first dispatch")
             same = (handle.num_sms, handle.itemsize) == (num_sms, data.element_size())
             require(self.nodes == 1 or same, "between nodes, the SMs and the size of row of the first dispatch")
-        rows = outputs.give(way.out(data))
-        received = rows if scales is None else (rows, outputs.give(way.out(scales)))
-        weights = None if topk_weights is None else outputs.give(way.out(topk_weights))
-        local = outputs.give(self._local(way.out(way.ids), way))
+        rows = outputs.give(way.send(data))
+        received = rows if scales is None else (rows, outputs.give(way.send(scales)))
+        weights = None if topk_weights is None else outputs.give(way.send(topk_weights))
+        local = outputs.give(self.local(way.send(way.ids), way))
         return received, local, weights, handle, outputs.event()
 
     def _describe(self, handle: EPHandle, way: Way, alignment: int, outputs: Outputs) -> None:
-        counts = self._per_expert(self._local(way.out(way.ids), way), way, alignment)
+        counts = self.per_expert(self.local(way.send(way.ids), way), way, alignment)
         handle.num_recv_tokens_per_expert_list, handle.expert_alignment = counts, alignment
-        number = way.out(torch.arange(way.ids.shape[0], dtype=torch.int32) + way.rank * self.num_max_tokens_per_rank)
+        number = way.send(torch.arange(way.ids.shape[0], dtype=torch.int32) + way.rank * self.num_max_tokens_per_rank)
         table = torch.full((len(number), 2 + way.ids.shape[1]), -1, dtype=torch.int32)
         table[:, 0] = number
         handle.recv_src_metadata = outputs.give(table)
 
     def _shuffled(self, way: Way) -> Tensor:
-        """Tokens come by the local index of their source, and among those of one index in any order."""
+        """Order of arrival: by the local index of the source rank, and among tokens of one index in any order."""
         index = torch.repeat_interleave(torch.arange(way.ranks) % self.settings.peers, torch.tensor(way.received))
         mixed = torch.randperm(len(index), generator=self._shuffles)
         return mixed[index[mixed].argsort(stable=True)]
@@ -332,17 +336,17 @@ class _Elastic(Common):
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Any, ...]:
         check_elastic_streams(previous_event, allocate_on_comm_stream)
-        self._check_rows(x, topk_weights)
+        self.check_rows(x, topk_weights)
         way = self._check_handle(handle)
         self._check_size((0, x.shape[1]), way.ids.shape[1])
         outputs = Outputs(async_with_compute_stream, x, topk_weights)
-        place = torch.where(way.ids < 0, -1, way.ids // way.per_rank)
+        rank_of_slot = torch.where(way.ids < 0, -1, way.ids // way.per_rank)
         slots = torch.arange(way.ids.shape[1])
-        last = torch.stack([((place == rank) * (slots + 1)).amax(1) for rank in range(way.ranks)], 1)
-        sums = outputs.give(way.home(x, last, self.node_of))
+        last = torch.stack([((rank_of_slot == rank) * (slots + 1)).amax(1) for rank in range(way.ranks)], 1)
+        sums = outputs.give(way.send_back(x, last, self.node_of))
         weights = None
-        if topk_weights is not None:  # each slot's from the rank of its expert, zero where there is none
-            weights = outputs.give(way.home(topk_weights, last, self.node_of).masked_fill(way.ids < 0, 0.0))
+        if topk_weights is not None:  # each slot's weight from the rank of its expert, zero without one
+            weights = outputs.give(way.send_back(topk_weights, last, self.node_of).masked_fill(way.ids < 0, 0.0))
         return sums, weights, outputs.event()
 
     def _check_size(self, shape: Sequence[int], top_k: int) -> None:

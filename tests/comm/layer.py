@@ -1,4 +1,4 @@
-"""A small MoE layer on top of a dispatcher, and the same layer written densely: no routing, no groups, FP64.
+"""Small MoE layer on top of a dispatcher, and the same layer written densely: no routing, no groups, FP64.
 
 T tokens, K top-k, E experts, H hidden, F the experts' inner width.
 """
@@ -42,10 +42,10 @@ def make_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    among = candidates or num_experts
+    choices = candidates or num_experts
     return Case(
         x=[normal(n, HIDDEN) for n in tokens],
-        expert_ids=[torch.rand(n, among, generator=generator).topk(top_k).indices for n in tokens],
+        expert_ids=[torch.rand(n, choices, generator=generator).topk(top_k).indices for n in tokens],
         weights=[torch.rand(n, top_k, generator=generator) for n in tokens],
         up=normal(num_experts, HIDDEN, INNER) / HIDDEN**0.5,
         down=normal(num_experts, INNER, HIDDEN) / INNER**0.5,
@@ -54,7 +54,7 @@ def make_case(
 
 
 def run_experts(dispatched: Dispatched, up: Tensor, down: Tensor) -> Tensor:
-    """Each local expert on its rows, gate weights applied before the down projection."""
+    """Run each local expert on its rows, with gate weights applied before the down projection."""
     outputs = []
     parts = dispatched.x.split(dispatched.tokens_per_expert), dispatched.weights.split(dispatched.tokens_per_expert)
     for expert, (rows, weights) in enumerate(zip(*parts, strict=True)):
@@ -76,7 +76,7 @@ Layer = Callable[[Dispatcher, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 def outputs_and_gradients(
     case: Case, rank: int, size: int, dispatcher: Dispatcher, layer: Layer = through_dispatcher
 ) -> dict[str, Tensor]:
-    """This rank's output and gradients, its experts' weight gradients among them."""
+    """Output and gradients of this rank, including its experts' weight gradients."""
     local = slice(rank * len(case.up) // size, (rank + 1) * len(case.up) // size)
     leaves = {"x": case.x[rank], "weights": case.weights[rank], "up": case.up[local], "down": case.down[local]}
     leaves = {name: value.clone().requires_grad_() for name, value in leaves.items()}
@@ -90,7 +90,7 @@ def outputs_and_gradients(
 
 
 def dense_reference(case: Case, rank: int, size: int) -> dict[str, Tensor]:
-    """What `outputs_and_gradients` should find: every expert on every token of every rank, masked, in FP64."""
+    """Expected `outputs_and_gradients`: every expert on every token of every rank, masked, in FP64."""
     x, weights = (torch.cat(part).double().requires_grad_() for part in (case.x, case.weights))
     up, down = (part.double().requires_grad_() for part in (case.up, case.down))
     expert_ids = torch.cat(case.expert_ids)
@@ -113,7 +113,7 @@ def dense_reference(case: Case, rank: int, size: int) -> dict[str, Tensor]:
 
 
 def assert_close_to_dense(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, name: str) -> None:
-    """Errors relative to the largest expected value of each tensor, or to 1, the size of the inputs."""
+    """Check errors relative to the largest expected value of each tensor, or to 1, the size of the inputs."""
     for key, reference in expected.items():
         assert found[key].shape == reference.shape, f"{name}: {key} is {found[key].shape}, not {reference.shape}"
         if reference.numel():
@@ -123,9 +123,9 @@ def assert_close_to_dense(found: dict[str, Tensor], expected: dict[str, Tensor],
 
 @contextmanager
 def recorded_all_to_alls(splits: bool = False) -> Iterator[list[tuple[str, Any]]]:
-    """A list that gets ("launch", (sent, received)) and ("wait", None) for each all-to-all.
+    """Record all-to-alls in a list, as ("launch", (sent, received)) and ("wait", None).
 
-    With `splits` a launch also says how many rows are for each rank, and which rank this is.
+    With `splits` a launch also has the number of rows for each rank, and the number of this rank.
     """
     original = exchange.begin_all_to_all
     events: list[tuple[str, Any]] = []

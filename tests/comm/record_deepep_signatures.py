@@ -1,9 +1,9 @@
-"""Record what DeepEP's callables accept and return, from a clone of its repository, by reading its source.
+"""Record the parameters and results of DeepEP's callables, from the source in a clone of its repository.
 
     git clone https://github.com/deepseek-ai/DeepEP && python tests/comm/record_deepep_signatures.py DeepEP
 
-writes deepep_signatures.json beside this file: names and defaults of parameters, how many values come back, and the
-group sizes with a configuration. Nothing of it is imported: its compiled parts need a GPU's libraries.
+writes deepep_signatures.json next to this file: names and defaults of parameters, numbers of returned values, and the
+group sizes with a configuration. DeepEP is not imported: its compiled parts need a GPU's libraries.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ RELEASES = {
         "deep_ep/utils/event.py",
     ),
 }
-"""Of each release the commit, and the files of `Buffer`, `ElasticBuffer` and `EventOverlap`. Version 1 ends with the
-tag v1.2.1; version 2 had no tag when it was read."""
+"""Commit of each release, and the files of `Buffer`, `ElasticBuffer` and `EventOverlap`. Version 1 ends with the tag
+v1.2.1; version 2 had no tag when it was read."""
 
 LEGACY = (
     "__init__",
@@ -43,8 +43,8 @@ ELASTIC = ("__init__", "dispatch", "combine", "destroy")
 
 
 def read(clone: Path) -> dict[str, Any]:
-    """The record of the releases in `clone`, a folder with their history."""
-    return {release: _read(clone, *places) for release, places in RELEASES.items()}
+    """Record of the releases in `clone`, a folder with their history."""
+    return {release: _read(clone, *source) for release, source in RELEASES.items()}
 
 
 def _read(clone: Path, commit: str, legacy: str, elastic: str | None, event: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _find(source: ast.Module, name: str) -> ast.FunctionDef:
 
 
 def _signature(function: ast.FunctionDef) -> str:
-    """Its source text, without annotations and without self."""
+    """Source text of the parameters, without annotations and without self."""
     arguments = function.args
     if arguments.args and arguments.args[0].arg == "self":
         arguments.args.pop(0)
@@ -87,7 +87,7 @@ def _signature(function: ast.FunctionDef) -> str:
 
 
 def _returned(function: ast.FunctionDef) -> int:
-    """How many values it is annotated to return."""
+    """Number of values in the annotation of the result."""
     given = function.returns
     if not isinstance(given, ast.Subscript) or ast.unparse(given.value) != "Tuple":
         return 0 if given is None or ast.unparse(given) == "None" else 1
@@ -96,7 +96,7 @@ def _returned(function: ast.FunctionDef) -> int:
 
 
 def _keys(function: ast.FunctionDef) -> list[int]:
-    """Of the table that a function looks its argument up in."""
+    """Keys of the table in which a function looks its argument up."""
     (table,) = [node for node in ast.walk(function) if isinstance(node, ast.Dict)]
     return [ast.literal_eval(key) for key in table.keys if key is not None]
 

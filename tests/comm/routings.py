@@ -1,4 +1,4 @@
-"""Random routings for dispatchers that must agree, with every special case among them."""
+"""Random routings for dispatchers that must agree, special cases included."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from counterflow.tests.comm.layer import HIDDEN, INNER, Case
 
 TOKENS = 12
-"""The most tokens of a rank, but for one that has four times as many now and then."""
+"""Largest number of tokens of a rank; in one kind of routing, one rank has four times as many."""
 
 
 def random_routing(
     seed: int, ranks: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN, inner: int = INNER
 ) -> Case:
-    """One layer's inputs on `ranks` ranks; `len(case.up)` is the number of experts, a multiple of the ranks.
+    """Inputs of one layer on `ranks` ranks; `len(case.up)` is the number of experts, a multiple of the ranks.
 
-    Twenty seeds in a row hold every entry of KINDS, in both a plain form and one in which some slots are sent nowhere.
-    No expert comes twice in a token, and slots come in any order.
+    Twenty consecutive seeds have every entry of KINDS, once plainly and once with some slots that are sent nowhere.
+    No expert occurs twice for one token, and slots are in any order.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -52,64 +52,64 @@ def _none(top_k: int) -> Tensor:
 
 
 Number = Callable[[int, int], int]
-Choice = tuple[int, list[int]]
-"""K, and the experts among which tokens choose."""
+Candidates = tuple[int, list[int]]
+"""K, and the experts that tokens choose from."""
 
 
-def _any(number: Number, experts: int, tokens: list[int]) -> Choice:
+def _any(number: Number, experts: int, tokens: list[int]) -> Candidates:
     return number(1, min(experts, 8)), list(range(experts))
 
 
-def _one_expert(number: Number, experts: int, tokens: list[int]) -> Choice:
+def _one_expert(number: Number, experts: int, tokens: list[int]) -> Candidates:
     return 1, [number(0, experts - 1)]
 
 
-def _one_rank(number: Number, experts: int, tokens: list[int]) -> Choice:
-    """Every other rank receives nothing."""
+def _one_rank(number: Number, experts: int, tokens: list[int]) -> Candidates:
+    """Candidates of one rank's experts: the other ranks receive nothing."""
     per_rank = experts // len(tokens)
     first = number(0, len(tokens) - 1) * per_rank
     return number(1, per_rank), list(range(first, first + per_rank))
 
 
-def _few_experts(number: Number, experts: int, tokens: list[int]) -> Choice:
+def _few_experts(number: Number, experts: int, tokens: list[int]) -> Candidates:
     step = number(1, 3)
     return 1, list(range(number(0, experts - 1), experts, step))
 
 
-def _top_1(number: Number, experts: int, tokens: list[int]) -> Choice:
+def _top_1(number: Number, experts: int, tokens: list[int]) -> Candidates:
     return 1, list(range(experts))
 
 
-def _all_experts(number: Number, experts: int, tokens: list[int]) -> Choice:
+def _all_experts(number: Number, experts: int, tokens: list[int]) -> Candidates:
     return experts, list(range(experts))
 
 
-def _empty_ranks(number: Number, experts: int, tokens: list[int]) -> Choice:
+def _empty_ranks(number: Number, experts: int, tokens: list[int]) -> Candidates:
     for rank in range(len(tokens)):
         if number(0, 1):
             tokens[rank] = 0
     return _any(number, experts, tokens)
 
 
-def _one_token(number: Number, experts: int, tokens: list[int]) -> Choice:
-    """In the whole group."""
+def _one_token(number: Number, experts: int, tokens: list[int]) -> Candidates:
+    """Candidates of the only token in the whole group."""
     tokens[:] = [0] * len(tokens)
     tokens[number(0, len(tokens) - 1)] = 1
     return _any(number, experts, tokens)
 
 
-def _no_tokens(number: Number, experts: int, tokens: list[int]) -> Choice:
+def _no_tokens(number: Number, experts: int, tokens: list[int]) -> Candidates:
     tokens[:] = [0] * len(tokens)
     return _any(number, experts, tokens)
 
 
-def _crowded(number: Number, experts: int, tokens: list[int]) -> Choice:
-    """One rank has most of the tokens."""
+def _crowded(number: Number, experts: int, tokens: list[int]) -> Candidates:
+    """Candidates with most tokens on one rank."""
     tokens[number(0, len(tokens) - 1)] = 4 * TOKENS
     return _any(number, experts, tokens)
 
 
-KINDS: dict[str, Callable[[Number, int, list[int]], Choice]] = {
+KINDS: dict[str, Callable[[Number, int, list[int]], Candidates]] = {
     "any": _any,
     "all tokens to one expert": _one_expert,
     "all tokens to one rank": _one_rank,

@@ -1,4 +1,4 @@
-"""Dispatch that fills each expert's rows up with zeros: everything but the number of rows is as without."""
+"""Dispatch that fills each expert's rows up with zeros: everything but the number of rows stays the same."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _compare(worker: Worker, alignment: int) -> None:
         found = outputs_and_gradients(case, worker.rank, worker.world_size, aligned)
         assert expected.keys() == found.keys()
         for name, value in expected.items():
-            # A row's products do not depend on how many rows there are; sums over rows of zeros may be ordered anew.
+            # A row's products do not depend on the number of rows; sums over more rows may have another order.
             assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-6), f"routing {number}: {name}"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_layer_and_gradients_are_those_without(ranks: int, pool: Pool) -> None:
+def test_layer_and_gradients_are_the_same_as_without(ranks: int, pool: Pool) -> None:
     for alignment in (2, 16):
         pool.run(_compare, ranks, alignment)
 
@@ -52,7 +52,7 @@ def _look(worker: Worker) -> None:
             count = len(expected)
             assert torch.equal(rows[:count], expected) and not rows[count:].any()
             assert torch.equal(weights[:count], expected_weights) and not weights[count:].any()
-        # What experts make of the rows of zeros does not matter.
+        # The experts' outputs for rows of zeros do not matter.
         y = torch.full_like(wide.x, float("nan"))
         for rows, expected in zip(y.split(wide.tokens_per_expert), plain.x.split(plain.tokens_per_expert), strict=True):
             rows[: len(expected)] = expected

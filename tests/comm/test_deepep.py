@@ -1,4 +1,4 @@
-"""The DeepEP adapter against the flat and the two-hop dispatcher, by way of a stand-in for the library."""
+"""DeepEP adapter against the flat and the two-hop dispatcher, with a stand-in for the library."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def dispatcher(
     options: DispatchOptions | None = None,
     settings: Settings | None = None,
 ) -> DeepEPDispatcher:
-    """Over the whole world, on nodes of `peers` ranks; rows may be FP32, which stands for BF16."""
+    """Dispatcher over the whole world, on nodes of `peers` ranks; rows may be FP32, which stands for BF16."""
     library = stand_in(settings or Settings(peers=peers, float32=True))
     group: Any = dist.group.WORLD
     nodes = [rank // peers for rank in range(group.size())]
@@ -65,7 +65,7 @@ def routings(seeds: range, ranks: int, dtype: torch.dtype = torch.float32) -> It
 
 
 class OnePerSize:
-    """Dispatchers are made once for each number of experts."""
+    """Dispatchers by number of experts, each made once."""
 
     def __init__(self, make: Any) -> None:
         self._make, self._made = make, dict[int, RoutedDispatcher]()
@@ -89,18 +89,19 @@ def _compare(worker: Worker, peers: int, seeds: range) -> None:
     }
     for name, case in routings(seeds, size):
         experts = len(case.up)
-        expected, along_nodes = (outputs_and_gradients(case, rank, size, made[experts]) for made in (flat, hops))
+        expected, by_node = (outputs_and_gradients(case, rank, size, made[experts]) for made in (flat, hops))
         assert_close_to_dense(expected, dense_reference(case, rank, size), 1e-5, name)  # products are FP32, not FP64
         for generation, made in by_generation.items():
             found = outputs_and_gradients(case, rank, size, made[experts])
             assert_close_to_dense(found, expected, 1e-6, f"{generation}, {name}")
-            # What sums add up in the same order has the same bits: the legacy generation adds ranks and then nodes as
-            # two-hop does, the elastic one takes them by a token's slots.
-            ours = differing(found, along_nodes)
-            assert set(ours) <= ({"out", "x"} if generation == "elastic" else set()), f"{generation}, {name}: {ours}"
+            # Sums in the same order have the same bits: the legacy generation adds ranks and then nodes, as two-hop
+            # does, the elastic one adds by a token's slots.
+            other_bits = differing(found, by_node)
+            allowed = {"out", "x"} if generation == "elastic" else set()
+            assert set(other_bits) <= allowed, f"{generation}, {name}: {other_bits}"
 
 
-# 200 routings; any twenty in a row hold every special case.
+# 200 routings; any twenty consecutive ones have every special case.
 LAYOUTS = [
     (4, 2, range(20)),
     pytest.param(4, 2, range(20, 60), marks=pytest.mark.long),
@@ -124,9 +125,9 @@ def test_in_bf16_and_fp8_the_bits_are_two_hops_and_experts_get_the_codes(pool: P
         for name, case in routings(range(20), 4, torch.bfloat16):
             experts = len(case.up)
             options = [DispatchOptions(16, FP8Wire() if fp8 else PlainWire()) for _ in range(2)]
-            settings = Settings(release=release, peers=2)  # and here FP32 is refused
-            ours = dispatcher("legacy", experts, 2, options[0], settings)
-            theirs = two_hop(experts, 2, options[1])
+            settings = Settings(release=release, peers=2)  # without float32, so FP32 is refused
+            tested = dispatcher("legacy", experts, 2, options[0], settings)
+            reference = two_hop(experts, 2, options[1])
             arrived: list[Any] = []
 
             def layer(made: RoutedDispatcher, x: Tensor, ids: Tensor, weights: Tensor, *rest: Tensor) -> Tensor:
@@ -134,27 +135,27 @@ def test_in_bf16_and_fp8_the_bits_are_two_hops_and_experts_get_the_codes(pool: P
                 arrived.append(dispatched)  # noqa: B023
                 return made.combine(run_experts(dispatched, *rest), dispatched)
 
-            expected = outputs_and_gradients(case, worker.rank, 4, theirs, layer)
-            assert differing(outputs_and_gradients(case, worker.rank, 4, ours, layer), expected) == [], name
-            one, other = arrived
-            assert torch.equal(one.offsets, other.offsets) and one.tokens_per_expert == other.tokens_per_expert
-            for ours_in, theirs_in in ((one.codes, other.codes), (one.incoming.take(), other.incoming.take())):
-                assert (ours_in is None) == (theirs_in is None) == (not fp8)
+            expected = outputs_and_gradients(case, worker.rank, 4, reference, layer)
+            assert differing(outputs_and_gradients(case, worker.rank, 4, tested, layer), expected) == [], name
+            wanted, found = arrived
+            assert torch.equal(found.offsets, wanted.offsets) and found.tokens_per_expert == wanted.tokens_per_expert
+            for actual, codes in ((found.codes, wanted.codes), (found.incoming.take(), wanted.incoming.take())):
+                assert (actual is None) == (codes is None) == (not fp8)
                 if fp8:
-                    assert torch.equal(ours_in.data.view(torch.uint8), theirs_in.data.view(torch.uint8))
-                    assert torch.equal(ours_in.scale, theirs_in.scale)
+                    assert torch.equal(actual.data.view(torch.uint8), codes.data.view(torch.uint8))
+                    assert torch.equal(actual.scale, codes.scale)
             if fp8:
-                assert torch.equal(one.codes.dequantize(torch.bfloat16), one.x)
+                assert torch.equal(found.codes.dequantize(torch.bfloat16), found.x)
 
     pool.run(compare, 4)
 
 
-def test_elastic_carries_fp8_both_ways(pool: Pool) -> None:
+def test_elastic_sends_fp8_in_both_directions(pool: Pool) -> None:
     def compare(worker: Worker) -> None:
         for name, case in routings(range(20), 4, torch.bfloat16):
             experts = len(case.up)
-            ours = dispatcher("elastic", experts, 2, DispatchOptions(16, FP8Wire()), Settings(peers=2))
-            found = outputs_and_gradients(case, worker.rank, 4, ours)
+            tested = dispatcher("elastic", experts, 2, DispatchOptions(16, FP8Wire()), Settings(peers=2))
+            found = outputs_and_gradients(case, worker.rank, 4, tested)
             reference = two_hop(experts, 2, DispatchOptions(16, FP8Wire()))
             expected = outputs_and_gradients(case, worker.rank, 4, reference)
             assert set(differing(found, expected)) <= {"out", "x"}, name
@@ -176,7 +177,7 @@ CALLS_OF_A_LAYER = {
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_a_layer_is_four_calls_each_waited_for_when_its_result_is_wanted(pool: Pool, generation: Generation) -> None:
+def test_a_layer_is_four_calls_each_waited_for_when_its_result_is_needed(pool: Pool, generation: Generation) -> None:
     def count(worker: Worker) -> tuple[list[int], dict[str, int]]:
         case = random_routing(0, 2, torch.float32, HIDDEN, INNER)
         made = dispatcher(generation, len(case.up), 2)
@@ -223,8 +224,8 @@ def test_only_the_gradients_that_are_needed_are_made(pool: Pool, generation: Gen
     pool.run(compare, 2)
 
 
-class Apart:
-    """A buffer of the library whose own waits for the device are not seen."""
+class Uncounted:
+    """Buffer of the library whose own waits for the device are not counted."""
 
     def __init__(self, buffer: Any, waits: HostWaits) -> None:
         self._buffer, self._waits = buffer, waits
@@ -240,7 +241,7 @@ class Apart:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_beside_the_library_the_host_waits_for_nothing_but_the_meter(pool: Pool, generation: Generation) -> None:
+def test_outside_the_library_the_host_waits_for_nothing_but_the_meter(pool: Pool, generation: Generation) -> None:
     def count(worker: Worker) -> list[list[str]]:
         found = []
         for meter in (None, Meter([0, 0, 1, 1])):
@@ -248,7 +249,7 @@ def test_beside_the_library_the_host_waits_for_nothing_but_the_meter(pool: Pool,
             made = dispatcher(generation, len(case.up), 2, DispatchOptions(16, meter=meter))
             x, weights = case.x[worker.rank].requires_grad_(), case.weights[worker.rank].requires_grad_()
             with HostWaits() as waits:
-                made.buffer._buffer = Apart(made.buffer._buffer, waits)
+                made.buffer._buffer = Uncounted(made.buffer._buffer, waits)
                 dispatched = made.dispatch(x, case.expert_ids[worker.rank], weights)
                 made.combine(2 * dispatched.x, dispatched).sum().backward()
             found.append(waits.seen)
@@ -258,7 +259,7 @@ def test_beside_the_library_the_host_waits_for_nothing_but_the_meter(pool: Pool,
 
 
 def test_a_route_keeps_none_of_the_rows(pool: Pool) -> None:
-    """Between the layer's forward and its backward only indices stay."""
+    """Only indices stay between the layer's forward and its backward."""
 
     def kept(worker: Worker) -> list[bool]:
         case = random_routing(0, 2, torch.float32, HIDDEN, INNER)
@@ -290,7 +291,7 @@ def test_more_tokens_than_the_buffer_was_made_for_are_refused(pool: Pool) -> Non
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_memory_is_given_back_once(pool: Pool, generation: Generation) -> None:
+def test_memory_is_freed_once(pool: Pool, generation: Generation) -> None:
     def closed(worker: Worker) -> None:
         made = dispatcher(generation, 4, 2)
         made.buffer.close()
@@ -310,9 +311,9 @@ def _bytes(traffic: Traffic) -> dict[tuple[str, str], int]:
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_group_is_counted_to_send_what_two_hop_sends(pool: Pool, generation: Generation, fp8: bool) -> None:
-    """Both count a token once for each other node and inside nodes once for each rank but the relay. What they send
-    beside it differs: 8 bytes a choice, or 6 and filled up to 16."""
-    seeds, width = 20, 512  # at 512 values codes and scales fill 16 bytes anyhow
+    """Both count a token once per other node, and inside nodes once per rank except the relay. The data sent with it
+    differs: 8 bytes per choice, or 6 filled up to 16."""
+    seeds, width = 20, 512  # with 512 values, codes and scales fill 16 bytes exactly
 
     def count(worker: Worker) -> list[tuple[Traffic, Traffic, int]]:
         found = []
@@ -324,8 +325,8 @@ def test_the_group_is_counted_to_send_what_two_hop_sends(pool: Pool, generation:
             group: Any = dist.group.WORLD
             buffer = open_buffer(library, group, Job([0, 0, 1, 1], width, top_k, 4 * TOKENS, fp8=fp8), generation)
             options = [DispatchOptions(1, FP8Wire() if fp8 else PlainWire(), meter) for meter in meters]
-            ours = DeepEPDispatcher(group, experts, options[0], buffer=buffer, nodes=[0, 0, 1, 1])
-            for made in (ours, two_hop(experts, 2, options[1])):
+            tested = DeepEPDispatcher(group, experts, options[0], buffer=buffer, nodes=[0, 0, 1, 1])
+            for made in (tested, two_hop(experts, 2, options[1])):
                 outputs_and_gradients(case, worker.rank, 4, made)
             found.append((meters[0].take(), meters[1].take(), top_k))
         return found
@@ -334,18 +335,18 @@ def test_the_group_is_counted_to_send_what_two_hop_sends(pool: Pool, generation:
     row = width + 4 * width // 128 if fp8 else 2 * width
     seen: Counter[tuple[str, str]] = Counter()
     for seed in range(seeds):
-        ours, theirs = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+        found, expected = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
         for rank in counted:
-            ours.update(_bytes(rank[seed][0]))
-            theirs.update(_bytes(rank[seed][1]))
+            found.update(_bytes(rank[seed][0]))
+            expected.update(_bytes(rank[seed][1]))
         top_k = counted[0][seed][2]
         for link in ("within", "between"):
-            theirs.pop(("counts", link), None)
-            sent, message = theirs.pop(("dispatch", link), 0), -(-(row + 6 * top_k) // 16) * 16
+            expected.pop(("counts", link), None)
+            sent, message = expected.pop(("dispatch", link), 0), -(-(row + 6 * top_k) // 16) * 16
             assert sent % message == 0
-            assert ours.pop(("dispatch", link), 0) == sent // message * (row + 8 * top_k)
-        assert +ours == +theirs, f"routing {seed}"
-        seen.update(ours.keys())
+            assert found.pop(("dispatch", link), 0) == sent // message * (row + 8 * top_k)
+        assert +found == +expected, f"routing {seed}"
+        seen.update(found.keys())
     assert set(seen) == {
         (purpose, link)
         for purpose in ("combine", "combine backward", "dispatch backward")

@@ -1,4 +1,4 @@
-"""Where DeepEP is found, why it may not do, and that its stand-in holds callers to its rules."""
+"""Search for DeepEP, reasons why it cannot serve a run, and the rules that its stand-in enforces."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NEW, OLD = stand_in(Settings()), stand_in(Settings(release="1.2.1"))
 V3 = Job(nodes=[rank // 8 for rank in range(64)], hidden=7168, top_k=8, tokens=4096, fp8=True)
 
 
-# What is installed
+# Installation
 
 
 def test_without_it_both_generations_are_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def test_without_it_both_generations_are_named_with_what_to_do(monkeypatch: pyte
     assert not deepep_available()
     with pytest.raises(UsageError) as fault:
         find_library()
-    said = str(fault.value)
+    message = str(fault.value)
     for part in (
         "is not installed",
         "ElasticBuffer",
@@ -46,12 +46,14 @@ def test_without_it_both_generations_are_named_with_what_to_do(monkeypatch: pyte
         "github.com/deepseek-ai",
         "two-hop needs neither",
     ):
-        assert part in said
-    assert deepep_faults(V3, "cuda") == [said]
+        assert part in message
+    assert deepep_faults(V3, "cuda") == [message]
 
 
 @pytest.mark.parametrize("trouble", ["raise AssertionError('Invalid NCCL versions')", "import a_library_of_its_own"])
-def test_one_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+def test_a_failed_import_is_reported_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
     (tmp_path / "deep_ep.py").write_text(trouble, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
@@ -60,7 +62,7 @@ def test_one_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytes
         find_library()
 
 
-def test_what_is_importable_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_importable_library_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", NEW.module)
     assert deepep_available() and find_library() == NEW
 
@@ -75,7 +77,7 @@ def test_the_newer_generation_is_preferred_and_one_that_is_missing_refused() -> 
         read_library(os)
 
 
-# What it can carry
+# Faults
 
 
 @pytest.mark.parametrize("generation", [None, "legacy", "elastic"])
@@ -115,30 +117,28 @@ FAULTS: list[tuple[dict[str, Any], Generation, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "generation", "said"), FAULTS, ids=lambda value: str(value)[:30])
-def test_what_it_cannot_carry_is_said_with_what_works(
-    change: dict[str, Any], generation: Generation, said: str
-) -> None:
+@pytest.mark.parametrize(("change", "generation", "message"), FAULTS, ids=lambda value: str(value)[:30])
+def test_a_fault_is_reported_with_what_works(change: dict[str, Any], generation: Generation, message: str) -> None:
     faults = deepep_faults(replace(V3, **change), "cuda", generation, NEW)
     assert len(faults) >= 1
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         raise UsageError("\n".join(faults))
 
 
-def test_what_the_other_generation_could_carry_is_no_fault_of_this() -> None:
+def test_limits_of_the_other_generation_are_no_faults() -> None:
     assert deepep_faults(replace(V3, nodes=[0] * 4 + [1] * 4), "cuda", "elastic", NEW) == []
     assert deepep_faults(replace(V3, nodes=[0] * 3), "cuda", "elastic", NEW) == []
     assert deepep_faults(replace(V3, hidden=640, nodes=[0] * 8), "cuda", "legacy", NEW) == []
 
 
-def test_groups_are_asked_of_the_release_that_is_installed() -> None:
+def test_group_sizes_come_from_the_installed_release() -> None:
     ep48 = replace(V3, nodes=[rank // 8 for rank in range(48)])
     assert deepep_faults(ep48, "cuda", "legacy", NEW) == []
     (fault,) = deepep_faults(ep48, "cuda", "legacy", OLD)
     assert "[2, 4, 8, 16, 24, 32, 64, 128, 144, 160]" in fault
 
 
-def test_all_faults_are_told_at_once_and_without_a_gpu_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_faults_are_reported_at_once_and_without_a_gpu_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     def imported(name: str) -> Any:
         raise AssertionError(f"{name} was imported")
 
@@ -147,13 +147,13 @@ def test_all_faults_are_told_at_once_and_without_a_gpu_nothing_is_imported(monke
     assert len(faults) == 3 and "this run's device is cpu; comm.dispatcher two-hop needs neither" in faults[0]
 
 
-# What was recorded
+# Records
 
 
 def test_calls_are_checked_against_the_releases_that_are_named() -> None:
     assert tuple(RECORDED) == libraries.CHECKED == tuple(RELEASES)
     assert {release: record["commit"] for release, record in RECORDED.items()} == {
-        release: places[0] for release, places in RELEASES.items()
+        release: source[0] for release, source in RELEASES.items()
     }
 
 
@@ -177,11 +177,11 @@ def test_the_stand_in_has_the_recorded_signatures(name: str) -> None:
     owner, method = name.split(".")
     if owner == "EventOverlap" or method == "set_num_sms" or method.endswith("config"):
         return
-    ours = inspect.signature(getattr(getattr(NEW.module, owner), method)).parameters
-    theirs = parse(RECORDED["2.1.0"]["callables"][name]).parameters
-    plain = [parameter for parameter in ours.values() if parameter.name != "self"]
-    assert [parameter.name for parameter in plain] == list(theirs)
-    for parameter, recorded in zip(plain, theirs.values(), strict=True):
+    parameters = inspect.signature(getattr(getattr(NEW.module, owner), method)).parameters
+    recorded_ones = parse(RECORDED["2.1.0"]["callables"][name]).parameters
+    plain = [parameter for parameter in parameters.values() if parameter.name != "self"]
+    assert [parameter.name for parameter in plain] == list(recorded_ones)
+    for parameter, recorded in zip(plain, recorded_ones.values(), strict=True):
         if recorded.default is inspect.Parameter.empty:
             assert parameter.default is recorded.default
         else:
@@ -229,7 +229,7 @@ def _changed_while_read(buffer: Any) -> None:
 
 def _released_twice(buffer: Any) -> None:
     event = _legacy(buffer, async_finish=True)[-1]
-    event.event = None  # as `release_handle` leaves it, which version 1 does not have
+    event.event = None  # the effect of `release_handle`, which version 1 does not have
     event.current_stream_wait()
 
 
@@ -246,7 +246,7 @@ FP8 = torch.float8_e4m3fn
 LEGACY_RULES: dict[str, Callable[[Any], object]] = {
     "rows of torch.float32": lambda b: _legacy(b, _rows(dtype=torch.float32)),
     "scales are FP32": lambda b: _legacy(b, (_rows(dtype=FP8), torch.ones(T, 2, dtype=torch.bfloat16))),
-    "one scale for 128 values": lambda b: _legacy(b, (_rows(dtype=FP8), torch.ones(T, 4))),
+    "one scale per 128 values": lambda b: _legacy(b, (_rows(dtype=FP8), torch.ones(T, 4))),
     "contiguous int64": lambda b: b.get_dispatch_layout(_ids(torch.int32), E),
     "contiguous FP32": lambda b: _legacy(b, topk_weights=_weights(torch.bfloat16)),
     "no expert twice": lambda b: b.get_dispatch_layout(torch.zeros(T, K, dtype=torch.int64), E),
@@ -254,14 +254,14 @@ LEGACY_RULES: dict[str, Callable[[Any], object]] = {
     "the ids' layout": lambda b: _legacy(b, topk_idx=_ids() + torch.tensor([1, 0])),
     "with a handle neither": lambda b: b.dispatch(_rows(), handle=_legacy(b)[4], topk_weights=_weights()),
     "as many tokens as in the first": lambda b: b.dispatch(_rows(tokens=T + 1), handle=_legacy(b)[4]),
-    "as many rows come back": lambda b: b.combine(_rows(tokens=1), _legacy(b)[4]),
+    "as many rows are sent back": lambda b: b.combine(_rows(tokens=1), _legacy(b)[4]),
     "the SM count must be even": lambda b: type(b).set_num_sms(21),
     "the SMs of the dispatch": _other_sms,
-    "memory of its stream wants both": lambda b: _legacy(b, allocate_on_comm_stream=True),
-    "an event that is not there": lambda b: _legacy(b)[-1].current_stream_wait(),
+    "memory of its stream needs both": lambda b: _legacy(b, allocate_on_comm_stream=True),
+    "an event that is missing": lambda b: _legacy(b)[-1].current_stream_wait(),
     "or was released": _released_twice,
     "an input changed": _changed_while_read,
-    "memory as the hints say": lambda b: _legacy(type(b)(b.group, explicitly_destroy=True)),
+    "memory of at least the hinted size": lambda b: _legacy(type(b)(b.group, explicitly_destroy=True)),
     "`explicitly_destroy` must": lambda b: type(b)(b.group).destroy(),
 }
 ELASTIC_RULES: dict[str, Callable[[Any], object]] = {
@@ -280,12 +280,12 @@ ELASTIC_RULES: dict[str, Callable[[Any], object]] = {
     ),
     "after an event": lambda b: _elastic(b, previous_event=object()),
     "sums of torch.float16": lambda b: b.combine(_rows(dtype=torch.float16), _elastic(b)[3]),
-    "an event that is not there": lambda b: _elastic(b)[-1].current_stream_wait(),
+    "an event that is missing": lambda b: _elastic(b)[-1].current_stream_wait(),
 }
 
 
-def test_the_stand_in_holds_to_the_rules(pool: Pool) -> None:
-    """Two ranks on two nodes, so that those between nodes hold."""
+def test_the_stand_in_enforces_the_rules(pool: Pool) -> None:
+    """Rules, broken one by one on two ranks of two nodes, so that the rules between nodes apply."""
 
     def broken(worker: Worker) -> list[str]:
         library: Any = stand_in(Settings(peers=1)).module
@@ -293,27 +293,27 @@ def test_the_stand_in_holds_to_the_rules(pool: Pool) -> None:
         memory = configs[0].get_nvl_buffer_size_hint(*configs[1:]), configs[0].get_rdma_buffer_size_hint(*configs[1:])
         legacy = library.Buffer(dist.group.WORLD, *memory, explicitly_destroy=True)
         elastic = library.ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=8, hidden=H, num_topk=K)
-        assert _legacy(legacy)[0].shape == _elastic(elastic)[0].shape == (2 * T, H), "what breaks no rule works"
-        silent = []
+        assert _legacy(legacy)[0].shape == _elastic(elastic)[0].shape == (2 * T, H), "a call that breaks no rule works"
+        unenforced = []
         for buffer, rules in ((legacy, LEGACY_RULES), (elastic, ELASTIC_RULES)):
             for rule, call in rules.items():
                 try:
                     call(buffer)
                 except AssertionError as error:
                     if rule not in str(error):
-                        silent.append(f"{rule}: {error}")
+                        unenforced.append(f"{rule}: {error}")
                 else:
-                    silent.append(rule)
+                    unenforced.append(rule)
         with pytest.raises(TypeError, match="topk_ids"):
             elastic.dispatch(_rows(), topk_ids=_ids(), num_sms=4)
-        with pytest.raises(TypeError, match="enable_shrink"):  # of the newer release only
+        with pytest.raises(TypeError, match="enable_shrink"):  # a parameter of the newer release only
             library.Buffer(dist.group.WORLD, enable_shrink=True)
-        return silent
+        return unenforced
 
     assert pool.run(broken, 2) == [[], []]
 
 
-def test_what_was_launched_is_garbage_until_it_is_waited_for(pool: Pool) -> None:
+def test_launched_results_are_garbage_until_waited_for(pool: Pool) -> None:
     def early(worker: Worker) -> tuple[bool, bool, bool]:
         library: Any = stand_in(Settings(peers=2)).module
         elastic = library.ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=8, hidden=H, num_topk=K)

@@ -1,4 +1,4 @@
-"""Flat dispatch and combine against a dense layer, and the promises about order, groups and bits."""
+"""Flat dispatch and combine against a dense layer, and their guarantees of order, groups and bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from counterflow.tests.comm.layer import (
 )
 from counterflow.tests.pool import Pool, Worker
 
-# (tokens of ranks 0, 1, ...; experts; top-k; experts that anyone chooses, None for all)
+# (tokens of ranks 0, 1, ...; experts; top-k; number of experts that are chosen from, None for all)
 ROUTINGS = [
     ([5, 9, 2, 7], 8, 2, None),
     ([16, 16, 16, 16], 12, 4, None),
@@ -91,7 +91,7 @@ def test_rows_arrive_by_expert_then_source_then_token(pool: Pool) -> None:
 
 
 def test_combine_has_the_same_bits_in_every_layout(pool: Pool) -> None:
-    """Copies and slot-ordered sums do not know where the rows were: dispatch and combine without experts between."""
+    """Copies and slot-ordered sums do not depend on the rows' ranks: dispatch and combine, without experts."""
     case = make_case(0, [24], 8, 4, torch.float32)
 
     def round_trip(worker: Worker) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +107,7 @@ def test_combine_has_the_same_bits_in_every_layout(pool: Pool) -> None:
     one = [torch.cat(parts) for parts in zip(*pool.run(round_trip, 1), strict=True)]
     for ranks in (2, 4, 8):
         many = [torch.cat(parts) for parts in zip(*pool.run(round_trip, ranks), strict=True)]
-        assert all(torch.equal(ours, single) for ours, single in zip(many, one, strict=True))
+        assert all(map(torch.equal, many, one))
 
 
 def test_disjoint_groups_in_one_world_do_not_touch_each_other(pool: Pool) -> None:
@@ -127,7 +127,7 @@ def test_group_of_one_communicates_nothing_and_a_layer_costs_seven_all_to_alls(p
     def count(worker: Worker, size: int) -> tuple[int, int]:
         group = dist.group.WORLD if size > 1 else dist.new_group([worker.rank], use_local_synchronization=True)
         case = make_case(0, [6] * size, 4, 2, torch.float32)
-        # Every collective goes through the group's backend: its sequence number counts also those we do not expect.
+        # Every collective goes through the group's backend, whose sequence number counts unexpected ones too.
         before = group._get_sequence_number_for_group()
         with recorded_all_to_alls() as events:
             outputs_and_gradients(case, worker.rank if size > 1 else 0, size, FlatDispatcher(group, 4))
@@ -159,7 +159,7 @@ def test_counts_sent_ahead_give_the_same_bits_and_are_sent_once(pool: Pool) -> N
             assert [name for name, value in plain.items() if not torch.equal(ahead[name], value)] == []
         return launched
 
-    # The counts; then rows and gate weights, and no counts again.
+    # The counts; then rows and gate weights, without a second exchange of counts.
     assert pool.run(compare, 2) == [[1, 3, 1, 3]] * 2
 
 
@@ -169,7 +169,7 @@ def test_no_group_is_a_group_of_one() -> None:
     assert_close_to_dense(found, dense_reference(case, 0, 1), 1e-6, "no group")
 
 
-def test_all_to_alls_leave_their_inputs_alone(pool: Pool) -> None:
+def test_all_to_alls_do_not_change_their_inputs(pool: Pool) -> None:
     def inputs_stay(worker: Worker) -> int:
         case = make_case(5, [9, 4, 6, 7], 8, 2, torch.float32)
         before = [part[worker.rank].clone() for part in (case.x, case.expert_ids, case.weights)]
@@ -190,7 +190,7 @@ def test_all_to_alls_leave_their_inputs_alone(pool: Pool) -> None:
     assert pool.run(inputs_stay, 4) == [14] * 4
 
 
-def test_an_exchange_keeps_nothing_once_it_was_waited_for(pool: Pool) -> None:
+def test_an_exchange_keeps_nothing_after_the_wait(pool: Pool) -> None:
     def kept(worker: Worker) -> list[bool]:
         rows = torch.ones(4, 3)
         sent = StorageWeakRef(rows.untyped_storage())
@@ -198,14 +198,14 @@ def test_an_exchange_keeps_nothing_once_it_was_waited_for(pool: Pool) -> None:
         del rows
         before, received = sent.expired(), exchange.wait()
         assert torch.equal(received, torch.ones(4, 3))
-        came = StorageWeakRef(received.untyped_storage())
+        arrived = StorageWeakRef(received.untyped_storage())
         del received
-        return [before, sent.expired(), came.expired()]
+        return [before, sent.expired(), arrived.expired()]
 
     assert pool.run(kept, 2) == [[False, True, True]] * 2
 
 
-def test_no_gradient_is_made_for_what_needs_none(pool: Pool) -> None:
+def test_no_gradient_is_made_where_none_is_needed(pool: Pool) -> None:
     def frozen_weights(worker: Worker) -> tuple[bool, bool, int]:
         case = make_case(1, [5, 5], 4, 2, torch.float32)
         dispatcher = FlatDispatcher(dist.group.WORLD, 4)
@@ -236,8 +236,8 @@ def test_a_group_that_does_not_divide_the_experts_is_refused_with_those_that_do(
         FlatDispatcher(group, 6)
 
 
-def test_an_expert_id_out_of_range_is_a_bug_that_is_seen() -> None:
-    for wrong in (4, 9):  # and -1 is sent nowhere
+def test_an_expert_id_out_of_range_is_detected() -> None:
+    for wrong in (4, 9):  # -1 would be valid: it is sent nowhere
         expert_ids = torch.tensor([[0, 1], [wrong, 2]])
         with pytest.raises(AssertionError, match="1 expert ids are no expert's"):
             FlatDispatcher(None, 4).dispatch(torch.zeros(2, 3), expert_ids, torch.ones(2, 2))

@@ -1,4 +1,4 @@
-"""The asynchronous forms: same bits, real overlap in both directions, recomputation, cut graphs."""
+"""Asynchronous forms: same bits, real overlap in both directions, recomputation, cut graphs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _assert_equal_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
     assert not different, f"other bits in {different}"
 
 
-def test_async_equals_sync_bitwise_with_two_micro_batches_under_way(pool: Pool) -> None:
+def test_async_equals_sync_bitwise_with_two_micro_batches_in_flight(pool: Pool) -> None:
     def compare(worker: Worker) -> None:
         dispatcher = FlatDispatcher(dist.group.WORLD, EXPERTS)
         for dtype in (torch.float32, torch.bfloat16):
@@ -59,10 +59,10 @@ def test_async_equals_sync_bitwise_with_two_micro_batches_under_way(pool: Pool) 
     pool.run(compare, 4)
 
 
-def test_backward_overlaps_what_lies_between_begin_and_wait(pool: Pool) -> None:
+def test_backward_overlaps_the_work_between_begin_and_wait(pool: Pool) -> None:
     def order_of_events(worker: Worker) -> list[str]:
         class Marked(torch.autograd.Function):
-            """Stands for a shared expert: unrelated to the rows, between launch and wait in the forward."""
+            """Work of a shared expert: independent of the rows, between launch and wait in the forward."""
 
             @staticmethod
             def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
@@ -79,18 +79,18 @@ def test_backward_overlaps_what_lies_between_begin_and_wait(pool: Pool) -> None:
         weights = case.weights[worker.rank].requires_grad_()
         dispatcher = FlatDispatcher(dist.group.WORLD, EXPERTS)
         pending = dispatcher.begin_dispatch(x, case.expert_ids[worker.rank], weights)
-        beside_dispatch = Marked.apply(x, "beside dispatch")
+        during_dispatch = Marked.apply(x, "during dispatch")
         dispatched = pending.wait()
         y = run_experts(dispatched, case.up[:2], case.down[:2])
         returning = dispatcher.begin_combine(y, dispatched)
-        beside_combine = Marked.apply(x, "beside combine")
-        out = returning.wait() + beside_combine + beside_dispatch
+        during_combine = Marked.apply(x, "during combine")
+        out = returning.wait() + during_combine + during_dispatch
         with recorded_all_to_alls() as events:
             out.sum().backward()
         return [name for name, _ in events]
 
-    around_combine = ["launch", "beside combine", "wait"]
-    around_dispatch = ["launch", "launch", "beside dispatch", "wait", "wait"]  # rows and gate weights
+    around_combine = ["launch", "during combine", "wait"]
+    around_dispatch = ["launch", "launch", "during dispatch", "wait", "wait"]  # rows and gate weights
     assert pool.run(order_of_events, 4) == [around_combine + around_dispatch] * 4
 
 
@@ -105,8 +105,8 @@ def test_recomputation_gives_the_same_bits_and_does_not_repeat_the_combine(pool:
             case = make_case(7, TOKENS, EXPERTS, TOP_K, dtype)
             plain = outputs_and_gradients(case, worker.rank, worker.world_size, dispatcher)
             with recorded_all_to_alls() as events:
-                again = outputs_and_gradients(case, worker.rank, worker.world_size, dispatcher, recomputed)
-            _assert_equal_bits(again, plain)
+                found = outputs_and_gradients(case, worker.rank, worker.world_size, dispatcher, recomputed)
+            _assert_equal_bits(found, plain)
         names = [name for name, _ in events]
         return names.count("launch"), names.count("wait")
 
@@ -114,8 +114,8 @@ def test_recomputation_gives_the_same_bits_and_does_not_repeat_the_combine(pool:
     assert pool.run(compare, 4) == [(10, 10)] * 4
 
 
-def test_saved_tensors_may_be_moved_away(pool: Pool) -> None:
-    """Hooks that hand back copies, as offloading does, change nothing."""
+def test_saved_tensors_may_be_offloaded(pool: Pool) -> None:
+    """Hooks that return copies, as offloading does, change nothing."""
 
     def with_hooks(dispatcher: Dispatcher, *inputs: Tensor) -> Tensor:
         with saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda kept: kept.clone()):
@@ -131,7 +131,7 @@ def test_saved_tensors_may_be_moved_away(pool: Pool) -> None:
 
 
 def test_the_graph_can_be_cut_at_the_ticket(pool: Pool) -> None:
-    """The backward of a begun dispatch or combine in two halves, launched here and waited for there."""
+    """Backward of a begun dispatch or combine in two halves: one launches, the other waits."""
 
     def compare(worker: Worker) -> list[str]:
         dispatcher = FlatDispatcher(dist.group.WORLD, EXPERTS)
@@ -158,7 +158,7 @@ def test_the_graph_can_be_cut_at_the_ticket(pool: Pool) -> None:
         expected = outputs_and_gradients(case, worker.rank, worker.world_size, dispatcher)
         with recorded_all_to_alls() as events:
             out.backward(case.grads[worker.rank])
-            finish("combine")  # goes on through the experts to the dispatch, which it launches
+            finish("combine")  # continues through the experts to the dispatch, which it launches
             finish("dispatch")
         found = {"out": out.detach(), "x": x.grad, "weights": weights.grad, "up": up.grad, "down": down.grad}
         _assert_equal_bits(found, expected)

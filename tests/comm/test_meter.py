@@ -1,4 +1,4 @@
-"""What is counted is what is sent: the tensors handed to the collective library, by link, and V3's savings."""
+"""Meter against the tensors that are handed to the collective library, by link, and V3's savings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ HIDDEN, EXPERTS, TOP_K, GROUPS, LIMIT, TOKENS = 7168, 256, 8, 8, 4, 12
 
 
 def _v3_choices(rank: int) -> Tensor:
-    """Experts of this rank's tokens, by the router itself."""
+    """Experts of this rank's tokens, chosen by the router."""
     config = ModelConfig(hidden_size=64, n_group=GROUPS, topk_group=LIMIT, num_hidden_layers=4)
     router = Router(config)
     generator = torch.Generator().manual_seed(5)
@@ -86,7 +86,7 @@ def _round_trip(dispatcher: RoutedDispatcher, ids: Tensor, meter: Meter) -> Traf
 
 
 def test_v3s_shape_sends_a_quarter_of_flat_bf16_between_nodes(pool: Pool) -> None:
-    """Eight nodes; with one rank each, what crosses between them is what crosses with eight on each.
+    """Eight nodes with one rank each, between which as much is sent as with eight ranks each.
 
     The expectation is counted from the router's choices alone.
     """
@@ -109,7 +109,7 @@ def test_v3s_shape_sends_a_quarter_of_flat_bf16_between_nodes(pool: Pool) -> Non
     assert between(1, "combine") == crossings * 2 * HIDDEN
     assert between(1, "combine backward") == crossings * (HIDDEN + 4 * HIDDEN // 128)
     assert between(1, "dispatch backward") == crossings * (2 * HIDDEN + 4 * TOP_K)
-    flat_rows = copies * 2 * HIDDEN  # not even its gate weights
+    flat_rows = copies * 2 * HIDDEN  # without gate weights
     assert between(1, "dispatch") / flat_rows <= 0.27
     assert between(1, "combine") / flat_rows <= 0.51
 
@@ -132,7 +132,7 @@ def test_collectives_count_a_ring_by_its_links(pool: Pool) -> None:
         }
 
 
-def test_numbers_say_the_same_as_traffic() -> None:
+def test_numbers_are_equivalent_to_traffic() -> None:
     traffic = {KINDS[3]: Tally(10, 2), KINDS[-1]: Tally(7, 1)}
     numbers = numbers_of(traffic)
     assert len(numbers) == 2 * len(KINDS) and traffic_of(numbers) == traffic
@@ -140,7 +140,7 @@ def test_numbers_say_the_same_as_traffic() -> None:
     assert twice[KINDS[3]] == Tally(20, 4)
 
 
-def test_what_is_not_known_is_not_counted() -> None:
+def test_unknown_purposes_and_collectives_are_refused() -> None:
     meter = Meter({0: 0})
     for purpose, collective in (("dispatch", "all_reduce"), ("weights", "send")):
         with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""The pool of processes itself: results, failures and hangs reach the test."""
+"""Pool of processes: results, failures and hangs reach the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two-hop dispatch against flat dispatch, in every shape of nodes, and what it launches when."""
+"""Two-hop dispatch against flat dispatch, on many kinds of nodes, and the times of its launches."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from counterflow.tests.comm.routings import random_routing
 from counterflow.tests.pool import Pool, Worker
 
 FOUR = [[0, 0, 1, 1], [0, 1, 2, 3], [0, 0, 0, 0], [0, 0, 0, 1], [3, 7, 7, 7], [0, 1, 1, 2]]
-"""Nodes of four ranks: even, one rank each, one node, uneven, numbered from anywhere."""
+"""Nodes of four ranks: even, one rank each, one node, uneven, with arbitrary numbers."""
 SUMS = ("out", "x")
-"""What is added up in another order; everything else is copied."""
+"""Tensors that are added up in another order; all others are copied."""
 
 
 def _compare(worker: Worker, seeds: range) -> None:
@@ -95,7 +95,7 @@ def _one_process(case: Case, dtype: torch.dtype) -> Case:
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_process_that_rounds_partial_sums_has_the_same_bits(dtype: torch.dtype, fp8: bool, pool: Pool) -> None:
-    """What dispatch and combine make of copies and scaled rows, so that no matrix product blurs it."""
+    """Dispatch and combine of scaled copies of rows, without matrix products, which would round differently."""
 
     def round_trip(worker: Worker, one_process: bool) -> list[tuple[Tensor, Tensor]]:
         found = []
@@ -125,9 +125,9 @@ def test_one_process_that_rounds_partial_sums_has_the_same_bits(dtype: torch.dty
         assert torch.equal(torch.cat([rank[number][1] for rank in many]), grad), number
 
 
-def test_partial_sums_are_rounded_where_they_travel() -> None:
-    """Three experts on two nodes: 1 + 2^-8 + 2^-8 is 1 if BF16 rounds after each, and 1 + 2^-7 if the small ones meet
-    first; the fixed order is ranks of a node, then nodes."""
+def test_partial_sums_are_rounded_where_they_are_sent() -> None:
+    """Three experts on two nodes: 1 + 2^-8 + 2^-8 is 1 if BF16 rounds after each addition, and 1 + 2^-7 if the small
+    ones are added first; the fixed order is ranks of a node, then nodes."""
     ids, weights = torch.tensor([[0, 1, 2]]), torch.ones(1, 3)
     values = torch.tensor([[1.0], [2.0**-8], [2.0**-8]], dtype=torch.bfloat16)
     for nodes, expected in (([0, 0, 1], 1.0), ([0, 1, 1], 1.0 + 2.0**-7)):
@@ -137,15 +137,15 @@ def test_partial_sums_are_rounded_where_they_travel() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2])
-def test_rows_of_an_odd_width_travel(tokens: int) -> None:
-    """In BF16 the gate weights then lie where no FP32 may, and a single row is contiguous as it is."""
+def test_rows_of_an_odd_width_are_sent(tokens: int) -> None:
+    """In BF16 the gate weights then begin at an address that is not a multiple of 4, and a single row is contiguous."""
     x, ids = torch.randn(tokens, 3).bfloat16(), torch.tensor([[2, 0]]).expand(tokens, 2)
     weights = torch.rand(tokens, 2)
     flat, hops = (made.dispatch(x, ids, weights) for made in (FlatDispatcher(None, 4), TwoHopDispatcher(None, 4)))
     assert torch.equal(hops.x, flat.x) and torch.equal(hops.weights, flat.weights)
 
 
-def test_experts_may_be_more_than_16_bits_count() -> None:
+def test_there_may_be_more_experts_than_16_bits_count() -> None:
     ids, weights = torch.tensor([[39_999, 35_000]]), torch.tensor([[0.25, 0.75]])
     dispatched = TwoHopDispatcher(None, 40_000).dispatch(torch.ones(1, 4), ids, weights)
     assert dispatched.weights.tolist() == [0.75, 0.25], "by expert"
@@ -170,10 +170,10 @@ def test_a_hop_is_launched_when_enough_phases_have_passed(pool: Pool) -> None:
             phases(4)  # counts, first hop; the second after two phases more
             dispatched = pending.wait()
             returning = dispatcher.begin_combine(run_experts(dispatched, *_local(case, worker)), dispatched)
-            phases(3)  # the way back goes on after one
+            phases(3)  # on the way back, the second after one
             out = returning.wait()
             launched.append(count_launches(events))
-            out.sum().backward()  # nobody advances: each waits for its two hops
+            out.sum().backward()  # without boundaries, each waits for its two hops
             launched.append(count_launches(events))
         return launched
 
@@ -187,15 +187,15 @@ def _local(case: Case, worker: Worker) -> tuple[Tensor, Tensor]:
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: numbers that are read there or copied to it at once, and results
-    whose size depends on data."""
+    """Record of operations that would make the host wait for a GPU: numbers that are read from it or copied to it at
+    once, and results whose size depends on data."""
 
     WAITS = ("_local_scalar_dense", "nonzero.", "masked_select", "unique", "bincount")
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
-        # A CPU reads and writes its memory, and dispatches nothing that would show it.
+        # On a CPU these read and write memory without a dispatch that could be recorded.
         self._patches = (
             mock.patch.object(torch.Tensor, "tolist", self._to_list(torch.Tensor.tolist)),
             mock.patch.object(torch, "tensor", self._to_device(torch.tensor)),
@@ -249,7 +249,7 @@ def test_the_host_waits_for_the_counts_alone(alignment: int, pool: Pool) -> None
             case = random_routing(20, 4)
             x, weights = case.x[worker.rank].requires_grad_(), case.weights[worker.rank].requires_grad_()
             ids = case.expert_ids[worker.rank] % 8
-            ids = ids[:, :1]  # one choice each, so that no expert comes twice
+            ids = ids[:, :1]  # one choice each, so that no expert occurs twice
             with HostWaits() as waits:
                 dispatched = dispatcher.dispatch(x, ids, weights[:, :1])
                 dispatcher.combine(2 * dispatched.x, dispatched).sum().backward()
@@ -262,7 +262,7 @@ def test_the_host_waits_for_the_counts_alone(alignment: int, pool: Pool) -> None
 def test_relays_have_the_senders_local_index() -> None:
     nodes = Nodes.make([4, 4, 4, 5, 5, 9, 9, 9, 9])
     assert nodes.of == (0, 0, 0, 1, 1, 2, 2, 2, 2)
-    assert [nodes.relay(2, node) for node in range(3)] == [2, 3, 7]  # two ranks only on the second node
+    assert [nodes.relay(2, node) for node in range(3)] == [2, 3, 7]  # the second node has only two ranks
     assert [nodes.relay(8, node) for node in range(3)] == [0, 4, 8]
     for rank in range(9):
         assert nodes.relay(rank, nodes.of[rank]) == rank

@@ -1,4 +1,4 @@
-"""Rows in FP8 on their way: quantised once, the same in every layout, and used as they come."""
+"""Rows sent in FP8: quantised once, the same in every layout, and used without another quantisation."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def test_a_message_holds_codes_and_scales_bit_for_bit(width: int) -> None:
     assert message_bytes(7168) == 7168 + 4 * 56, "V3's rows need no padding"
 
 
-def test_gradients_arrive_as_what_their_tokens_quantise_to(pool: Pool) -> None:
-    """x arrives quantised in tiles of 1 x 128, its gradient comes back whole; the outputs' gradient arrives quantised.
+def test_gradients_arrive_as_the_quantised_values_of_their_tokens(pool: Pool) -> None:
+    """Tokens arrive quantised in tiles of 1 x 128, their gradient returns unquantised, the outputs' gradient arrives
+    quantised.
 
-    The reference quantises where it is, and sends nothing.
+    The reference quantises in place, and sends nothing.
     """
 
     def check(worker: Worker) -> None:
@@ -58,10 +59,10 @@ def test_gradients_arrive_as_what_their_tokens_quantise_to(pool: Pool) -> None:
             y = dispatched.x.detach().clone().requires_grad_()
             out = dispatcher.combine(y, dispatched)
             out.backward(case.grads[worker.rank])
-            # A sum of K equal rows, and the gradient that each of them got, as they come back to the token.
-            back = dispatcher.combine(y.grad, dispatched)
-            for found, one in ((out.detach(), expected_x), (back, expected_grad)):
-                assert torch.equal(found, (3 * one.float()).bfloat16())
+            # A sum of K equal rows, and the gradient of each of them, as they return to the token.
+            returned = dispatcher.combine(y.grad, dispatched)
+            for found, row in ((out.detach(), expected_x), (returned, expected_grad)):
+                assert torch.equal(found, (3 * row.float()).bfloat16())
             dispatched.x.backward(torch.ones_like(dispatched.x))
             assert torch.equal(x.grad, torch.full_like(x, 3.0))
             codes = dispatched.incoming.take()
@@ -83,7 +84,7 @@ def _expert_layers(recipe: Recipe, width: int) -> tuple[GroupedLinear, GroupedLi
 
 
 def test_experts_quantise_neither_tokens_nor_gradients_again(pool: Pool) -> None:
-    """Both are quantised once a token, not once a row, and products get the values that they would have had."""
+    """Both are quantised once per token, not once per row, and products get the same values as without the wire."""
 
     def run(worker: Worker) -> None:
         experts, tokens, top_k, width = 4, 24, 2, 256
@@ -117,15 +118,15 @@ def test_experts_quantise_neither_tokens_nor_gradients_again(pool: Pool) -> None
             # Once along the rows, for two of the products, and once along the columns, for the weights' gradient.
             assert [count for seen, count in by_row if seen == name] == [rows, rows], name
             assert [count for seen, count in by_token if seen == name] == [tokens, rows], name
-        # To the last bit: with powers of two as scales, what was rounded along the rows is not rounded again along the
-        # columns, unless it is 2^15 times smaller than the largest there.
+        # To the last bit: with powers of two as scales, a value rounded along the rows is not rounded again along the
+        # columns, unless it is 2^15 times smaller than the largest value there.
         for found, expected in zip(quick, plain, strict=True):
             assert torch.equal(found, expected)
 
     pool.run(run, 2)
 
 
-def test_infinities_are_noted_before_they_travel() -> None:
+def test_infinities_are_noted_before_they_are_sent() -> None:
     monitor = Monitor()
     wire = FP8Wire(Quantizer("experts_up.input", WIRE_FORMAT, monitor))
     x = torch.zeros(2, 128)

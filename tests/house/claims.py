@@ -86,7 +86,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     # Slow links carry what V3 sends.
     "A token crosses once to each node that needs it, in FP8, and sums come back once": (
         "tests/comm/*::two_hops_equal_flat_for_200_random_routings",
-        "tests/comm/*::partial_sums_are_rounded_where_they_travel",
+        "tests/comm/*::partial_sums_are_rounded_where_they_are_sent",
         "tests/comm/*::a_message_holds_codes_and_scales_bit_for_bit",
         "tests/comm/*::experts_quantise_neither_tokens_nor_gradients_again",
     ),
@@ -166,7 +166,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     ),
     "their all-to-all hidden behind computation": (
         "tests/parallel/*::v3_hides_communication_of_half_the_compute_and_nearly_all_of_as_much",
-        "tests/comm/*::backward_overlaps_what_lies_between_begin_and_wait",
+        "tests/comm/*::backward_overlaps_the_work_between_begin_and_wait",
     ),
     # Communication
     "token dispatch flat, in two hops over nodes, or by DeepEP": (
@@ -177,7 +177,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     ),
     "FP8 on the wire": (
         "tests/training/*::an_fp8_wire_changes_no_bit_of_fp8_training",
-        "tests/comm/*::gradients_arrive_as_what_their_tokens_quantise_to",
+        "tests/comm/*::gradients_arrive_as_the_quantised_values_of_their_tokens",
     ),
     "a meter of all traffic": (
         "tests/comm/*::the_meter_equals_the_tensors_that_were_sent",
@@ -232,7 +232,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     # Memory
     "activation recompute, bit-equal, in overlapped pairs too": (
         "tests/model/*::losses_gradients_and_counts_are_bit_equal",
-        "tests/model/*::two_blocks_phase_by_phase_in_turn*_give_the_bits_of_one_after_the_other",
+        "tests/model/*::two_blocks_phase_by_phase_in_turn_give_the_bits_of_one_after_the_other",
         "tests/model/*::v3_holds_less_than_none_and_full_less_than_v3",
     ),
     # Data

@@ -19,7 +19,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass
-class Routed:
+class TokenRouting:
     """Choice of one token: its experts and their gate weights, and its affinity to every expert."""
 
     experts: list[int]
@@ -49,7 +49,7 @@ def run(config: ModelConfig, weights: Weights, tokens: Tensor, valid: list[bool]
     zero = torch.zeros((), dtype=torch.float64)
     result = Reference(zero, [zero] * depth, zero, [])
     for sequence in tokens[torch.tensor(valid)]:
-        routings: list[list[Routed]] = []
+        routings: list[list[TokenRouting]] = []
         x = weights["embedding"][sequence[:length]]
         for layer in range(config.num_hidden_layers):
             x = _block(config, weights, f"layers.{layer}", config.is_moe(layer), x, routings)
@@ -72,7 +72,7 @@ def run(config: ModelConfig, weights: Weights, tokens: Tensor, valid: list[bool]
     return result
 
 
-def route_token(config: ModelConfig, logits: Tensor, bias: Tensor) -> Routed:
+def route_token(config: ModelConfig, logits: Tensor, bias: Tensor) -> TokenRouting:
     """Routing of one token by V3 equations 12-16, node-limited: logits and bias `[E]`."""
     scores = 1 / (1 + torch.exp(-logits))
     biased = (scores.detach() + bias).tolist()
@@ -86,10 +86,10 @@ def route_token(config: ModelConfig, logits: Tensor, bias: Tensor) -> Routed:
     candidates = [i for group in open_groups for i in group]
     chosen = sorted(candidates, key=lambda i: biased[i], reverse=True)[: config.num_experts_per_tok]
     total = sum(scores[i] for i in chosen) if config.norm_topk_prob else 1.0
-    return Routed(chosen, [scores[i] / total * config.routed_scaling_factor for i in chosen], scores)
+    return TokenRouting(chosen, [scores[i] / total * config.routed_scaling_factor for i in chosen], scores)
 
 
-def balance_of_sequence(config: ModelConfig, routed: list[Routed]) -> Tensor:
+def balance_of_sequence(config: ModelConfig, routed: list[TokenRouting]) -> Tensor:
     """Balance loss of one sequence by V3 equations 17-20, without alpha."""
     length, experts, top_k = len(routed), config.n_routed_experts, config.num_experts_per_tok
     total = torch.zeros((), dtype=torch.float64)
@@ -104,7 +104,7 @@ def balance_of_sequence(config: ModelConfig, routed: list[Routed]) -> Tensor:
     return total
 
 
-def count_tokens(config: ModelConfig, routed: list[Routed]) -> list[int]:
+def count_tokens(config: ModelConfig, routed: list[TokenRouting]) -> list[int]:
     """Number of tokens that each expert was sent."""
     return [sum(i in token.experts for token in routed) for i in range(config.n_routed_experts)]
 
@@ -118,7 +118,7 @@ def _norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 def _block(
-    config: ModelConfig, weights: Weights, name: str, is_moe: bool, x: Tensor, routings: list[list[Routed]]
+    config: ModelConfig, weights: Weights, name: str, is_moe: bool, x: Tensor, routings: list[list[TokenRouting]]
 ) -> Tensor:
     x = x + _attention(config, weights, f"{name}.attention", _norm(x, weights[f"{name}.attention_norm"]))
     normed = _norm(x, weights[f"{name}.mlp_norm"])

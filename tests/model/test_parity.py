@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers.modeling_layers as transformers_layers
 from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
-from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
 
 from counterflow.checkpoint.hf_names import to_hugging_face
 from counterflow.comm.flat import FlatDispatcher
@@ -170,7 +170,7 @@ def test_mtp_equals_the_layers_that_transformers_drafts_with() -> None:
     layers, tokens = config.num_hidden_layers, random_tokens(config, 2, length)
     network = transformers_twin(model)
     modules = nn.ModuleList(
-        transformers_layers.MtpLayer(network.config, theirs.DeepseekV3DecoderLayer, theirs.DeepseekV3RMSNorm, 0)
+        transformers_layers.MtpLayer(network.config, modeling.DeepseekV3DecoderLayer, modeling.DeepseekV3RMSNorm, 0)
         for _ in model.mtp
     )
     targets = mtp_targets(modules, layers)
@@ -214,7 +214,7 @@ ROPES: dict[str, ModelConfig] = {
 def test_rotary_factors_and_softmax_scale_equal_transformers(config: ModelConfig) -> None:
     length = 4096
     expected = transformers_config(config)
-    rotary = theirs.DeepseekV3RotaryEmbedding(expected)
+    rotary = modeling.DeepseekV3RotaryEmbedding(expected)
     cos, sin = rotary(torch.empty(1, dtype=torch.float32), torch.arange(length).unsqueeze(0))
     half = config.qk_rope_head_dim // 2
     rotary = rotary_factors(config, length)
@@ -223,5 +223,5 @@ def test_rotary_factors_and_softmax_scale_equal_transformers(config: ModelConfig
     assert torch.allclose(rotary.real, cos[0, :, :half], atol=5e-4)
     assert torch.allclose(rotary.imag, sin[0, :, :half], atol=5e-4)
     with torch.device("meta"):
-        attention = theirs.DeepseekV3Attention(expected, 0)
+        attention = modeling.DeepseekV3Attention(expected, 0)
     assert softmax_scale(config) == pytest.approx(attention.scaling, rel=1e-12)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from counterflow.model.config import ModelConfig
 from counterflow.model.router import Router, Routing, update_bias
-from counterflow.tests.model.reference import Routed, balance_of_sequence, count_tokens, route_token
+from counterflow.tests.model.reference import TokenRouting, balance_of_sequence, count_tokens, route_token
 from counterflow.tests.model.small import relative_error, small_config
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def inputs(config: ModelConfig, sequences: int = 3, length: int = 17, seed: int 
     return torch.randn(sequences, length, config.hidden_size, generator=torch.Generator().manual_seed(seed))
 
 
-def literal(router: Router, x: Tensor) -> tuple[list[list[Routed]], Tensor, Tensor]:
+def literal(router: Router, x: Tensor) -> tuple[list[list[TokenRouting]], Tensor, Tensor]:
     """Routing of each sequence, and the FP64 input and weight that its gradients go to."""
     x64 = x.double().requires_grad_()
     weight = router.weight.detach().double().requires_grad_()
@@ -51,7 +51,7 @@ def all_valid(x: Tensor) -> Tensor:
     return torch.ones(len(x), dtype=torch.bool)
 
 
-def assert_same_choice(routing: Routing, expected: list[list[Routed]]) -> None:
+def assert_same_choice(routing: Routing, expected: list[list[TokenRouting]]) -> None:
     """Check for the same experts with the same weights for each token, in any order."""
     tokens = [token for sequence in expected for token in sequence]
     assert routing.expert_ids.dtype == torch.int64 and routing.weights.dtype == torch.float32

@@ -142,10 +142,10 @@ def test_router_equals_transformers(method: str) -> None:
     for seed in range(5):
         config = small_config(**V2 | {"topk_method": method, "hidden_size": 48})
         router, x = make(config, seed), inputs(config, seed=seed)
-        theirs = DeepseekV2TopkRouter(DeepseekV2Config(**config.model_dump(exclude={"rope_scaling", "rope_theta"})))
+        reference = DeepseekV2TopkRouter(DeepseekV2Config(**config.model_dump(exclude={"rope_scaling", "rope_theta"})))
         with torch.no_grad():
-            theirs.weight.copy_(router.weight)
-        _, weights, ids = theirs(x)
+            reference.weight.copy_(router.weight)
+        _, weights, ids = reference(x)
         routing = router(x, all_valid(x))
         dense = torch.zeros(ids.shape[0], 20)
         expected = dense.scatter(1, ids, weights)

@@ -114,10 +114,10 @@ def test_padded_sequences_change_nothing() -> None:
     tokens = random_tokens(config, 4, 20)
     valid = torch.tensor([True, False, True, False])
     model, smaller = build(config), build(config)
-    padded, alone = model(tokens, valid), smaller(tokens[valid])
-    assert_same_sums(padded, [alone])
+    padded, unpadded = model(tokens, valid), smaller(tokens[valid])
+    assert_same_sums(padded, [unpadded])
     total_loss(padded).backward()
-    total_loss(alone).backward()
+    total_loss(unpadded).backward()
     gradients = global_gradients(model)
     for name, gradient in global_gradients(smaller).items():
         assert relative_error(gradients[name], gradient) < 1e-5, name
