@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python -P
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-long test-all test-gpu layouts audit lint bench clean
+.PHONY: help train test test-long test-all test-gpu layouts audit lint bench floors claims docs clean
 
 # An environment that was made when the clone lay elsewhere points to the old place.
 $(shell [ "$$(cat $(INSTALLED) 2>/dev/null)" = "$(CURDIR)" ] || rm -f $(INSTALLED))
@@ -54,6 +54,16 @@ lint: $(INSTALLED) ## check style, format and types
 bench: $(INSTALLED) ## measure a training step against other implementations
 	$(RUN) benchmarks/step.py $(ARGS)
 
+floors: $(INSTALLED) ## draw the floors of the package from its imports into docs/floors.svg
+	$(RUN) tests/house/floors.py
+
+claims: $(INSTALLED) ## write which test proves which claim of the README into docs/claims.md
+	$(RUN) tests/house/claims.py
+
+docs: $(VENV)/.docs-installed ## build the documents and the API's pages into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+	@echo "open build/site/index.html"
+
 clean: ## remove the environment and caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -75,3 +85,8 @@ $(INSTALLED): pyproject.toml
 	fi
 	$(RUN) -m pip install --quiet -e '.[dev]'
 	@echo "$(CURDIR)" >$@
+
+# The documents' packages are no part of the environment that trains and tests.
+$(VENV)/.docs-installed: $(INSTALLED)
+	$(RUN) -m pip install --quiet -e '.[docs]'
+	@touch $@

@@ -1,3 +1,3 @@
 """Counterflow pretrains DeepSeek-V3-class mixture-of-experts language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,7 +1,7 @@
-"""The contract between model, optimizer and checkpoint: which global tensors a local parameter holds.
+"""Contract between model, optimizer and checkpoint: the global tensors in a local parameter.
 
-The model names them, the optimizer shards them, the checkpoint stores them under these names. A parameter that
-stacks several global tensors (the experts of a rank, or a fused gate and up projection) lists one name for each.
+The model names the global tensors, the optimizer shards them, the checkpoint stores them under these names. A parameter
+that stacks several global tensors (the experts of a rank, or a fused gate and up projection) lists one name for each.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Replicas = Literal["dp", "edp"]
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """A local parameter and the global tensors in it.
+    """Parameter of a rank, with the global tensors in it.
 
     `parameter` has as many elements as its `names` have global tensors of shape `shape`, one after another in memory.
-    `replicas` names the ranks that hold the same values: `dp` for what every rank of a stage holds, `edp` for experts.
-    `holders` are the pipeline ranks that hold them, ascending: two where a schedule keeps a stage twice, or where the
-    first and the last stage share the embedding. A parameter that two chunks of one rank use is listed once.
+    `replicas` names the ranks that hold the same values: `dp` for tensors that every rank of a stage holds, `edp` for
+    experts. `holders` are the pipeline ranks with these tensors, ascending: two if a schedule keeps a stage twice, or
+    if the first and the last stage share the embedding. A parameter that two chunks of one rank use is listed once.
     """
 
     parameter: nn.Parameter
@@ -44,6 +44,6 @@ class LocalParameter:
         return (self.parameter.numel() // len(self.names) // columns, columns)
 
     def tensors(self, of: Tensor | None = None) -> list[Tensor]:
-        """Views of each global tensor, in the parameter or in another tensor `of` its size."""
+        """Views of the global tensors in the parameter, or in another tensor `of` of its size."""
         flat = (self.parameter.data if of is None else of).view(len(self.names), *self.shape)
         return list(flat.unbind(0))

@@ -1,8 +1,8 @@
-"""The contract between model and pipeline: a chunk's work in phases, each with its own piece of the autograd graph.
+"""Contract between model and pipeline: a chunk's work in phases, each with its own piece of the autograd graph.
 
-A chunk's forward is a generator that yields the name of a phase before it runs it. What one phase hands to the next
-is cut out of the graph, so that the backward is a generator of the same phases in reverse, and two micro-batches can
-be advanced in turn. Neither holds activations for the sake of the cut: only gradients cross it.
+A chunk's forward is a generator that yields the name of each phase before running it. The graph is cut at the tensors
+that one phase passes to the next. So the backward is a generator of the same phases in reverse, and two micro-batches
+can be advanced in turn. A cut holds no activation: only gradients cross it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .weight_gradients import WeightQueue
 Result = TypeVar("Result")
 
 Phases = Generator[str, None, tuple[Tensor | None, Any]]
-"""Yields the name of each phase before running it; returns what the next stage gets, and the chunk's own result."""
+"""Yields the name of each phase before running it; returns the input of the next stage, and the chunk's own result."""
 
 
 def run(phases: Generator[str, None, Result], after: Callable[[], None] | None = None) -> Result:
@@ -36,7 +36,7 @@ def run(phases: Generator[str, None, Result], after: Callable[[], None] | None =
 
 
 class Chunk(Protocol):
-    """A stage's module as held by one rank."""
+    """Module of a stage, on one rank."""
 
     weight_queue: WeightQueue
 
@@ -45,7 +45,7 @@ class Chunk(Protocol):
 
 
 class Uncut:
-    """A tape that cuts nothing: the phases make one graph, for plain autograd or for none."""
+    """Tape that cuts nothing: the phases make one graph, for plain autograd or for none."""
 
     def phase(self, name: str) -> str:
         return name
@@ -57,67 +57,67 @@ class Uncut:
         return tensor
 
     def seed(self, tensor: Tensor, gradient: float) -> Tensor:
-        """Plain autograd is seeded by whoever sums the losses."""
+        """Do nothing: under plain autograd the caller sums the losses and starts the backward."""
         return tensor
 
     def before_backward(self, redo: Callable[[], Iterator[str]]) -> None:
-        """Plain autograd asks for what it needs."""
+        """Do nothing: plain autograd runs phases again through its saved-tensor hooks."""
 
 
 class Tape:
-    """One micro-batch's pass through a chunk, cut into pieces at the phases."""
+    """Pass of one micro-batch through a chunk, cut into pieces at the phases."""
 
     def __init__(self) -> None:
         self._pieces: list[_Piece | _Redo] = []
         self._open: _Piece | None = None
-        # Gives the first operation of a piece something that requires a gradient; it never gets one.
+        # Input of every cut, so that its output requires a gradient; the anchor itself never gets one.
         self._anchor = torch.zeros((), requires_grad=True)
-        self._given: _Cut | None = None
-        self._left: _Cut | None = None
+        self._input: _Cut | None = None
+        self._output: _Cut | None = None
 
     def enter(self, tensor: Tensor) -> Tensor:
-        """The chunk's input, from the previous stage: its gradient is what `backward` returns."""
-        self._given = _Cut(None)
-        return self._continue(tensor, self._given)
+        """Cut the chunk's input off from the previous stage; `backward` returns its gradient."""
+        self._input = _Cut(None)
+        return self._continue(tensor, self._input)
 
     def phase(self, name: str) -> str:
-        """Begin the phase `name`: what is cut from now on was made in it."""
+        """Begin the phase `name`, to which all cuts belong until the next phase."""
         self._open = _Piece(name)
         self._pieces.append(self._open)
         return name
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """The same values for later phases, cut off from the graph of this one."""
+        """Return the same values for later phases, cut off from the graph of this phase."""
         if not tensor.requires_grad:
             return tensor
         return self._continue(tensor, self._made(_Cut(get_gradient_edge(tensor))))
 
     def leave(self, tensor: Tensor) -> Tensor:
-        """The chunk's output, on its way to the next stage, whose gradient `backward` is given."""
-        self._left = self._made(_Cut(get_gradient_edge(tensor)))
+        """Cut the chunk's output off for the next stage; `backward` takes its gradient."""
+        self._output = self._made(_Cut(get_gradient_edge(tensor)))
         return tensor.detach()
 
     def seed(self, tensor: Tensor, gradient: float) -> Tensor:
-        """A scalar loss made in this phase: the backward starts from it too, with this gradient. Returns its value."""
+        """Let the backward start from this phase's scalar loss too, with this gradient. Returns the loss's value."""
         if tensor.requires_grad:
             cut = self._made(_Cut(get_gradient_edge(tensor)))
             cut.gradient = torch.full_like(tensor, gradient)
         return tensor.detach()
 
     def before_backward(self, redo: Callable[[], Iterator[str]]) -> None:
-        """`redo()` yields and runs phases again before the backward of what was recorded so far."""
+        """Let `redo()` yield and run phases again before the backward of the pieces recorded so far."""
         self._pieces.append(_Redo(redo))
 
     def backward(
         self, gradient: Tensor | None, queue: WeightQueue, deferred: deque[Callable[[], None]] | None
     ) -> Generator[str, None, tuple[Tensor | None, None]]:
-        """The phases in reverse, each named before its piece runs; returns the gradient of the chunk's input.
+        """Run the phases in reverse, each named before its piece runs; returns the gradient of the chunk's input.
 
-        `gradient` is that of the chunk's output. Weight gradients go to `deferred`, or are computed at once if None.
-        Every piece is let go of as soon as it has run.
+        `gradient` is the gradient of the chunk's output. Weight gradients go to `deferred`, or are computed at once if
+        None. Every piece is freed as soon as it has run.
         """
-        if self._left is not None:
-            self._left.gradient = gradient
+        if self._output is not None:
+            self._output.gradient = gradient
         self._open = None
         del gradient
         while self._pieces:
@@ -129,7 +129,7 @@ class Tape:
             with queue.into(deferred):
                 piece.backward()
             del piece
-        return (None if self._given is None else self._given.gradient), None
+        return (None if self._input is None else self._input.gradient), None
 
     def _made(self, cut: _Cut) -> _Cut:
         assert self._open is not None, "a chunk names a phase before it cuts anything"
@@ -142,7 +142,7 @@ class Tape:
 
 
 class _Cut:
-    """Where the graph was cut: the side that made a tensor, and the gradient that arrived from the other side."""
+    """Cut of the graph at a tensor: the edge to the tensor's maker, and the gradient that arrived from its users."""
 
     def __init__(self, edge: GradientEdge | None) -> None:
         self.edge = edge
@@ -157,7 +157,7 @@ class _Cross(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        cut: _Cut = ctx.cut  # several pieces may use what was cut once
+        cut: _Cut = ctx.cut  # several pieces may use the same tensor
         cut.gradient = gradients[0] if cut.gradient is None else cut.gradient + gradients[0]
         return None, None, None
 

@@ -1,4 +1,4 @@
-"""The contract between layers, pipeline and optimizer: gradients of weights that are computed later (W)."""
+"""Contract between layers, pipeline and optimizer: gradients of weights that are computed later (W)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 
 class GradientSink(Protocol):
-    """Adds up the gradients of parameters in FP32: an optimizer. It is asked once, and the buffers stay."""
+    """FP32 sums of parameters' gradients, as an optimizer keeps them. A layer gets a buffer once; buffers stay."""
 
     def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
-        """Where gradients of `parameter` are added up, FP32, in its shape."""
+        """Buffer in which gradients of `parameter` are added up, FP32, in its shape."""
 
     def arrived(self, parameter: nn.Parameter) -> None:
-        """One more of its gradients has been added to the buffer."""
+        """Report that one more gradient of `parameter` has been added to the buffer."""
 
 
 class WeightQueue:
-    """Gradients of weights that were left for later (W), first in, first out.
+    """Queue of weight gradients that are computed later (W), first in, first out.
 
-    Linear layers ask `deferring` in their backward. While it is set they compute the gradient of their input alone and
-    `put` the rest here, where it lies until the target list is drained.
+    Linear layers read `deferring` in their backward. While it is set they compute only the gradient of their input and
+    `put` the gradient of their weight here, where it waits until the target list is drained.
     """
 
     def __init__(self) -> None:
@@ -40,16 +40,16 @@ class WeightQueue:
 
     @contextmanager
     def into(self, target: deque[Callable[[], None]] | None) -> Iterator[None]:
-        """Within it, weight gradients go to `target`; None computes them at once."""
-        before, self._target = self._target, target
+        """Context in which weight gradients go to `target`; None computes them at once."""
+        outer, self._target = self._target, target
         try:
             yield
         finally:
-            self._target = before
+            self._target = outer
 
 
 def now_or_later(queue: WeightQueue | None, work: Callable[[], None]) -> None:
-    """Run `work` in the midst of a backward, or put it off if the queue does so now."""
+    """Run `work` within a backward, or put it into the queue if the queue is deferring."""
     if queue is not None and queue.deferring:
         queue.put(work)
     else:

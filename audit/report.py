@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..plan.pipeline import align
 from ..report.text.lines import WIDTH
 from ..report.text.numbers import count, format_count
+from ..report.text.table import align
 from .case import Case
 from .result import Attribution, Entry, Look, MeanLoss, Result, most_hurt
 

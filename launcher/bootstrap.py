@@ -22,7 +22,7 @@ Backend = Literal["gloo", "nccl"]
 
 @dataclass(frozen=True)
 class Process:
-    """One rank of the run and the device on which it computes."""
+    """Rank of the run, and the device on which it computes."""
 
     rank: int
     world_size: int

@@ -15,7 +15,7 @@ from .rope import softmax_scale
 
 
 class LatentAttention(nn.Module):
-    """MLA: queries and keys-values pass through narrow latents; one rotary key serves all heads.
+    """MLA: queries and keys-values pass through narrow latents, and all heads share one rotary key.
 
     Without `q_lora_rank` queries are projected directly. x `[B, S, H]` -> `[B, S, H]`.
     """
@@ -38,10 +38,10 @@ class LatentAttention(nn.Module):
         self._attend = recipe.attention(heads, config.qk_head_dim, config.v_head_dim)
 
     def forward(self, x: Tensor, rotary: Tensor, saved: Saved) -> Tensor:
-        again = saved.rebuilds(x)
+        rebuilt = saved.rebuilds(x)
         first = self.q_proj if self.config.q_lora_rank is None else self.q_down
-        query = first(x, rebuilt=again)
-        key_value, rotary_key = self.kv_down(x, rebuilt=again).split(
+        query = first(x, rebuilt=rebuilt)
+        key_value, rotary_key = self.kv_down(x, rebuilt=rebuilt).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1
         )
         parts = self._up_project(query, key_value, rotary_key, rotary, saved)
@@ -54,7 +54,7 @@ class LatentAttention(nn.Module):
     def _up_project(
         self, query: Tensor, key_value: Tensor, rotary_key: Tensor, rotary: Tensor, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From the latents to query, key and value `[B, A, S, …]` as attention takes them (A heads)."""
+        """Query, key and value `[B, A, S, …]` for attention (A heads), from the latents."""
         heads = self.config.num_attention_heads
         if self.config.q_lora_rank is not None:
             normed = self.q_norm(query, saved)

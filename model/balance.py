@@ -1,7 +1,7 @@
-"""Auxiliary losses that keep a router balanced, over experts, devices and what is sent to devices.
+"""Auxiliary losses that keep a router balanced: over experts, over devices and over the tokens sent to devices.
 
 B sequences, S tokens of a sequence, E experts, K top-k, D groups of experts, each the share of a device or node.
-All are per sequence (V3 §2.1.2, V2 §2.2.3), so that neither layout nor micro-batch can be seen in them.
+All losses are per sequence (V3 §2.1.2, V2 §2.2.3), so they depend neither on the layout nor on the micro-batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class BalanceWeights(NamedTuple):
-    """What each loss, summed over sequences, is multiplied by where the backward begins."""
+    """Factors of the losses, summed over sequences, with which the backward begins."""
 
     expert: float = 0.0
     device: float = 0.0
@@ -21,7 +21,7 @@ class BalanceWeights(NamedTuple):
 
 
 class BalanceLosses(NamedTuple):
-    """FP32 scalars, each summed over valid sequences, before its weight; perfect balance is 1 a sequence."""
+    """FP32 scalars, each summed over valid sequences, before its weight; perfect balance is 1 per sequence."""
 
     expert: Tensor
     """`Σ_i f_i P_i` (V3 eq. 17-20, V2 §2.2.3)."""
@@ -34,26 +34,26 @@ class BalanceLosses(NamedTuple):
 def balance_losses(
     affinity: Tensor, counted: Tensor, sent: Tensor, valid: Tensor, num_groups: int, most_groups: int
 ) -> BalanceLosses:
-    """The three losses of one layer.
+    """Return the three losses of one layer.
 
     With `f_i` E / (K S) times the tokens counted for expert i, and `P_i` the mean affinity to it: `f'` is the mean of f
     over a group's experts, `P'` and `P''` the sum of P over them, `f''` D / (M S) times the tokens sent to the group.
 
     Args:
-        affinity: FP32 `[B, S, E]`, each token's sums to 1 over the experts. Gradients flow through it alone.
-        counted: int64 `[B, S, K]`, the experts that f counts a token for.
+        affinity: FP32 `[B, S, E]`, with sum 1 over the experts of each token. Only its gradients flow.
+        counted: int64 `[B, S, K]`, the experts for which f counts a token.
         sent: int64 `[B, S, K]`, the experts a token was sent to, before any was dropped.
         valid: bool `[B]`, False for sequences that are padding.
         num_groups: D.
-        most_groups: M, how many groups a token can be sent to.
+        most_groups: M, largest number of groups that a token can be sent to.
     """
     length, experts = affinity.shape[1:]
     share = affinity.mean(1)
-    best = counted.flatten(1)
-    hits = torch.zeros_like(share).scatter_add_(1, best, torch.ones_like(best, dtype=share.dtype))
+    chosen = counted.flatten(1)
+    hits = torch.zeros_like(share).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=share.dtype))
     load = hits * (experts / (counted.shape[-1] * length))
     expert = _sum(load, share, valid)
-    if num_groups == 1:  # f' and P' would be 1 whatever the router does
+    if num_groups == 1:  # f' and P' are 1 for any router
         return BalanceLosses(expert, expert.new_zeros(()), expert.new_zeros(()))
     shares = share.unflatten(1, (num_groups, -1)).sum(-1)
     device = _sum(load.unflatten(1, (num_groups, -1)).mean(-1), shares, valid)
@@ -63,5 +63,5 @@ def balance_losses(
 
 
 def _sum(load: Tensor, share: Tensor, valid: Tensor) -> Tensor:
-    """Of `Σ_i load_i share_i` over valid sequences; load and share `[B, …]`."""
+    """Sum of `Σ_i load_i share_i` over valid sequences; load and share `[B, …]`."""
     return ((load * share).sum(-1) * valid).sum()

@@ -1,9 +1,9 @@
 """Token dropping: a group of experts computes no more than its budget of a sequence (V2 §2.2.4).
 
-V2 gives each device the average computational budget (capacity factor 1.0) and drops what has the lowest affinity
-there. It does not say over which tokens the average is taken. Here it is each sequence by itself, and a device is one
-of the model's groups of experts, whichever ranks hold them: so what is dropped depends neither on the layout nor on
-the micro-batch. B sequences, S tokens of a sequence, K top-k, D groups.
+V2 gives each device the average computational budget (capacity factor 1.0) and drops the tokens of lowest affinity on
+each device. The paper does not say over which tokens the average is taken. Here it is taken over each sequence
+separately, and a device is one of the model's groups of experts, whichever ranks hold them. So the dropped tokens
+depend neither on the layout nor on the micro-batch. B sequences, S tokens of a sequence, K top-k, D groups.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dropping:
-    """That a group of experts has a budget, and which sequences of a micro-batch it does not hold for."""
+    """Budget of the groups of experts, and the sequences of a micro-batch that are exempt from it."""
 
     capacity_factor: float
-    """Budget of a group over the (token, expert) pairs it would get in perfect balance."""
+    """Budget of a group, relative to the (token, expert) pairs that it would get in perfect balance."""
     exempt: Tensor
-    """`[B]` bool: no token of these is dropped. V2 exempts about 10 % of the training sequences."""
+    """`[B]` bool: sequences that lose no token. V2 exempts about 10 % of the training sequences."""
 
     def budget(self, pairs: int, num_groups: int) -> int:
-        """(token, expert) pairs that each of the groups computes, of a sequence's `pairs` = S K: rounded up."""
+        """Number of (token, expert) pairs that each group computes, of a sequence's `pairs` = S K, rounded up."""
         return math.ceil(Fraction(repr(self.capacity_factor)) * pairs / num_groups)
 
     def beyond(self, affinity: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-        """Which pairs to drop: bool `[B, S K]`.
+        """Pairs to drop: bool `[B, S K]`.
 
-        affinity `[B, S K]` of each pair's token to its expert, groups int64 `[B, S K]` of its expert. Those of highest
-        affinity stay, of equal ones the first.
+        affinity `[B, S K]` of each pair's token to its expert, groups int64 `[B, S K]` of the experts. The pairs of
+        highest affinity stay; among equal ones the first.
         """
         budget = self.budget(affinity.shape[1], num_groups)
         order = affinity.argsort(stable=True, dim=1, descending=True)
         order = order.gather(1, groups.gather(1, order).argsort(stable=True, dim=1))  # by group, then by affinity
         sizes = groups.new_zeros(groups.shape[0], num_groups).scatter_add_(1, groups, torch.ones_like(groups))
         first = (sizes.cumsum(1) - sizes).gather(1, groups.gather(1, order))
-        place = torch.arange(groups.shape[1], device=groups.device) - first
-        dropped = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, place >= budget)
+        rank_in_group = torch.arange(groups.shape[1], device=groups.device) - first
+        dropped = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, rank_in_group >= budget)
         return dropped & ~self.exempt.unsqueeze(1)

@@ -13,7 +13,7 @@ class RopeScaling(Section):
     """YaRN context extension of the decoupled rotary key (V3 §4.3)."""
 
     type: Literal["yarn"] = key("yarn", "kind of scaling")
-    factor: float = key(40.0, "how many times longer than the original context", ge=1)
+    factor: float = key(40.0, "length of the context over the original one", ge=1)
     original_max_position_embeddings: int = key(4096, "context of the first training phase", unit="tokens", ge=1)
     beta_fast: float = key(32.0, "rotations above which a frequency is left alone")
     beta_slow: float = key(1.0, "rotations below which a frequency is fully interpolated")
@@ -29,15 +29,15 @@ class ModelConfig(Section):
     intermediate_size: int = key(18432, "inner width of the dense feed-forward layers", ge=1)
     moe_intermediate_size: int = key(2048, "inner width of one expert", ge=1)
     num_hidden_layers: int = key(61, "decoder blocks, MTP modules not counted", ge=1)
-    first_k_dense_replace: int = key(3, "how many of the first blocks are dense instead of MoE", ge=0)
+    first_k_dense_replace: int = key(3, "number of first blocks that are dense instead of MoE", ge=0)
     num_attention_heads: int = key(128, "attention heads", ge=1)
     q_lora_rank: int | None = key(1536, "width of the compressed query latent; null projects queries directly", ge=1)
     kv_lora_rank: int = key(512, "width of the compressed key-value latent", ge=1)
-    qk_nope_head_dim: int = key(128, "query and key width a head that is not rotated", ge=1)
-    qk_rope_head_dim: int = key(64, "query and key width a head that is rotated; even", ge=2, multiple_of=2)
-    v_head_dim: int = key(128, "value width a head", ge=1)
-    n_routed_experts: int = key(256, "routed experts a layer", ge=1)
-    n_shared_experts: int = key(1, "shared experts a layer, computed as one of their joint width", ge=0)
+    qk_nope_head_dim: int = key(128, "width of a head's query and key that is not rotated", ge=1)
+    qk_rope_head_dim: int = key(64, "width of a head's query and key that is rotated; even", ge=2, multiple_of=2)
+    v_head_dim: int = key(128, "value width per head", ge=1)
+    n_routed_experts: int = key(256, "routed experts per layer", ge=1)
+    n_shared_experts: int = key(1, "shared experts per layer, computed as one expert of their joint width", ge=0)
     num_experts_per_tok: int = key(8, "routed experts a token is sent to (top-k)", ge=1)
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = key(
         "noaux_tc",
@@ -77,7 +77,7 @@ class ModelConfig(Section):
         return self
 
     def _unreachable(self) -> list[Clash]:
-        """Whether a token is sent to more experts than it may use, and what would work."""
+        """Clash of a token that is sent to more experts than it may use, with what would work."""
         top_k, experts, groups = self.num_experts_per_tok, self.n_routed_experts, self.n_group
         if self.topk_method == "greedy":
             message = f"{top_k} is above n_routed_experts {experts}"
@@ -95,7 +95,7 @@ class ModelConfig(Section):
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether routers are balanced by a bias on their scores, which only V3's method knows."""
+        """Whether routers are balanced by a bias on their scores, as only V3's method does."""
         return self.topk_method == "noaux_tc"
 
     @property

@@ -1,9 +1,10 @@
-"""Causal attention itself, after the projections.
+"""Causal attention, after the projections.
 
-On GPUs this is PyTorch's SDPA, where the recipe's backend has nothing better. On CPUs SDPA's kernel runs far below the
-speed of matrix multiplication (seen: 78 ms forward and backward where the blocks below take 22 ms, BF16, 32 heads of
-512 x 96), so there the same blockwise algorithm is written with batched GEMMs: scores of one block of queries live at a
-time, and the backward computes them again from queries and keys. Nothing quadratic in the sequence length is saved.
+On GPUs this is PyTorch's SDPA, unless the recipe's backend has something faster. On CPUs SDPA's kernel runs far below
+the speed of matrix multiplication (seen: 78 ms forward and backward where the blocks below take 22 ms, BF16, 32 heads
+of 512 x 96). The same blockwise algorithm is therefore written with batched GEMMs there: scores of one block of queries
+live at a time, and the backward computes them again from queries and keys. Nothing quadratic in the sequence length is
+saved.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 128  # queries a block: scores of 32 heads x 128 x 512 in BF16 are 4 MiB and stay in the cache
+BLOCK = 128  # queries per block: scores of 32 heads x 128 x 512 in BF16 are 4 MiB and stay in the cache
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _probabilities(query: Tensor, key: Tensor, start: int, stop: int, mask: Tensor) -> Tensor:
-    """Attention probabilities [G, stop-start, stop] of one block of queries over all keys it may see."""
+    """Attention probabilities [G, stop-start, stop] of one block of queries over the keys up to its own."""
     scores = torch.bmm(query[:, start:stop], key[:, :stop].transpose(1, 2))
     scores[:, :, start:] += mask[: stop - start, : stop - start]
     return torch.softmax(scores, -1)

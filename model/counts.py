@@ -1,6 +1,6 @@
-"""How many parameters a model has and how many FLOPs a token costs: arithmetic on the configuration alone.
+"""Counts of a model's parameters and of its FLOPs per token: arithmetic on the configuration alone.
 
-Nothing here allocates a weight or imports torch, so planning a 671B model takes microseconds.
+No weight is allocated and torch is not imported, so planning a 671B model takes microseconds.
 Symbols in docstrings: H hidden, V vocabulary, S sequence, E experts, K top-k.
 """
 
@@ -12,12 +12,12 @@ from typing import NamedTuple
 from .config import ModelConfig
 
 FLOP_CONVENTION = "6 FLOPs per active matmul parameter + attention, no causal discount"
-"""What `flops_per_token` counts, in words short enough to stand beside an MFU figure.
+"""Convention of `flops_per_token`, short enough to stand next to an MFU figure.
 
 In full: a training step costs three forwards (one forward, and two for the gradients of inputs and of weights);
 a forward costs 2 FLOPs for every weight that multiplies the token: the K selected experts and not the other
 E - K, the output head but not the embedding (a lookup), MTP modules with a head each; and attention scores and
-sums cost 2 S (qk_head_dim + v_head_dim) a head, as if no position were masked. Recomputation is not counted.
+sums cost 2 S (qk_head_dim + v_head_dim) per head, as if no position were masked. Recomputation is not counted.
 """
 
 
@@ -43,8 +43,8 @@ class AttentionCounts:
 class ParameterCounts:
     """Parameters of a model by part. "Each" parts are counted once, however many layers hold them.
 
-    A parameter is what gradients train. The router's correction bias is moved by a rule of its own and is a buffer
-    here as in Hugging Face's model, so no total holds it: `router_bias` has its size (671B: 58 x 256 = 14,848, and
+    Parameters are trained by gradients. The router's correction bias is moved by a rule of its own and is a buffer, as
+    in Hugging Face's model, so no total includes it: `router_bias` is its size (671B: 58 x 256 = 14,848, and
     671,026,404,352 parameters without it; 671.026B either way). Embedding and head are not tied.
     """
 
@@ -61,7 +61,7 @@ class ParameterCounts:
     attention: AttentionCounts  # each block
     dense_ffn: int  # each dense block
     router: int  # each MoE block: the gate's E x H
-    router_bias: int  # each MoE block: E, a buffer; none but V3's router has one
+    router_bias: int  # each MoE block: E, a buffer; only V3's router has one
     expert: int  # each routed expert
     shared_experts: int  # each MoE block: all shared experts together
     mtp_projection: int  # each MTP module: eh_proj, 2H x H
@@ -77,7 +77,7 @@ class ParameterCounts:
 
     @property
     def active_moe_block(self) -> int:
-        """The part of an MoE block that one token uses: K of its E experts."""
+        """Part of an MoE block that one token uses: K of its E experts."""
         return self._moe_block_with(self.experts_per_token)
 
     @property
@@ -87,17 +87,17 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """The model without MTP modules, as "671B" is counted."""
+        """Parameters of the model without MTP modules, as "671B" is counted."""
         return self._model_with(self.moe_block)
 
     @property
     def active(self) -> int:
-        """What one token uses of `total`, embedding and head included."""
+        """Part of `total` that one token uses, embedding and head included."""
         return self._model_with(self.active_moe_block)
 
     @property
     def trained(self) -> int:
-        """Everything the optimizer holds: the model and its MTP modules."""
+        """Parameters in the optimizer: the model and its MTP modules."""
         return self.total + self.mtp_modules * self.mtp_module
 
     def _moe_block_with(self, experts: int) -> int:
@@ -130,11 +130,10 @@ def count_attention(model: ModelConfig) -> AttentionCounts:
 def count_parameters(model: ModelConfig) -> ParameterCounts:
     """Parameters of `model` by part, with totals."""
     hidden = model.hidden_size
-    dense_layers = sum(not model.is_moe(layer) for layer in range(model.num_hidden_layers))
     expert = 3 * hidden * model.moe_intermediate_size  # gate, up and down projection of a SwiGLU
     return ParameterCounts(
-        dense_layers=dense_layers,
-        moe_layers=model.num_hidden_layers - dense_layers,
+        dense_layers=model.first_k_dense_replace,
+        moe_layers=model.num_moe_layers - model.num_nextn_predict_layers,
         mtp_modules=model.num_nextn_predict_layers,
         experts_per_token=model.num_experts_per_tok,
         routed_experts=model.n_routed_experts,
@@ -154,7 +153,7 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs one token costs in a training step, forward and backward, by FLOP_CONVENTION.
+    """FLOPs per token of a training step, forward and backward, by FLOP_CONVENTION.
 
     Linear in `sequence_length` S: each token attends to a whole sequence of S tokens.
     """
@@ -175,14 +174,14 @@ class PartRow(NamedTuple):
 
     part: str
     each: int  # parameters of one such part
-    copies: int  # how many the model has
+    copies: int  # number of them in the model
     total: int  # each x copies
-    active: int  # what one token uses of them
+    active: int  # those that one token uses
 
 
 def parameter_table(model: ModelConfig) -> list[PartRow]:
-    """The parameter count part by part, for display. The rows add up to `trained`, their active column to what a
-    token uses in training (`active`, and the active part of the MTP modules)."""
+    """Table of parameters by part, for display. The rows add up to `trained`; their active column adds up to the
+    parameters that a token uses in training (`active`, and the active part of the MTP modules)."""
     counts = count_parameters(model)
     layers = model.num_hidden_layers
     rows = [

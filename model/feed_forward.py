@@ -35,7 +35,7 @@ class FeedForward(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """The routed experts that this rank holds: rows `[R, H]` sorted by expert -> `[R, H]`."""
+    """Routed experts that this rank holds: rows `[R, H]` sorted by expert -> `[R, H]`."""
 
     def __init__(self, config: ModelConfig, num_local: int, kernels: Kernels, recipe: Recipe) -> None:
         super().__init__()
@@ -54,17 +54,17 @@ class RoutedExperts(nn.Module):
         codes: BlockQuantized | None = None,
         incoming: Incoming | None = None,
     ) -> Tensor:
-        """`offsets` are the ends of the experts' rows, `counts` their numbers on the host; more in `Dispatched`."""
+        """Run the experts; `offsets` are the ends of their rows, `counts` the numbers on the host; see `Dispatched`."""
         gate_up = self.gate_up(x, offsets, counts=counts, codes=codes)
         activated, kept = _swiglu(gate_up, weights, self.down.keep(gate_up), self.kernels, saved)
         return self.down(activated, offsets, kept, counts, incoming=None if incoming is None else incoming.take)
 
 
 class MixtureOfExperts(nn.Module):
-    """The parts of DeepSeekMoE (V3 §2.1.2); the block runs them in phases.
+    """Parts of DeepSeekMoE (V3 §2.1.2); the block runs them in phases.
 
-    `local_experts` are the global numbers of the experts this rank holds, in the order of their weights. The router
-    chooses experts; the dispatcher is told places, which `place` translates them to.
+    `local_experts` are the global numbers of the experts that this rank holds, in the order of their weights. The
+    router chooses experts. The dispatcher takes places, into which `place` translates the experts.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.local_experts = tuple(experts)
-        self._places: Tensor | None = None  # [E + 1, X], where experts are not in their order
-        self._replicas: Tensor | None = None  # [E + 1], where an expert has several
+        self._places: Tensor | None = None  # [E + 1, X], places of each expert; None if experts are in order
+        self._replicas: Tensor | None = None  # [E + 1], number of places of each expert; None if each has one
         self.dispatcher = dispatcher
         self.gate = Router(config)
         self.experts = RoutedExperts(config, len(self.local_experts), kernels, recipe)
@@ -84,31 +84,31 @@ class MixtureOfExperts(nn.Module):
             self.shared = FeedForward(config.hidden_size, inner, kernels, up, down)
 
     def place(self, expert_ids: Tensor) -> Tensor:
-        """The places of experts `[T, K]`: rank of the group x experts a rank + place on that rank. An expert's place is
-        its number until `hold` says otherwise; -1, a token that goes nowhere, stays -1."""
+        """Places of experts `[T, K]`: rank of the group x experts per rank + place on that rank. An expert's place is
+        its number until `hold` changes it; -1, for a choice that is sent nowhere, stays -1."""
         if self._places is None:
             return expert_ids
         if self._replicas is None:
             return self._places[expert_ids, 0]
-        turns = torch.arange(len(expert_ids), device=expert_ids.device).unsqueeze(1)
-        return self._places[expert_ids, turns % self._replicas[expert_ids]]
+        token = torch.arange(len(expert_ids), device=expert_ids.device).unsqueeze(1)
+        return self._places[expert_ids, token % self._replicas[expert_ids]]
 
     def hold(self, placement: Sequence[int], rank: int, num_ranks: int) -> None:
-        """From now on place p of the layer holds expert `placement[p]`; this is rank `rank` of `num_ranks`. Whoever
-        calls it sees to it that the weights do too.
+        """Let place p of the layer hold expert `placement[p]`; this is rank `rank` of `num_ranks`. The caller moves the
+        weights.
 
-        Replicas of an expert take its tokens in turn, by their number in the micro-batch.
+        Tokens of an expert with replicas are sent to them in turn, by their number in the micro-batch.
         """
         experts = self.gate.config.n_routed_experts
-        each = len(placement) // num_ranks
-        self.local_experts = tuple(placement[rank * each : (rank + 1) * each])
+        per_rank = len(placement) // num_ranks
+        self.local_experts = tuple(placement[rank * per_rank : (rank + 1) * per_rank])
         self._places = self._replicas = None
         if list(placement) == list(range(experts)):
             return
         places: list[list[int]] = [[] for _ in range(experts)]
         for place, expert in enumerate(placement):
             places[expert].append(place)
-        places.append([-1])  # which an index of -1 finds
+        places.append([-1])  # found by an index of -1
         most, device = max(map(len, places)), self.gate.weight.device
         self._places = torch.tensor([[*held, *[-1] * (most - len(held))] for held in places], device=device)
         if most > 1:
@@ -118,7 +118,7 @@ class MixtureOfExperts(nn.Module):
 def _swiglu(
     gate_up: Tensor, weights: Tensor | None, kept: Kept | None, kernels: Kernels, saved: Saved
 ) -> tuple[Tensor, Kept | None]:
-    """SwiGLU's output, and what stands for it in the backward if its input is `kept`; see `SwiGLUFunction`."""
+    """SwiGLU's output, and its stand-in for the backward where its input is `kept`; see `SwiGLUFunction`."""
     if kept is not None:
         hidden: Tensor = SwiGLUFunction.apply(gate_up, weights, kernels, kept)
         more = () if weights is None else (weights.detach(),)

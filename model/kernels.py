@@ -1,8 +1,8 @@
-"""The memory-bound kernels of the model, each with its backward written out.
+"""Memory-bound kernels of the model, each with its backward written out.
 
-They are plain functions of tensors. `Kernels` holds them either as they are or fused by `torch.compile`; the
-autograd Functions below call whichever the model was given. Statistics and products of the backward are FP32, so
-BF16 inputs are rounded once at the end.
+Kernels are plain functions of tensors. `Kernels` holds them either unchanged or fused by `torch.compile`; the autograd
+Functions below call the kernels of their model. Statistics and products of the backward are FP32, so results in BF16
+are rounded once, at the end.
 
 Shapes: T tokens, H width of the last dimension, R routed rows, I inner width of a feed-forward.
 """
@@ -60,7 +60,7 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> t
 
 def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Multiply neighbouring pairs of x `[..., R]`, read as complex numbers, by `rotary` complex64 `[..., R/2]`."""
-    # A copy even of FP32: a slice of odd width cannot be read as complex numbers where it lies.
+    # A copy even of FP32: a slice of odd width cannot be viewed as complex numbers.
     pairs = torch.view_as_complex(x.to(torch.float32, copy=True).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
 
@@ -73,9 +73,9 @@ def _by_rows(
 ) -> tuple[Any, ...]:
     """Run a kernel on a CPU a block of rows at a time, so that its temporaries never leave the cache.
 
-    Every operand in `rows` and every result has a row a row of the input, but for the last `summed` results, which
-    are added up in FP32. Temporaries of the whole input would be mapped and unmapped by the system every time: seen
-    on one busy core, 2048 x 512 BF16, RMSNorm's backward takes 3.5 ms instead of 22 ms.
+    Every operand in `rows` and every result has one row per row of the input, except the last `summed` results, which
+    are added up in FP32. Temporaries of the whole input would be mapped and unmapped by the system every time: on one
+    busy core, 2048 x 512 BF16, RMSNorm's backward was seen to take 3.5 ms instead of 22 ms.
     """
     first = rows[0]
     assert first is not None
@@ -86,14 +86,14 @@ def _by_rows(
     results: list[Tensor | None] = []
     for start in range(0, count, block):
         part = slice(start, start + block)
-        made = kernel(*(None if x is None else x[part] for x in rows), *rest)
+        of_block = kernel(*(None if x is None else x[part] for x in rows), *rest)
         if not results:
-            by_row = len(made) - summed
+            by_row = len(of_block) - summed
             results = [
                 None if x is None else x if i >= by_row else x.new_empty(count, *x.shape[1:])
-                for i, x in enumerate(made)
+                for i, x in enumerate(of_block)
             ]
-        for i, x in enumerate(made):
+        for i, x in enumerate(of_block):
             whole = results[i]
             if x is None or whole is None:
                 continue
@@ -106,7 +106,7 @@ def _by_rows(
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of a model, on operands with one row a token; `make(compile=True)` fuses each by torch.compile."""
+    """Kernels of a model, on operands with one row per token; `make(compile=True)` fuses each by torch.compile."""
 
     rms_norm: Callable[..., Tensor]
     rms_norm_backward: Callable[..., tuple[Tensor, Tensor]]
@@ -127,7 +127,7 @@ class Kernels:
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """RMSNorm that saves its input and nothing else."""
+    """RMSNorm that saves only its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, kernels: Kernels) -> Tensor:
@@ -144,11 +144,11 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """`silu(gate) * up`, times the routing weight of each row where there is one.
+    """SwiGLU, `silu(gate) * up`, times the routing weight of each row if there are weights.
 
-    gate_up [..., 2I] (gate first), weights [R] FP32 or None, result [..., I]. As in V3, the gate weight is multiplied
-    in here, so that combining is a plain sum and the weight's gradient needs no saved expert output. `kept` is what is
-    saved of gate_up in place of itself: the backward computes with what that restores (V3 §3.3.3).
+    gate_up [..., 2I] (gate first), weights [R] FP32 or None, result [..., I]. As in V3, the gate weight is applied
+    here, so that combining is a plain sum and the weight's gradient needs no saved expert output. `kept` is saved in
+    place of gate_up: the backward computes with the values that it restores (V3 §3.3.3).
     """
 
     @staticmethod
@@ -170,7 +170,7 @@ class SwiGLUFunction(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor, weights: Tensor | None, kernels: Kernels) -> Tensor:
-    """What `SwiGLUFunction` computes."""
+    """Forward of `SwiGLUFunction`."""
     return kernels.swiglu(_rows(gate_up), weights).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
@@ -179,7 +179,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class AssembleFunction(torch.autograd.Function):
-    """Rotate and lay out queries, keys and values for attention.
+    """Rotation and layout of queries, keys and values for attention.
 
     In: query `[B, S, A, N+R]`, keys and values `[B, S, A, N+V]`, the one rotary key `[B, S, R]` that all heads share,
     rotary `[S, R/2]` complex. Out, heads before positions (in memory only on CPUs, see `_by_head`): query
@@ -197,7 +197,7 @@ class AssembleFunction(torch.autograd.Function):
         ctx.scale, ctx.plain = scale, plain
         out_query, out_key = _by_head(query, width), _by_head(query, width)
         torch.mul(query[..., :plain].transpose(1, 2), scale, out=out_query[..., :plain])
-        # Turning by a longer arrow scales the rotated part for nothing.
+        # A factor of magnitude `scale` rotates and scales in one product.
         out_query[..., plain:] = _rotate(query[..., plain:], rotary[:, None] * scale).transpose(1, 2)
         out_key[..., :plain] = key_value[..., :plain].transpose(1, 2)
         out_key[..., plain:] = _rotate(rotary_key, rotary).unsqueeze(1)
@@ -219,8 +219,8 @@ class AssembleFunction(torch.autograd.Function):
 
 
 def _by_head(like: Tensor, width: int) -> Tensor:
-    """Empty `[B, A, S, width]` for `like` `[B, S, A, …]`: in that order on CPUs, where attention multiplies matrices a
-    head; elsewhere in the order of `like`, which is how the kernels of GPUs read it."""
+    """Empty `[B, A, S, width]` for `like` `[B, S, A, …]`: in that order on CPUs, where attention multiplies matrices
+    per head; elsewhere in the order of `like`, in which the kernels of GPUs read it."""
     batch, length, heads, _ = like.shape
     if like.device.type == "cpu":
         return like.new_empty(batch, heads, length, width)

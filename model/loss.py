@@ -1,9 +1,9 @@
-"""Output head and cross-entropy in one step, without ever holding the logits of a whole micro-batch in FP32.
+"""Output head and cross-entropy in one step, without the logits of a whole micro-batch in FP32.
 
-Tokens pass in pieces. A piece's logits are one buffer in the model's format; its gradient overwrites it in place,
-a few rows at a time in FP32. The gradients of input and weight are made in the forward, where the logits are at
-hand, so nothing is computed twice and no logits wait for the backward. What waits is the weight's gradient: V x H, in
-FP32 where there was more than one piece.
+Tokens are processed in pieces. The logits of a piece are one buffer in the model's format; their gradient overwrites
+them in place, a few rows at a time in FP32. The gradients of input and weight are made in the forward, from the logits
+of the piece, so nothing is computed twice and no logits are saved for the backward. The weight's gradient is saved:
+V x H, in FP32 if there was more than one piece.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-"""Label of a position that has no target."""
+"""Label of a position without target."""
 
 LOGITS_BYTES = 256 * 2**20  # one piece's logits
 BLOCK_BYTES = 4 * 2**20  # rows turned to FP32 at a time: they stay in the cache
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens of -log softmax(hidden W^T)[label], in nats, FP32 scalar.
+    """Return the sum over tokens of -log softmax(hidden W^T)[label], in nats, FP32 scalar.
 
-    hidden `[T, H]`, weight `[V, H]`, labels `[T]` int64, IGNORED where there is no target.
+    hidden `[T, H]`, weight `[V, H]`, labels `[T]` int64, IGNORED for tokens without target.
     """
     return _HeadLoss.apply(hidden, weight, labels, torch.is_grad_enabled())
 
@@ -33,7 +33,7 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, training: bool) -> Tensor:
-        # needs_input_grad says what could be wanted, also under no_grad, where nothing is.
+        # needs_input_grad is set under no_grad too, where no gradient is needed.
         needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -50,7 +50,7 @@ class _HeadLoss(torch.autograd.Function):
                 part = torch.mm(logits.t(), hidden[rows])
                 # The first piece keeps its format; more pieces are summed in FP32.
                 grad_weight = part if grad_weight is None else grad_weight.float().add_(part)
-            del logits  # before the next piece's, or two of them live at once
+            del logits  # before the next piece's logits, or both are live at once
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -59,7 +59,7 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
-        # In FP32: a scale rounded to BF16 is off by up to 0.4 %, and with it every gradient below the head.
+        # In FP32: a factor rounded to BF16 is off by up to 0.4 %, and so would be every gradient below the head.
         return (
             None if grad_hidden is None else (grad_hidden.float() * grads[0]).to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight.float() * grads[0]).to(ctx.weight_dtype),

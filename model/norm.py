@@ -10,7 +10,7 @@ from .recompute import Saved
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * gain` over the last dimension. Its output is never kept where the policy recomputes norms."""
+    """RMSNorm, `x / rms(x) * gain` over the last dimension. Its output is not kept if the policy recomputes norms."""
 
     def __init__(self, width: int, eps: float, kernels: Kernels) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""Activation recompute: of single tensors, the way V3 saves memory (V3 §3.2.3), or of whole blocks.
+"""Activation recompute: of single tensors, as V3 saves memory (V3 §3.2.3), or of whole blocks.
 
 V3 keeps the inputs of RMSNorm, of the MLA up-projections and of SwiGLU, and computes their outputs again in the
-backward. Module-level checkpointing cannot say that without running the neighbouring GEMMs again. Here a module
-hands over a tensor together with the recipe that rebuilds it; whenever autograd saves that tensor (or a view of it)
-for the backward, it is dropped and the recipe kept instead (`Rebuild`).
+backward. Module-level checkpointing would run the neighbouring GEMMs again, too. Here a module registers a tensor
+together with a recipe that rebuilds it. When autograd saves the tensor, or a view of it, for the backward, the tensor
+is dropped and the recipe kept instead (`Rebuild`).
 
-`Replay` drops everything autograd saves in a block and runs the block's phases again. It is torch's non-reentrant
-checkpoint, but for being a generator: an engine that overlaps two micro-batches can run the phases where it wants to.
+`Replay` drops every tensor that autograd saves in a block and runs the block's phases again. It equals torch's
+non-reentrant checkpoint, except that it is a generator: an engine that overlaps two micro-batches can place the phases.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..saved_tensors import memory_of
+from ..fp8.saved_tensors import memory_of
 
 RecomputePolicy = Literal["none", "v3", "full"]
 
 
 class Keep:
-    """Save every activation that autograd asks for."""
+    """Policy that keeps every activation that autograd saves."""
 
     def rebuilds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is made again for the backward, so that saving it takes no memory."""
+        """Whether `tensor` is rebuilt for the backward, so that saving it takes no memory."""
         return False
 
     def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
-        """Nothing is ever rebuilt."""
+        """Do nothing: no tensor is dropped."""
 
     def hooks(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no tensor is held."""
 
 
 class Rebuild:
-    """Drop the tensors that `rebuild` was told of and compute them again when the backward needs them.
+    """Policy that drops registered tensors and computes them again when the backward needs them.
 
     One object serves the forward of one block. Its `hooks` are entered around each phase, never across a point where
-    another block's phases may run; what it was told in one phase holds in the next ones, until `close`. A recipe
-    must read only tensors that live as long as the graph, and run the very operations of the forward, so that
-    gradients are bit-equal.
+    another block's phases may run. A registration stays valid in later phases, until `close`. A recipe must read only
+    tensors that live as long as the graph, and run exactly the operations of the forward, so that gradients are
+    bit-equal.
     """
 
     def __init__(self) -> None:
         self._recipes: dict[int, tuple[Tensor, _Recipe, int]] = {}
 
     def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
-        """From now on, `recipe()` stands for `tensors` wherever autograd saves one of them."""
+        """Register `recipe()` to rebuild `tensors` wherever autograd saves one of them."""
         shared = _Recipe(recipe)
         for index, tensor in enumerate(tensors):
             assert tensor.storage_offset() == 0, "register whole tensors, not views into others"
-            if tensor.numel() == 0:  # all of them have one address, none
+            if tensor.numel() == 0:  # all empty tensors share the address 0
                 continue
-            # The tensor itself is held until `close`, so its address cannot be reused meanwhile.
+            # The tensor is held until `close`, so that its address is not reused.
             self._recipes[tensor.untyped_storage().data_ptr()] = (tensor, shared, index)
 
     def rebuilds(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._recipes
 
     def hooks(self) -> AbstractContextManager[Any]:
-        """Within it, tensors that autograd saves are looked up among the recipes."""
+        """Context in which tensors that autograd saves are looked up among the recipes."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def close(self) -> None:
-        """The block's forward has ended: let go of the tensors."""
+        """Release the tensors, at the end of the block's forward."""
         self._recipes.clear()
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -91,7 +91,7 @@ class Rebuild:
 
 
 class _Recipe:
-    """A recipe whose results are shared by all users of the dropped tensors and freed after the last one."""
+    """Recipe whose results all users of the dropped tensors share; freed after the last use."""
 
     def __init__(self, make: Callable[[], tuple[Tensor, ...]]) -> None:
         self.make = make
@@ -112,7 +112,7 @@ class _Recipe:
 
 
 class Replay:
-    """Drop every tensor that autograd saves; get them back by running the phases again.
+    """Policy that drops every tensor that autograd saves, and gets them again by a second run of the phases.
 
     One object serves the forward of one block. `phases(saved)` must run its phases with the activations going to
     `saved`, save the same tensors in the same order each time, and save none after the phase `last` has begun (None:
@@ -126,19 +126,19 @@ class Replay:
         self._values: dict[int, Tensor] = {}
 
     def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
-        """Everything comes back anyhow."""
+        """Do nothing: every tensor is made again anyhow."""
 
     def rebuilds(self, tensor: Tensor) -> bool:
-        return False  # what is saved in a smaller format is smaller in the second pass, too
+        return False  # tensors saved in a smaller format are smaller in the second run, too
 
     def hooks(self) -> AbstractContextManager[Any]:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no tensor is held."""
 
     def again(self) -> Iterator[str]:
-        """Run the phases up to `last` again, each named before it runs, and hold what they save. Wants grad mode."""
+        """Run the phases up to `last` again, each named before it runs, and hold their saved tensors, in grad mode."""
         collect = _Collect()
         for name in self._phases(collect):
             if name == self._last:
@@ -160,7 +160,7 @@ class Replay:
 
 
 class _Collect(Keep):
-    """Keeps what autograd saves, numbered in the order of saving."""
+    """Policy that keeps the tensors that autograd saves, numbered in the order of saving."""
 
     def __init__(self) -> None:
         self.values: dict[int, Tensor] = {}

@@ -11,9 +11,9 @@ from .config import ModelConfig, RopeScaling
 
 
 def rotary_factors(config: ModelConfig, length: int, device: torch.device | str = "cpu") -> Tensor:
-    """What a position's pairs are multiplied by, `cos + i sin` of their angles: complex64 `[length, R/2]`.
+    """Factors of each position's pairs, `cos + i sin` of their angles: complex64 `[length, R/2]`.
 
-    DeepSeek stores the members of a pair side by side, so a pair is a complex number as it lies in memory.
+    DeepSeek stores the members of a pair next to each other, so a pair in memory is a complex number.
     """
     frequencies = _frequencies(config)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
@@ -24,7 +24,7 @@ def rotary_factors(config: ModelConfig, length: int, device: torch.device | str 
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """1/sqrt of the query width, times YaRN's temperature squared where the context was extended."""
+    """Scale of the attention scores: 1/sqrt of the query width, times YaRN's temperature squared if there is YaRN."""
     scale: float = config.qk_head_dim**-0.5
     if (scaling := config.rope_scaling) is not None and scaling.mscale_all_dim:
         scale *= _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
@@ -45,7 +45,7 @@ def _frequencies(config: ModelConfig) -> Tensor:
 
 
 def _share_kept(config: ModelConfig, scaling: RopeScaling) -> Tensor:
-    """How much of each frequency YaRN leaves alone: 1 for fast ones, 0 for slow ones, a ramp between."""
+    """Share of each frequency that YaRN leaves unchanged: 1 for fast ones, 0 for slow ones, a ramp in between."""
     width = config.qk_rope_head_dim
 
     def dimension_of(rotations: float) -> float:

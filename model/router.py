@@ -28,25 +28,25 @@ from .config import ModelConfig
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the tokens of a micro-batch go, and what the router tells the training loop about it."""
+    """Experts of a micro-batch's tokens, and the router's statistics and losses for the training step."""
 
     expert_ids: Tensor
-    """`[T, K]` int64, global expert numbers; -1 for a pair that was dropped and goes nowhere."""
+    """`[T, K]` int64, global expert numbers; -1 for a pair that was dropped and is sent nowhere."""
     weights: Tensor
     """`[T, K]` FP32 gate weights, 0 for a pair that was dropped."""
     counts: Tensor
-    """`[E]` int64, valid tokens that chose each expert, the dropped ones among them."""
+    """`[E]` int64, valid tokens that chose each expert, dropped ones included."""
     dropped: Tensor
     """int64 scalar, (token, expert) pairs of valid sequences that were dropped."""
     balance: Tensor
     """FP32 scalar, the balance loss over experts summed over valid sequences, before its weight alpha."""
     device: Tensor
-    """The same over groups of experts; 0 where there is one group."""
+    """FP32 scalar, the balance loss over groups of experts, likewise; 0 with one group."""
     communication: Tensor
-    """The same of what is sent to groups; 0 where there is one group."""
+    """FP32 scalar, the balance loss over tokens sent to groups, likewise; 0 with one group."""
 
     def cut(self, tape: Uncut | Tape, weights: BalanceWeights) -> Routing:
-        """The same for the phases after the router; the losses go no further, and start a backward by `weights`."""
+        """Routing for the phases after the router; the losses end here, and start a backward with `weights`."""
         balance, device, communication = tape.seed(self.balance, weights.expert), self.device, self.communication
         if weights.device:
             device = tape.seed(device, weights.device)
@@ -64,11 +64,11 @@ Selection = Callable[[Tensor], Tensor]
 
 
 class Router(nn.Module):
-    """Scores experts for each token and selects K of them. Computes in FP32 whatever the recipe (V3 §3.3.1)."""
+    """Router that scores experts for each token and selects K of them, in FP32 whatever the recipe (V3 §3.3.1)."""
 
     bias: Tensor | None
-    """`[E]` FP32, None where `topk_method` knows none. Steers selection only; moved by `update_bias` after each step,
-    never by gradients."""
+    """`[E]` FP32, None if `topk_method` has none. Affects selection only; moved by `update_bias` after each step, never
+    by gradients."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,10 +80,10 @@ class Router(nn.Module):
         """Replacement for the router's own `select`, where the experts of the tokens are given from outside."""
 
     def forward(self, x: Tensor, valid: Tensor, dropping: Dropping | None = None) -> Routing:
-        """x `[B, S, H]`, valid `[B]` bool: sequences that are padding are routed but not counted.
+        """Route x `[B, S, H]`, valid `[B]` bool: sequences that are padding are routed but not counted.
 
-        Without `dropping` every token reaches its K experts. It changes neither counts nor losses nor the gate weights
-        of the pairs that stay.
+        Without `dropping` every token reaches its K experts. Dropping changes neither counts nor losses nor the gate
+        weights of the pairs that stay.
         """
         scores = self.scores(x)
         expert_ids = (self.selection or self.select)(scores.detach().flatten(0, 1))
@@ -91,7 +91,7 @@ class Router(nn.Module):
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.config.routed_scaling_factor
-        # Not bincount or valid's own indexing: both wait for a GPU to learn how large their result is.
+        # No bincount and no indexing by `valid`: both wait for a GPU to learn the size of their result.
         counted = valid[:, None, None].expand(*x.shape[:2], expert_ids.shape[-1]).reshape(-1).long()
         counts = counted.new_zeros(self.config.n_routed_experts).scatter_add_(0, expert_ids.flatten(), counted)
         losses, dropped = self._balance(scores, expert_ids, valid), counts.new_zeros(())
@@ -107,17 +107,17 @@ class Router(nn.Module):
         return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
 
     def biased(self, scores: Tensor) -> Tensor:
-        """The scores `[…, E]` that experts are selected by."""
+        """Scores `[…, E]` by which experts are selected."""
         return scores if self.bias is None else scores + self.bias
 
     def worth(self, grouped: Tensor) -> Tensor:
-        """What groups are selected by, `[…, D]`, of their experts' biased scores `[…, D, E / D]`."""
+        """Scores of groups `[…, D]`, by which they are selected, from their experts' biased scores `[…, D, E / D]`."""
         if self.config.topk_method == "noaux_tc":  # the K / M = 2 best
             return grouped.topk(min(2, grouped.shape[-1]), -1, sorted=False).values.sum(-1)
         return grouped.amax(-1)
 
     def select(self, scores: Tensor) -> Tensor:
-        """Top-k `[T, K]` of the biased scores, inside the best groups where the config limits them."""
+        """Top-k `[T, K]` of the biased scores, inside the best groups if the config limits groups."""
         config = self.config
         biased = self.biased(scores)
         if config.limits_groups:
@@ -129,7 +129,8 @@ class Router(nn.Module):
         return biased.topk(config.num_experts_per_tok, -1, sorted=False).indices
 
     def _balance(self, scores: Tensor, expert_ids: Tensor, valid: Tensor) -> BalanceLosses:
-        """V3's f counts the top-k of the *unbiased* scores over all experts (eq. 18), V2's the experts selected."""
+        """Balance losses. V3's f counts the top-k of the *unbiased* scores over all experts (eq. 18), V2's f the
+        selected experts."""
         config = self.config
         sent = expert_ids.view(*scores.shape[:2], -1)
         counted, most_groups = sent, config.topk_group
@@ -141,7 +142,7 @@ class Router(nn.Module):
         return balance_losses(affinity, counted, sent, valid, config.n_group, most_groups)
 
     def _beyond_budget(self, scores: Tensor, expert_ids: Tensor, dropping: Dropping) -> Tensor:
-        """The pairs to drop, bool `[T, K]`, by the affinities `[B, S, E]` without the bias."""
+        """Pairs to drop, bool `[T, K]`, by the affinities `[B, S, E]` without the bias."""
         experts, groups = self.config.n_routed_experts, self.config.n_group
         pairs = expert_ids.view(scores.shape[0], -1)
         affinity = scores.gather(2, expert_ids.view(*scores.shape[:2], -1)).flatten(1)
@@ -149,7 +150,7 @@ class Router(nn.Module):
 
 
 class _GateFunction(torch.autograd.Function):
-    """`x W^T` in FP32 from an input of any format, which alone is saved: x `[B, S, H]`, weight `[E, H]`."""
+    """Product `x W^T` in FP32 from operands of any format, saved in that format: x `[B, S, H]`, weight `[E, H]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

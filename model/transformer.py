@@ -1,4 +1,4 @@
-"""The whole network: embedding, decoder blocks, output head and multi-token prediction.
+"""Network: embedding, decoder blocks, output head and multi-token prediction.
 
 B sequences, S tokens of a sequence, D depth of multi-token prediction, H hidden, L MoE layers, E experts.
 """
@@ -32,31 +32,31 @@ from .router import Router, Routing
 
 @dataclass(frozen=True)
 class Output:
-    """What a micro-batch gives: sums, not means, because the mean is over the global batch."""
+    """Losses and counts of a micro-batch: sums, not means, because the mean is over the global batch."""
 
     loss: Tensor
     """FP32 scalar: next-token cross-entropy summed over valid positions, in nats."""
     mtp_losses: tuple[Tensor, ...]
-    """For each MTP depth, cross-entropy summed over valid positions."""
+    """Cross-entropy of each MTP depth, summed over valid positions."""
     balance: Tensor
     """Balance loss over experts summed over MoE layers and valid sequences, before its weight."""
     device: Tensor
-    """The same over groups of experts (V2 §2.2.3); 0 where there is one group."""
+    """Balance loss over groups of experts (V2 §2.2.3), likewise; 0 with one group."""
     communication: Tensor
-    """The same of what is sent to groups; 0 where there is one group."""
+    """Balance loss over tokens sent to groups, likewise; 0 with one group."""
     counts: Tensor
-    """`[L, E]` int64: valid tokens that chose each expert of each of its MoE layers (MTP modules last)."""
+    """`[L, E]` int64: valid tokens that chose each expert, by MoE layer (MTP modules last)."""
     dropped: Tensor
-    """`[L]` int64: (token, expert) pairs among them that were dropped."""
+    """`[L]` int64: (token, expert) pairs among these that were dropped."""
     first_moe: int = 0
-    """Place of the first of these layers among all MoE layers of the model."""
+    """Index of the first of these layers among all MoE layers of the model."""
 
 
 class MTPModule(nn.Module):
-    """Predicts one token further ahead from the previous depth's hidden state (V3 §2.2, equations 21-23).
+    """Module of multi-token prediction: one token further ahead than the previous depth (V3 §2.2, equations 21-23).
 
-    The embedding and the output head are the main model's. The incoming hidden state is the one the head sees, after
-    the final norm: what inference engines feed these weights with.
+    The embedding and the output head are the main model's. The incoming hidden state is the input of the head, after
+    the final norm, as inference engines use these weights.
     """
 
     def __init__(self, config: ModelConfig, block: DecoderBlock, kernels: Kernels, recipe: Recipe) -> None:
@@ -68,7 +68,7 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
     def join(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """hidden and embedded `[B, S, H]` -> the block's input `[B, S, H]`."""
+        """Join hidden and embedded `[B, S, H]` to the block's input `[B, S, H]`."""
         keep = Keep()
         # Released weights take the embedding first: eh_proj(cat(enorm(e), hnorm(h))).
         return self.project(torch.cat((self.embedding_norm(embedded, keep), self.hidden_norm(hidden, keep)), -1))
@@ -76,7 +76,7 @@ class MTPModule(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """The consecutive layers that a stage holds. The first stage has the embedding, the last the head and MTP."""
+    """Consecutive layers of a stage. The first stage has the embedding, the last the head and MTP."""
 
     layers: range
     first: bool = True
@@ -89,7 +89,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the sums of a micro-batch's losses are multiplied by where the backward begins."""
+    """Factors of the sums of a micro-batch's losses, with which the backward begins."""
 
     token: float = 1.0
     mtp: float = 1.0
@@ -114,14 +114,14 @@ class MicroBatch:
     mtp: bool = True
     """Whether the MTP modules run; False is for evaluation."""
     dropping: Dropping | None = None
-    """Which tokens groups of experts leave out; None, as in evaluation, drops none."""
+    """Budget of the groups of experts; None, as in evaluation, drops no token."""
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V3-class language model, or a stage of it, or the part of its experts that this rank holds.
+    """DeepSeek-V3-class language model, or a stage of one, with the experts that this rank holds.
 
     Layers are numbered through the whole model, whatever part this is. A last stage that is not the first has an
-    embedding too if there is MTP, since its modules read the tokens that they are given.
+    embedding too if there is MTP, because MTP modules embed tokens.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         part: Part | None = None,
         recipe: Recipe | None = None,
     ) -> None:
-        """`recipe` says what is quantised, by default nothing."""
+        """`recipe` quantises the linear layers' tensors; by default nothing is quantised."""
         super().__init__()
         self.config = config
         self.recipe = recipe = recipe or Recipe()
@@ -157,7 +157,7 @@ class Transformer(nn.Module):
             MTPModule(config, block(config.num_hidden_layers + depth), kernels, recipe) for depth in range(depths)
         )
         self.before_use: Callable[..., None] = _nothing_to_wait_for
-        """Called with modules and parameters before the forward reads them: their weights may still be arriving."""
+        """Hook, called with modules and parameters before the forward reads them: they may still be on their way."""
         self.weight_queue = WeightQueue()
         for module in self.modules():
             if isinstance(module, Linear | GroupedLinear):
@@ -167,7 +167,7 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, valid: Tensor | None = None, mtp: bool = True, dropping: Dropping | None = None
     ) -> Output:
-        """The whole model, as one graph: tokens, valid and dropping as in `MicroBatch`, by default all valid.
+        """Run the whole model as one graph: tokens, valid and dropping as in `MicroBatch`, by default all valid.
 
         `mtp` False leaves the MTP modules out, for evaluation.
         """
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
     def phases(
         self, batch: MicroBatch, x: Tensor | None, tape: Uncut | Tape
     ) -> Generator[str, None, tuple[Tensor | None, Output]]:
-        """Yield each phase's name, then run it; returns what the next stage gets, and this part's losses and counts.
+        """Yield each phase's name, then run it; returns the next stage's input, and this part's losses and counts.
 
         x `[B, S, H]` is the previous stage's output, None at the first stage.
         """
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
     def _predict(
         self, batch: MicroBatch, x: Tensor, rotary: Tensor, tape: Uncut | Tape, routings: list[Routing | None]
     ) -> Generator[str, None, list[Tensor]]:
-        """The losses from the last layer's output: next token first, then each MTP depth."""
+        """Losses from the last layer's output: next token first, then each MTP depth."""
         targets = batch.tokens.masked_fill(~batch.valid.unsqueeze(1), IGNORED)
         length, weights, losses = x.shape[1], batch.weights, []
         modules = list(self.mtp) if batch.mtp else []
@@ -254,11 +254,11 @@ class Transformer(nn.Module):
 
     @property
     def first_moe(self) -> int:
-        """Place of its first MoE layer among all MoE layers of the model."""
+        """Index of its first MoE layer among all MoE layers of the model."""
         return max(0, self.part.layers.start - self.config.first_k_dense_replace)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Next-token logits `[B, S, V]` of tokens `[B, S]`, whole: for evaluation and sampling, not for training."""
+        """Next-token logits `[B, S, V]` of tokens `[B, S]`, in one piece: for evaluation and sampling, not training."""
         self.before_use(self)
         valid = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         x = EmbeddingFunction.apply(tokens, self.embedding)
@@ -267,15 +267,15 @@ class Transformer(nn.Module):
         return F.linear(self.norm(x, Keep()), self.head)
 
     def routers(self) -> list[Router]:
-        """Routers of the MoE layers it holds in order, MTP modules last: the rows of `Output.counts`."""
+        """Routers of its MoE layers in order, MTP modules last: the rows of `Output.counts`."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def mixtures(self) -> list[MixtureOfExperts]:
-        """The MoE layers it holds, in the order of `routers`."""
+        """Mixtures of its MoE layers, in the order of `routers`."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
 
     def _rotary(self, length: int, device: torch.device) -> Tensor:
-        """Rotary factors of the first `length` positions, made at the first use and kept."""
+        """Rotary factors of the first `length` positions, computed at the first use and kept."""
         if self._table is None or self._table.shape[0] < length or self._table.device != device:
             with torch.inference_mode(False):  # a table made while sampling must serve training later
                 self._table = rotary_factors(self.config, length, device)
@@ -286,4 +286,4 @@ class Transformer(nn.Module):
 
 
 def _nothing_to_wait_for(*users: nn.Module | nn.Parameter) -> None:
-    """Of weights that are in place."""
+    """Do nothing: the weights are there."""

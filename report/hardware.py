@@ -1,4 +1,4 @@
-"""What the device can do and what the process uses of it: peak matmul speed and memory."""
+"""Peak matmul speed of the device, and memory that the process uses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 GIB = 2**30
 
 DENSE_BF16_TFLOPS = (
-    # Pattern in torch.cuda.get_device_name(), peak, source. The first that matches counts, so variants stand before
-    # the plain name. Data sheets print figures "with sparsity": dense is half of those.
+    # Pattern in torch.cuda.get_device_name(), peak, source. The first match counts, so variants stand before the plain
+    # name. Data sheets print figures "with sparsity": a dense figure is half of them.
     ("GB200", 2500.0, "NVIDIA GB200 NVL72 data sheet"),
     ("B200", 2250.0, "NVIDIA HGX B200 data sheet"),
     ("H100 NVL|H200 NVL", 835.0, "NVIDIA H100 and H200 data sheets"),
@@ -32,7 +32,7 @@ DENSE_BF16_TFLOPS = (
 
 
 class Peak(NamedTuple):
-    """The matmul speed that MFU is measured against, and where the figure is from."""
+    """Matmul speed that MFU is a share of, and the source of the figure."""
 
     tflops: float
     source: str
@@ -48,8 +48,8 @@ class MemoryUse(NamedTuple):
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> Peak:
     """Dense matmul peak of `device` in TFLOP/s: from data sheets for a known GPU in BF16 or FP16, else measured.
 
-    Ranks that share a machine's cores should call this at the same time, as they compute at the same time: each then
-    measures its share of the machine and not all of it.
+    Ranks that share a machine's cores should call this at the same time, as they also compute at the same time. Each
+    then measures its share of the machine and not the whole.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         listed = lookup_peak(torch.cuda.get_device_name(device))
@@ -59,7 +59,7 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def lookup_peak(device_name: str) -> Peak | None:
-    """Dense BF16 peak of a GPU by the name its driver gives it; None if it is not listed, or is a MIG slice."""
+    """Dense BF16 peak of a GPU by its driver's name for it; None for a GPU that is not listed, or a MIG slice."""
     if "MIG" in device_name.split():
         return None
     for pattern, tflops, source in DENSE_BF16_TFLOPS:
@@ -71,7 +71,7 @@ def lookup_peak(device_name: str) -> Peak | None:
 def measure_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.6) -> Peak:
     """Time a `size`-cubed matmul on the current number of threads: the median of as many as fit in `seconds`.
 
-    2048 on a CPU; a GPU is through with that before it can be timed, so 8192 there.
+    The default size is 2048 on a CPU. A GPU finishes that too fast to be timed; its default is 8192.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
     left = torch.randn(size, size, dtype=torch.float32, device=device).to(dtype)
@@ -85,7 +85,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype, size: int | None = No
         _synchronize(device)
         return time.perf_counter() - start
 
-    spent = multiply()  # the first one also pays for page faults, kernel selection and threads
+    spent = multiply()  # the first product includes page faults, kernel selection and the start of threads
     timed = [multiply()]
     while spent + sum(timed) < seconds and len(timed) < 25:
         timed.append(multiply())
@@ -94,7 +94,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype, size: int | None = No
 
 
 def memory_gib(device: torch.device) -> MemoryUse:
-    """Memory of this process, now and at most so far: tensors on a GPU, resident memory on a CPU."""
+    """Memory of this process, current and peak: tensors on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return MemoryUse(torch.cuda.memory_allocated(device) / GIB, torch.cuda.max_memory_allocated(device) / GIB)
     current = psutil.Process().memory_info().rss
@@ -104,7 +104,7 @@ def memory_gib(device: torch.device) -> MemoryUse:
 def _peak_resident_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
-        # Not getrusage here: across fork and exec Linux carries over the peak of the process that started this one.
+        # Not getrusage here: across fork and exec Linux carries the peak of the parent process over.
         high_water = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
         if high_water:
             return int(high_water[1]) * 1024

@@ -1,8 +1,8 @@
-"""The measurements of a step, and the files they go to: `metrics.jsonl` and TensorBoard.
+"""Measurements of a step, and the files that record them: `metrics.jsonl` and TensorBoard.
 
-`metrics.jsonl` has one JSON object a step, in order, each step once, across any number of resumes. A field that was
-not measured is null. JSON has no word for a number that is not finite, and null would hide the very step
-one looks for, so those are the strings "NaN", "Infinity" and "-Infinity" (Python's `float()` reads all three).
+`metrics.jsonl` has one JSON object per step, in order, each step once, across any number of resumes. A field that was
+not measured is null. JSON has no word for a number that is not finite, and null would hide exactly the steps that one
+looks for. So these numbers are the strings "NaN", "Infinity" and "-Infinity" (Python's `float()` reads all three).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .balance import LayerBalance
+from .text.numbers import count
 from .traffic import Sent, bytes_over
 
 METRICS_FILE = "metrics.jsonl"
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class StepMetrics(BaseModel):
-    """What is known after one optimizer step. Losses are means over the global batch, in nats a token."""
+    """Measurements of one optimizer step. Losses are means over the global batch, in nats per token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
@@ -38,7 +39,7 @@ class StepMetrics(BaseModel):
     loss_mtp: float | None = None  # mean over MTP depths, before its weight; None without MTP
     loss_balance: float | None = None  # sum over layers, before its weight; None without MoE layers
     loss_device: float | None = None  # the same over groups of experts; None where there is one group
-    loss_communication: float | None = None  # the same of what is sent to groups
+    loss_communication: float | None = None  # the same of the tokens that are sent to groups
     grad_norm: float  # global, before clipping
     lr: float
     bias_update_speed: float
@@ -55,43 +56,43 @@ class StepMetrics(BaseModel):
     node_vio_worst: float | None = None
     dropped: float | None = None  # share of (token, expert) pairs
     dropped_worst: float | None = None
-    layers: LayerBalance | None = None  # the same measures, one value a MoE layer
-    memory_gib: float  # peak of the rank that writes
+    layers: LayerBalance | None = None  # the same measures, one value per MoE layer
+    memory_gib: float  # peak of the rank that writes the metrics
     step_seconds: float
-    traffic: tuple[Sent, ...] | None = None  # of all ranks in this step; None where it was not counted
-    validation_loss: float | None = None  # on the steps that evaluate
-    validation_loss_ema: float | None = None  # the same of the averaged weights, where there are any
+    traffic: tuple[Sent, ...] | None = None  # of all ranks in this step; None where nothing was counted
+    validation_loss: float | None = None  # on steps that evaluate
+    validation_loss_ema: float | None = None  # the same of the averaged weights; None without them
 
 
 def utilization(tokens_per_second: float, flops_per_token: float, ranks: int, peak_tflops: float) -> float:
-    """MFU: the share of `ranks` devices' peak that the model's own FLOPs make up, 1.0 = all of it.
+    """MFU: the model's own FLOP/s as a share of the peak of `ranks` devices, 1.0 = all of it.
 
-    `tokens_per_second` is that of all ranks together, `peak_tflops` that of one rank's device.
+    `tokens_per_second` is the speed of all ranks together, `peak_tflops` the peak of one rank's device.
     """
     return tokens_per_second * flops_per_token / (ranks * peak_tflops * 1e12)
 
 
 def read_metrics(run_dir: str | Path) -> Iterator[StepMetrics]:
-    """The steps recorded in a run folder, in order. A line that a kill cut short is left out.
+    """Steps recorded in a run folder, in order. A last line that a kill cut short is left out.
 
     Raises FileNotFoundError if the run has no metrics yet, ValueError naming file and line at any other bad line.
     """
     path = Path(run_dir) / METRICS_FILE
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for position, line in enumerate(lines, start=1):
             try:
                 yield StepMetrics.model_validate_json(line)
             except ValidationError as error:
                 if line.endswith(b"\n"):
-                    raise ValueError(f"{path}, line {number} does not record a step: {error}") from error
+                    raise ValueError(f"{path}, line {position} does not record a step: {error}") from error
 
 
 class MetricsWriter:
-    """Writes every step's metrics into a run folder; for the one rank that does so.
+    """Writer of each step's metrics into a run folder; one rank has it.
 
-    `resume_step` is the last step the run has behind it, 0 for a fresh run: lines of later steps, which a killed run
-    wrote after the checkpoint it resumes from, are dropped (the file is replaced in one move), and TensorBoard is told
-    to forget them. Each line is handed to the operating system at once, so a killed process loses none.
+    `resume_step` is the last step before the resume, 0 for a fresh run. A killed run may have written lines after its
+    last checkpoint: lines of steps after `resume_step` are dropped (the file is replaced in one move), and TensorBoard
+    is told to drop them too. Each line is handed to the operating system at once, so a killed process loses none.
     """
 
     def __init__(self, run_dir: str | Path, tensorboard: bool, resume_step: int = 0) -> None:
@@ -126,34 +127,34 @@ class MetricsWriter:
 
 
 def _keep_until(path: Path, last_step: int) -> None:
-    """Drop the lines of steps after `last_step`, and those that are no record of a step, from a metrics file."""
+    """Drop the lines of steps after `last_step`, and lines that record no step, from a metrics file."""
     unreadable = 0
     partial = path.with_suffix(".partial")
     with open(path, "rb") as lines, open(partial, "wb") as kept:
         for line in lines:
             step = _step_of(line)
             if step is not None and step <= last_step:
-                kept.write(line.rstrip(b"\n") + b"\n")  # the last line may have lost no more than its end
+                kept.write(line.rstrip(b"\n") + b"\n")  # the last line may lack its newline alone
             unreadable += step is None
         kept.flush()
         os.fsync(kept.fileno())
     os.replace(partial, path)
     if unreadable:
-        log.warning("%s: dropped %d unreadable line(s), as a killed run leaves behind", path, unreadable)
+        log.warning("%s: dropped %s that a killed run left behind", path, count(unreadable, "unreadable line"))
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step a line records, None if it is not a whole record."""
+    """Step that a line records; None for a line that is no whole record."""
     try:
         record = json.loads(line)
-    except ValueError:  # also what bytes that are not UTF-8 raise
+    except ValueError:  # bytes that are not UTF-8 raise it too
         return None
     step = record.get("step") if isinstance(record, dict) else None
     return step if isinstance(step, int) else None
 
 
 def _open_tensorboard(folder: Path, resume_step: int) -> Any | None:
-    """A SummaryWriter, or None with a warning if tensorboard is not installed."""
+    """Open a SummaryWriter. Without tensorboard installed: None, and a warning."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

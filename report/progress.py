@@ -1,7 +1,7 @@
-"""What a user sees while a run goes on: a header, a bar or plain lines, a summary. All of it goes to standard error.
+"""Progress of a run on standard error: a header, a bar or plain lines, a summary.
 
 Standard output stays free for results (`--json`). On a terminal the bar takes two lines of 80 columns; elsewhere a
-plain line is printed every `log.every` steps. Only one rank shows anything: the others make none of this.
+plain line is printed every `log.every` steps. One rank alone shows progress.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .text.lines import name_rows
 from .text.numbers import format_count, format_duration
 
 REFRESH_SECONDS = 0.1
-ETA_WINDOW = 50  # steps the ETA looks back on: batch ramps and growing sequences change the pace
+ETA_WINDOW = 50  # last steps that the ETA is computed from: batch ramps and growing sequences change the pace
 
 
 class ProgressDisplay:
-    """Follows a run from `first_step` (steps already done) to `total_steps`; use as a context manager.
+    """Display of a run from `first_step` (steps already done) to `total_steps`; use as a context manager.
 
-    `console` is where it shows, standard error if not given. `title` is the run's name.
+    `console` is standard error by default. `title` is the run's name.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class ProgressDisplay:
 
     def __enter__(self) -> ProgressDisplay:
         if self._config.progress and self._console.is_terminal and not self._console.is_dumb_terminal:
-            # Refreshed by update() alone: a thread of its own would compete with training for the interpreter.
-            # Standard output is left alone: redirected, it would come out on standard error.
+            # Refreshed by update() alone: a thread would compete with training for the interpreter.
+            # Standard output is not redirected: it would come out on standard error.
             waiting = self._draw(self._first, Text("waiting for the first step", style="dim"))
             self._live = Live(waiting, console=self._console, auto_refresh=False, redirect_stdout=False)
             self._live.start(refresh=True)
@@ -76,7 +76,7 @@ class ProgressDisplay:
             self._print(line)
 
     def note(self, text: str) -> None:
-        """Show a line of its own (a checkpoint was written, a batch grew) above the bar."""
+        """Show a separate line (a checkpoint was written, a batch grew) above the bar."""
         self._print(text)
 
     def update(self, metrics: StepMetrics) -> None:
@@ -91,7 +91,7 @@ class ProgressDisplay:
         if self._live is None:
             if step % self._config.every == 0 or evaluated or step in (self._first + 1, self._total):
                 shown = _values(metrics, metrics.validation_loss)
-                if metrics.validation_loss_ema is not None:  # the bar has no room for it
+                if metrics.validation_loss_ema is not None:  # not in the bar, which has no room
                     shown.insert(2, f"val EMA {metrics.validation_loss_ema:.4f}")
                 self._print("  ".join([f"step {step}/{self._total}", *shown, f"ETA {self._eta(step)}"]))
         elif evaluated or step >= self._total or self._clock() - self._refreshed >= REFRESH_SECONDS:
@@ -100,7 +100,7 @@ class ProgressDisplay:
             self._live.update(self._draw(step, Text("  ".join(shown), no_wrap=True, overflow="ellipsis")), refresh=True)
 
     def _eta(self, step: int) -> str:
-        return format_duration(self._pace.seconds_a_step * (self._total - step))
+        return format_duration(self._pace.seconds_per_step * (self._total - step))
 
     def _draw(self, step: int, values: Text) -> Group:
         share = step / self._total if self._total else 1.0
@@ -120,12 +120,12 @@ class ProgressDisplay:
         return Group(line, values)
 
     def _print(self, text: str) -> None:
-        # soft_wrap: a log file keeps a line as a line, however wide the terminal it is read on
+        # soft_wrap: in a log file a line stays one line, however long
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 class Pace:
-    """Seconds a step takes by the clock, evaluations and checkpoints included, over the last steps."""
+    """Seconds per step by the clock, evaluations and checkpoints included, over the last steps."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -135,8 +135,8 @@ class Pace:
         self._ticks.append((step, self._clock()))
 
     @property
-    def seconds_a_step(self) -> float:
-        """NaN before the first step is done."""
+    def seconds_per_step(self) -> float:
+        """Mean over the last steps; NaN before the first step is done."""
         if len(self._ticks) < 2:
             return math.nan
         (first, start), (last, end) = self._ticks[0], self._ticks[-1]
@@ -144,7 +144,7 @@ class Pace:
 
 
 def _values(metrics: StepMetrics, validation_loss: float | None) -> list[str]:
-    """What both the bar and the plain line show of a step, in at most 80 columns together."""
+    """Values of a step that the bar and the plain line show, in at most 80 columns together."""
     shown = [f"loss {metrics.loss:.4f}"]
     if validation_loss is not None:
         shown.append(f"val {validation_loss:.4f}")

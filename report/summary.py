@@ -1,4 +1,4 @@
-"""What is said before the first step and after the last: rows of a name and a text."""
+"""Header before the first step and summary after the last: rows of a name and a text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def describe_run(
     peak: Peak,
     run_dir: str,
 ) -> dict[str, str]:
-    """The header's rows. `mtp_parameters` are those of all MTP modules, not part of `total_parameters`."""
+    """Rows of the header. `mtp_parameters` are those of all MTP modules and no part of `total_parameters`."""
     model = f"{format_count(total_parameters)} parameters, {format_count(active_parameters)} active per token"
     if mtp_parameters:
         model += f"; MTP adds {format_count(mtp_parameters)}"
@@ -29,13 +29,13 @@ def describe_run(
         "layout": layout,
         "dispatch": dispatch,
         "MFU": flop_convention,
-        "peak": f"{peak.tflops:.3g} TFLOP/s a rank, {peak.source}",
+        "peak": f"{peak.tflops:.3g} TFLOP/s per rank, {peak.source}",
         "run": run_dir,
     }
 
 
 class RunSummary(BaseModel):
-    """The result of a run; as JSON, the last line of `train --json`. Losses in nats a token."""
+    """Result of a run; as JSON, the last line of `train --json`. Losses in nats per token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
@@ -43,7 +43,7 @@ class RunSummary(BaseModel):
     loss: float  # of the last step
     validation_loss: float | None
     validation_loss_ema: float | None = None  # of the averaged weights
-    unigram_entropy: float | None  # of the validation data: the loss of a model that knows token frequencies only
+    unigram_entropy: float | None  # of the validation data: the loss of predicting by token frequencies alone
     tokens_per_second: float  # of all ranks together
     traffic: tuple[Sent, ...] = ()  # of all ranks in a mean step
     run_dir: str

@@ -1,4 +1,4 @@
-"""What the ranks of a run sent each other in a step: bytes and messages, by purpose, collective and link."""
+"""Traffic between the ranks of a run in a step: bytes and messages, by purpose, collective and link."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .text.numbers import format_bytes, format_count
 
 
 class Sent(BaseModel):
-    """Of one kind, by all ranks together in a step. Payload, without what protocols add."""
+    """Traffic of one kind from all ranks together in a step. Payload, without the additions of protocols."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,26 +23,26 @@ class Sent(BaseModel):
 
 
 def bytes_over(sent: Iterable[Sent], link: Literal["within", "between"]) -> int:
-    """All bytes that took this kind of link."""
+    """Sum of the bytes that took this kind of link."""
     return sum(each.bytes for each in sent if each.link == link)
 
 
 def mean_step(steps: Sequence[Sequence[Sent]]) -> list[Sent]:
-    """The mean of several steps, rounded to whole bytes and messages, in the order in which kinds first appear."""
+    """Mean of several steps, rounded to whole bytes and messages, in the order in which kinds first appear."""
     sums: dict[tuple[str, str, Literal["within", "between"]], tuple[int, int]] = {}
     for sent in steps:
         for each in sent:
             key = each.purpose, each.collective, each.link
             bytes, messages = sums.get(key, (0, 0))
             sums[key] = bytes + each.bytes, messages + each.messages
-    count = max(1, len(steps))
+    number = max(1, len(steps))
     return [
         Sent(
             purpose=purpose,
             collective=collective,
             link=link,
-            bytes=round(bytes / count),
-            messages=round(messages / count),
+            bytes=round(bytes / number),
+            messages=round(messages / number),
         )
         for (purpose, collective, link), (bytes, messages) in sums.items()
     ]
@@ -52,7 +52,7 @@ HEADER = ("", "collective", "within nodes", "messages", "between nodes", "messag
 
 
 def traffic_table(sent: Sequence[Sent]) -> list[tuple[str, ...]]:
-    """Rows of text under `HEADER`, one a purpose and collective, and their sum."""
+    """Rows of text under `HEADER`, one per purpose and collective, and their sum."""
     rows: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
     for each in sent:
         rows.setdefault((each.purpose, each.collective), {})[each.link] = each.bytes, each.messages
@@ -60,8 +60,8 @@ def traffic_table(sent: Sequence[Sent]) -> list[tuple[str, ...]]:
     total: dict[str, tuple[int, int]] = {}
     for links in rows.values():
         for link, (bytes, messages) in links.items():
-            before = total.get(link, (0, 0))
-            total[link] = before[0] + bytes, before[1] + messages
+            total_bytes, total_messages = total.get(link, (0, 0))
+            total[link] = total_bytes + bytes, total_messages + messages
     return [*table, ("all", "", *_cells(total))] if len(table) > 1 else list(table)
 
 
@@ -74,14 +74,14 @@ def _cells(links: dict[str, tuple[int, int]]) -> tuple[str, ...]:
 
 
 def describe_traffic(sent: Sequence[Sent]) -> str:
-    """A line: what a step sends over each kind of link."""
+    """Summary in one line: the bytes that a step sends over each kind of link."""
     between, within = bytes_over(sent, "between"), bytes_over(sent, "within")
     if not within and not between:
         return "nothing is sent"
     links = ("within", within), ("between", between)
-    said = [f"{format_bytes(bytes)} {link} nodes" for link, bytes in links if bytes]
-    said[0] += " a step"
+    phrases = [f"{format_bytes(bytes)} {link} nodes" for link, bytes in links if bytes]
+    phrases[0] += " per step"
     if between:
         largest = max((each for each in sent if each.link == "between"), key=lambda each: each.bytes)
-        said.append(f"most of it {largest.purpose} ({largest.bytes / between:.0%})")
-    return ", ".join(said)
+        phrases.append(f"most of it {largest.purpose} ({largest.bytes / between:.0%})")
+    return ", ".join(phrases)

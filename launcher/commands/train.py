@@ -8,11 +8,12 @@ import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ...configs.load import add_config_arguments, load_config
+from ...configs.load import load_config
 from ...settings import UsageError
 from ...training.preflight import RunPlan, prepare_run
 from ...training.run_folder import locked, move_aside, write_config
 from ..environment import WorkerEnvironment, cache_folder, read_environment
+from .options import add_config_arguments
 
 if TYPE_CHECKING:
     from ..bootstrap import Process
@@ -71,7 +72,7 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
         bootstrap(worker, config.run.device, config.comm.backend, config.parallel.timeout) as process,
         locked(plan.run_dir) if process.rank == 0 else nullcontext(),
     ):
-        _check_agreement(plan, process.world_size)
+        check_agreement(plan, process.world_size)
         changes: list[str] = []
         if process.rank == 0:
             if fresh:
@@ -84,7 +85,7 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
             return _train(plan, process, args.json)
 
 
-def _check_agreement(plan: RunPlan, world_size: int) -> None:
+def check_agreement(plan: RunPlan, world_size: int) -> None:
     """Raise UsageError if ranks, perhaps on several machines, differ in text, checkpoint or length of the run."""
     import torch.distributed as dist
 

@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 24, 26, 36
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: `style` is the class that the page's style sheet knows it by."""
+    """A curve. `style` is its class in the page's style sheet."""
 
     name: str
     style: str
@@ -25,7 +25,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values, and where they lie in the picture."""
+    """A range of values, and its start and end in the picture."""
 
     low: float
     high: float
@@ -35,9 +35,9 @@ class Axis:
     def at(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self, most: int) -> list[float]:
-        """Round values, about `most` of them."""
-        rough = (self.high - self.low) / most
+    def ticks(self, number: int) -> list[float]:
+        """Round values inside the range, about `number` of them."""
+        rough = (self.high - self.low) / number
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
@@ -45,7 +45,7 @@ class Axis:
 
 
 def draw_curves(lines: Sequence[Line], across: str, up: str, unit: str = "", band: float | None = None) -> str:
-    """The picture of `lines`; `band` is shaded between -band and band. `across` and `up` name the axes."""
+    """Picture of `lines` as SVG; the range from -`band` to `band` is shaded. `across` and `up` name the axes."""
     x, y = _axes(lines, band)
     title = f"{up} over {across}: {', '.join(line.name for line in lines)}"
     parts = [
@@ -54,8 +54,8 @@ def draw_curves(lines: Sequence[Line], across: str, up: str, unit: str = "", ban
     ]
     if band is not None:
         top, height = y.at(band), y.at(-band) - y.at(band)
-        place = f'x="{LEFT}" y="{top:.1f}" width="{x.end - x.start}" height="{height:.1f}"'
-        parts.append(f'<rect class="band" {place}/>')
+        box = f'x="{LEFT}" y="{top:.1f}" width="{x.end - x.start}" height="{height:.1f}"'
+        parts.append(f'<rect class="band" {box}/>')
     for tick in y.ticks(8):
         parts.append(f'<path class="grid" d="M{LEFT} {y.at(tick):.1f}H{x.end}"/>')
         parts.append(_text(LEFT - 8, y.at(tick) + 4, _number(tick) + unit, "end"))
@@ -79,7 +79,7 @@ def curve_style() -> str:
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """What each colour means."""
+    """Legend of the colours."""
     items = (f'<span><i class="{line.style}"></i>{escape(line.name)}</span>' for line in lines if line.in_legend)
     return f'<div class="legend">{"".join(items)}</div>'
 
@@ -90,7 +90,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 def _axes(lines: Sequence[Line], band: float | None) -> tuple[Axis, Axis]:
     steps = [step for line in lines for step, _ in line.points]
-    # A first step, or one spike, must not flatten the rest: the outermost hundredth of values may leave the picture.
+    # The outermost hundredth of values may leave the picture: a first step, or a spike, would flatten the rest.
     values = sorted(value for line in lines for _, value in line.points)
     cut = len(values) // 100
     low, high = values[cut], values[-1 - cut]

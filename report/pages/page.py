@@ -1,7 +1,7 @@
-"""The one shell of all HTML pages: head, common style, colours for light and dark. Each page is a file by itself.
+"""Shell of all HTML pages: head, common style, colours for light and dark.
 
-Style sheets and scripts lie beside the modules, as files of the package. They are written into the page, so that a
-browser requests nothing; the page's security policy forbids requests besides.
+Style sheets and scripts lie beside the modules, as files of the package. They are written into the page, so that a page
+is one file. A browser requests nothing else for it, and the page's security policy forbids requests.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def draw_page(title: str, body: str, style: str = "", script: str = "", data: Any = None) -> str:
-    """A whole page: `title` in the head and as its heading, then `body`, which is HTML.
+    """Draw a whole page: `title` as text in the head and as the heading, then `body`, which is HTML.
 
-    `style` is CSS after the common sheet, `script` JavaScript that runs at the end. The script finds `data`, unless
-    None, as JSON in the element `data`. Neither `style` nor `script` may come from a user: they are not escaped.
+    `style` is CSS that follows the common sheet. `script` is JavaScript that runs at the end; it finds `data`, unless
+    None, as JSON in the element `data`. Neither `body`, `style` nor `script` is escaped here.
     """
     policy = f"{_POLICY}; script-src 'unsafe-inline'" if script else _POLICY
     parts = [

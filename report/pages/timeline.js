@@ -1,11 +1,14 @@
 "use strict";
+// Draws each timeline of the page that `report/pages/timeline.py: draw_html` writes; its docstring describes the data.
+// Canvas, because half a million boxes as elements of a page would stop a browser. Where boxes get too narrow, a column
+// of pixels shows the share of each kind.
 const data = JSON.parse(document.getElementById("data").textContent);
 const F = 0, I = 1, W = 2, B = 3, PAIR = 4;  // 4 is a pair with a B, 5 a pair with an I
 const NAMES = ["F", "I", "W", "B"], STACK = [F, B, I, W];
-// First and last shade of each kind. Any two of the eight, and the idle lane of either theme, stay apart for normal,
-// protan, deutan and tritan sight (least distance in OKLab 0.09, after Machado's matrices).
+// First and last shade of each kind. Any two of the eight, and the idle lane of either theme, can be told apart with
+// normal, protan, deutan and tritan sight (least distance in OKLab 0.09, after Machado's matrices).
 const SHADES = [["#124b97", "#4475bc"], ["#b9a325", "#ecd96f"], ["#1fa395", "#84d6ca"], ["#8a3f1d", "#be5c29"]];
-const NARROW = 1.5;  // pixels: boxes that are narrower than this on average are drawn as shares
+const NARROW = 1.5;  // pixels: boxes narrower than this on average are drawn as shares
 const full = Math.max(...data.timelines.map(t => t.step), 0) || 1;
 const view = {from: 0, to: full};
 const picked = {figure: null, rank: 0, index: -1, part: 0, time: 0};
@@ -43,7 +46,7 @@ function decode(t, rank) {
     return value;
   };
   const signed = () => { const v = number(); return v % 2 ? -(v + 1) / 2 : v / 2; };
-  const microbatch = (kind, chunk) => {  // told as the difference from the one that would follow
+  const microbatch = (kind, chunk) => {  // written as the difference from the one that would follow
     const key = (kind === F ? 0 : kind === W ? 1 : 2) + 3 * chunk, value = (next.get(key) || 0) + signed();
     next.set(key, value + 1);
     return value;
@@ -157,7 +160,7 @@ class Figure {
         c.fillRect(x, y, w, h);
         const size = Math.min(12, h - 1.5), number = String(row.mb[part][i]), letter = size * 0.62;
         if (size < 7.5 || w < number.length * letter + 2) continue;
-        // A box that reaches out of the picture is labelled in the middle of what is seen of it.
+        // A box that reaches out of the picture is labelled in the middle of its visible part.
         const from = Math.max(x, this.left), to = Math.min(x + w, this.left + this.plot);
         const label = w >= this.digits * letter + letter + 6 ? NAMES[kind] + number : number;
         if (to - from < label.length * letter) continue;
@@ -167,9 +170,9 @@ class Figure {
       }
     }
   }
-  // Each column filled with every kind's share of its time, forwards on top, idle left at the bottom.
+  // Fills each column with every kind's share of its time, forwards on top; what is left at the bottom is idle.
   drawShares(c, row, rank) {
-    // A column stands for several actions: with fewer the picture would flicker between their kinds.
+    // A column holds several actions: with fewer of them neighbouring columns would flicker between kinds.
     const size = Math.max(2, Math.round(4 * this.mean / (view.to - view.from) * this.plot));
     const bins = Math.ceil(this.plot / size), shades = Math.min(this.tracks, 2), groups = 4 * shades;
     const sums = new Float64Array(bins * groups), scale = this.plot / (view.to - view.from) / size;
@@ -178,8 +181,8 @@ class Figure {
       const to = Math.min((row.end[i] - view.from) * scale, bins);
       const parts = partCount(row, i);
       for (let part = 0; part < parts; part++) {
-        const late = shades > 1 && this.track(rank, i, part) >= this.tracks / 2 ? 1 : 0;
-        const group = partKind(row, i, part) * shades + late;
+        const light = shades > 1 && this.track(rank, i, part) >= this.tracks / 2 ? 1 : 0;
+        const group = partKind(row, i, part) * shades + light;
         for (let bin = Math.floor(from); bin < to; bin++)
           sums[bin * groups + group] += (Math.min(to, bin + 1) - Math.max(from, bin)) / parts;
       }
@@ -240,7 +243,7 @@ class Figure {
     const row = this.rows[picked.rank], mb = row.mb[picked.part][picked.index];
     c.beginPath(); c.rect(this.left - 2, 0, this.plot + 4, this.bottom + 2); c.clip();
     c.lineWidth = 1.5; c.strokeStyle = ink.focus;
-    if (!this.shares) this.rows.forEach((other, rank) => {  // the way of this micro-batch through the pipeline
+    if (!this.shares) this.rows.forEach((other, rank) => {  // the other actions of this micro-batch
       for (let i = this.firstEndingAfter(other, view.from); i < other.n && other.start[i] < view.to; i++)
         for (let part = 0; part < partCount(other, i); part++)
           if (other.mb[part][i] === mb) { const [x, y, w, h] = this.box(rank, i, part);
@@ -250,7 +253,7 @@ class Figure {
     c.lineWidth = 3;
     c.strokeRect(x - 1, y - 1, w + 2, this.row - 2 * this.inset + 2);
   }
-  // The action at a point: sets `picked`, whose index is -1 where the rank is idle; false outside of the rows.
+  // Sets `picked` to the action at a point, with index -1 where the rank is idle; false outside of the rows.
   pick(x, y) {
     const rank = Math.floor((y - this.top) / this.row), time = this.time(x);
     const inside = x >= this.left && x <= this.left + this.plot && time <= this.t.step;
@@ -270,25 +273,25 @@ class Figure {
     }
     const name = part => NAMES[partKind(row, index, part)] + row.mb[part][index] +
       ` of stage ${this.stage(rank, index, part)}`;
-    const what = partCount(row, index) === 1 ? name(0) : `pair of ${name(0)} and ${name(1)}`;
-    return [`${what}`, `rank ${rank}, ${times(row.start[index], row.end[index])}`];
+    const action = partCount(row, index) === 1 ? name(0) : `pair of ${name(0)} and ${name(1)}`;
+    return [action, `rank ${rank}, ${times(row.start[index], row.end[index])}`];
   }
-  tell(x, y, aloud) {
-    const [what, when] = this.describe();
-    tip.replaceChildren(Object.assign(document.createElement("b"), {textContent: what}), when);
+  showTip(x, y, aloud) {
+    const [action, times] = this.describe();
+    tip.replaceChildren(Object.assign(document.createElement("b"), {textContent: action}), times);
     tip.hidden = false;
     const frame = this.over.getBoundingClientRect(), room = document.documentElement.clientWidth;
     const left = Math.min(Math.max(frame.left + x - tip.offsetWidth / 2, 6), room - tip.offsetWidth - 6);
     const above = frame.top + y - tip.offsetHeight - 16, top = above > 4 ? above : frame.top + y + 22;
     tip.style.transform = `translate(${left + scrollX}px, ${top + scrollY}px)`;
-    if (aloud) spoken.textContent = `${what}, ${when}`;
+    if (aloud) spoken.textContent = `${action}, ${times}`;
     figures.forEach(figure => figure.drawOver());
   }
   listen() {
     const over = this.over, down = new Map();
     let moved = false, grip = null;
     const place = e => { const r = over.getBoundingClientRect(); return [e.clientX - r.left, e.clientY - r.top]; };
-    const show = e => { const [x, y] = place(e); if (this.pick(x, y)) this.tell(x, y, false); else forget(); };
+    const show = e => { const [x, y] = place(e); if (this.pick(x, y)) this.showTip(x, y, false); else unpick(); };
     over.addEventListener("pointerdown", e => {
       down.set(e.pointerId, place(e)[0]); moved = down.size > 1; grip = {...view, xs: [...down.values()]};
       over.setPointerCapture(e.pointerId);
@@ -298,12 +301,12 @@ class Figure {
       down.set(e.pointerId, place(e)[0]);
       const xs = [...down.values()], span = grip.to - grip.from;
       if (xs.length === 1 && !moved && Math.abs(xs[0] - grip.xs[0]) < 4) return;
-      moved = true; forget();
+      moved = true; unpick();
       const centre = list => list.reduce((a, b) => a + b, 0) / list.length;
       const reach = list => list.length > 1 ? Math.max(Math.abs(list[1] - list[0]), 8) : 1;
       const zoom = reach(xs) / reach(grip.xs);
       const held = grip.from + (centre(grip.xs) - this.left) / this.plot * span;
-      look(held - (centre(xs) - this.left) / this.plot * span / zoom, span / zoom);
+      showRange(held - (centre(xs) - this.left) / this.plot * span / zoom, span / zoom);
     });
     const lift = e => {
       if (!down.delete(e.pointerId)) return;
@@ -311,27 +314,27 @@ class Figure {
       grip = {...view, xs: [...down.values()]};
     };
     over.addEventListener("pointerup", lift); over.addEventListener("pointercancel", lift);
-    over.addEventListener("pointerleave", e => { if (e.pointerType === "mouse") forget(); });
+    over.addEventListener("pointerleave", e => { if (e.pointerType === "mouse") unpick(); });
     over.addEventListener("dblclick", e => zoomBy(4, this.time(place(e)[0])));
     over.addEventListener("wheel", e => {
       const sideways = Math.abs(e.deltaX) > Math.abs(e.deltaY) ? e.deltaX : e.shiftKey ? e.deltaY : 0;
       if (e.ctrlKey || e.metaKey) zoomBy(Math.exp(-e.deltaY * 0.004), this.time(place(e)[0]));
-      else if (sideways) look(view.from + sideways / this.plot * (view.to - view.from), view.to - view.from);
+      else if (sideways) showRange(view.from + sideways / this.plot * (view.to - view.from), view.to - view.from);
       else return;
-      e.preventDefault(); forget();
+      e.preventDefault(); unpick();
     }, {passive: false});
     over.addEventListener("keydown", e => this.key(e));
-    over.addEventListener("blur", forget);
+    over.addEventListener("blur", unpick);
   }
   key(e) {
     const span = view.to - view.from;
     const steps = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
     if (e.ctrlKey || e.metaKey || e.altKey) return;
     if (e.key === "+" || e.key === "=") zoomBy(2, this.centre()); else if (e.key === "-") zoomBy(0.5, this.centre());
-    else if (e.key === "0") look(0, full);
-    else if (e.key === "Escape") forget();
-    else if (e.key === "Home" || e.key === "End") look(e.key === "Home" ? 0 : full, span);
-    else if (e.shiftKey && steps[e.key] && steps[e.key][1]) look(view.from + steps[e.key][1] * span / 2, span);
+    else if (e.key === "0") showRange(0, full);
+    else if (e.key === "Escape") unpick();
+    else if (e.key === "Home" || e.key === "End") showRange(e.key === "Home" ? 0 : full, span);
+    else if (e.shiftKey && steps[e.key] && steps[e.key][1]) showRange(view.from + steps[e.key][1] * span / 2, span);
     else if (steps[e.key]) this.step(...steps[e.key]);
     else return;
     if (e.key.length === 1 && picked.figure === this && picked.index >= 0) this.point(false);
@@ -350,13 +353,13 @@ class Figure {
     const index = fresh || ranks ? this.firstEndingAfter(row, time) : picked.index + actions;
     Object.assign(picked, {figure: this, rank, index: Math.min(Math.max(index, 0), row.n - 1), part: 0});
     const span = view.to - view.from, start = row.start[picked.index], end = row.end[picked.index];
-    if (start < view.from || end > view.to) look((start + end - span) / 2, span);
+    if (start < view.from || end > view.to) showRange((start + end - span) / 2, span);
     this.point(true);
   }
-  point(aloud) {  // tell the picked action where it stands
+  point(aloud) {  // show the tip at the picked action
     const y = this.over.getBoundingClientRect().top + this.top + picked.rank * this.row;
     if (y < 120 || y + this.row > innerHeight) scrollBy(0, y - innerHeight / 2);
     const x = Math.min(Math.max(this.x(this.centre()), this.left), this.left + this.plot);
-    this.tell(x, this.top + picked.rank * this.row, aloud);
+    this.showTip(x, this.top + picked.rank * this.row, aloud);
   }
 }

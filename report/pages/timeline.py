@@ -1,18 +1,23 @@
-"""Timelines drawn as one HTML file: a row a rank, to scale, with zoom, and every action's times on pointing at it.
+"""Timelines drawn as one HTML file: one row per rank, to scale, with zoom. Pointing at an action shows its times.
 
-The page holds its data in the element `data`, as JSON: `unit`, `decimals` of the times told, and for every timeline
+The page holds its data in the element `data`, as JSON: `unit`, `decimals` of the times shown, and for every timeline
 
-  step, bubble, peak    the step's time; for each rank its bubble as written on the page, and its live micro-batches
-  placement, chunks     for each rank its stages; the most stages of a rank
-  origins               where stages are held by several ranks, the ranks that hold stage 0, otherwise null
-  tick                  the unit of the times in `spans`
-  actions, spans        for each rank how many actions it does, and they: Base64 of numbers, written as follows
+  step, bubble, peak    time of the step; for each rank its bubble as written on the page, and its live micro-batches
+  placement, chunks     stages of each rank; the largest number of stages on a rank
+  origins               ranks that hold stage 0, if several ranks hold a stage, otherwise null
+  tick                  unit of the times in `spans`
+  actions, spans        for each rank the number of its actions, and the actions: Base64 of numbers
 
-A number is written in bytes of 7 bits, the lowest first, with 128 added to all but its last; a signed one v as 2v, or
--2v - 1 where it is negative. An action is `kind + 6 (chunk + chunks * chunk of the pair's backward)` with the kinds
-F, I, W, B, pair with a B, pair with an I; its micro-batch, signed, as the difference from one more than the rank's last
-of this chunk and direction (F, W, or B and I alike); for a pair the backward's likewise; the idle time before it,
-signed, and its duration, in ticks. So half a million actions make a few megabytes that a browser reads in a moment.
+A number is a sequence of bytes with 7 bits each, the lowest bits first; all bytes but the last have 128 added. A signed
+number v is written as 2v, or as -2v - 1 if it is negative. The numbers of an action are
+
+1. `kind + 6 (chunk + chunks * chunk of the pair's backward)`; kinds are F, I, W, B, pair with a B, pair with an I;
+2. its micro-batch, signed, as the difference from one more than the rank's last of this chunk and direction (F, W, or
+   B and I alike); for a pair a second such number, of its backward;
+3. the idle time before it, signed, in ticks;
+4. its duration in ticks.
+
+Half a million actions make a few megabytes, which a browser reads in a moment.
 """
 
 from __future__ import annotations
@@ -29,9 +34,9 @@ from ..text.numbers import number, share
 from .page import draw_page, read_asset
 
 KINDS = "FIWB"
-PRECISION = 2.0**-31  # of the step: how far a time on the page may be from the timeline's
+PRECISION = 2.0**-31  # share of the step by which a time on the page may differ from the timeline's
 PAIRS = "4 5"
-# Swatches by the codes of the kinds that they explain; those that no timeline has are taken out.
+# Codes of the kinds that a swatch explains, and its text. The script removes swatches without a kind in the timelines.
 LEGEND = (
     ("0 4 5", "F forward"),
     ("3 4", "B whole backward"),
@@ -49,11 +54,11 @@ def draw_html(
     title: str = "",
     tables: Sequence[tuple[str, Sequence[Sequence[str]]]] = (),
 ) -> str:
-    """A page that shows every (name, timeline), one under the other on the same scale of time.
+    """Draw a page of every (name, timeline), one under the other on the same scale of time.
 
-    `unit` is that of all times, "" where they are relative. `notes` are sentences to stand under the title, which is
-    made from the names where `title` is empty. `tables` are a heading and rows of text each, the first the columns'
-    names, to stand under the pictures. The same input gives the same text. The file needs no network.
+    `unit` is the unit of all times, "" for relative times. An empty `title` is made from the names. `notes` are
+    sentences under the title. `tables` follow the pictures: a heading each and rows of text, the first row with the
+    names of the columns. The same input gives the same text. The file needs no network.
     """
     assert timelines, "there is no timeline to draw"
     title = title or ("Pipeline schedule " + timelines[0][0] if len(timelines) == 1 else "Pipeline schedules compared")
@@ -104,7 +109,7 @@ keys lead from action to action, + and - zoom, 0 shows the whole step.</p>
 
 
 def _section(index: int, name: str, timeline: Timeline, unit: str) -> str:
-    """The frame of one picture: its name, the figures of the whole step, the canvas, a table of the ranks."""
+    """Frame of one picture: its name, the figures of the whole step, the canvas, a table of the ranks."""
     schedule, time = timeline.schedule, f" {unit}" if unit else ""
     facts = (
         ("step", number(timeline.step_time) + time),
@@ -115,13 +120,13 @@ def _section(index: int, name: str, timeline: Timeline, unit: str) -> str:
         ("stages", str(schedule.num_stages)),
         ("micro-batches", str(schedule.num_microbatches)),
     )
-    what = f"Timeline of {name}. Arrow keys tell each action."
+    label = f"Timeline of {name}. Arrow keys read out each action."
     return f"""<section aria-labelledby="name-{index}">
 <h2 id="name-{index}">{escape(name)}</h2>
-<div class="facts">{" ".join(f"<span>{label} <b>{escape(value)}</b></span>" for label, value in facts)}</div>
+<div class="facts">{" ".join(f"<span>{fact} <b>{escape(value)}</b></span>" for fact, value in facts)}</div>
 {_shades(schedule)}
 <div class="figure" id="figure-{index}"><canvas aria-hidden="true"></canvas>
-<canvas tabindex="0" role="application" aria-label="{escape(what)}"></canvas></div>
+<canvas tabindex="0" role="application" aria-label="{escape(label)}"></canvas></div>
 <details><summary>Numbers of each rank</summary><div class="table"><table><thead><tr><th>rank</th><th>stages</th>
 <th>bubble{escape(time)}</th><th>share</th><th>peak live micro-batches</th></tr></thead><tbody>
 {"".join(_table_rows(timeline))}</tbody></table></div></details>
@@ -130,7 +135,7 @@ def _section(index: int, name: str, timeline: Timeline, unit: str) -> str:
 
 
 def _shades(schedule: Schedule) -> str:
-    """What dark and light mean in this picture."""
+    """Sentence on the meaning of dark and light in this picture."""
     origins = _origins(schedule)
     if origins and len(origins) == 2:
         meaning = f"Dark: micro-batches that enter at rank {origins[0]}. Light: at rank {origins[1]}."
@@ -152,7 +157,7 @@ def _table_rows(timeline: Timeline) -> Iterable[str]:
 
 
 def _origins(schedule: Schedule) -> tuple[int, ...] | None:
-    """Where micro-batches enter a pipeline that holds stages more than once, and None for any other."""
+    """Ranks where micro-batches enter a pipeline that holds stages more than once; None for any other pipeline."""
     held = [stage for stages in schedule.stages_of_rank for stage in stages]
     return schedule.holders(0) if len(held) > len(set(held)) else None
 
@@ -178,9 +183,9 @@ def _timeline_data(timeline: Timeline) -> dict[str, Any]:
 
 
 def _tick(timeline: Timeline) -> float:
-    """The largest power of ten of which all times are multiples, so that they take few bytes and are exact.
+    """Largest power of ten that divides all times, so that they are exact and take few bytes.
 
-    Measured times have none: they are rounded to PRECISION of the step.
+    Measured times have no such divisor: they are rounded to PRECISION of the step.
     """
     step = timeline.step_time
     shortest = min((s.end - s.start for spans in timeline.spans for s in spans if s.end > s.start), default=0.0)
@@ -200,9 +205,9 @@ def _tick(timeline: Timeline) -> float:
 
 
 def _pack(spans: Sequence[Span], stages: Sequence[int], chunks: int, tick: float) -> bytes:
-    """A rank's actions in the bytes that the module's docstring describes."""
+    """Actions of a rank in the bytes that the module's docstring describes."""
     packed = bytearray()
-    follows: dict[tuple[str, int], int] = {}
+    following: dict[tuple[str, int], int] = {}
     chunk_of = {stage: chunk for chunk, stage in enumerate(stages)}
 
     def put(value: int) -> None:
@@ -213,8 +218,8 @@ def _pack(spans: Sequence[Span], stages: Sequence[int], chunks: int, tick: float
 
     def put_microbatch(action: Action) -> None:
         key = ("B" if action.kind == "I" else action.kind, action.stage)
-        put(_unsigned(action.microbatch - follows.get(key, 0)))
-        follows[key] = action.microbatch + 1
+        put(_unsigned(action.microbatch - following.get(key, 0)))
+        following[key] = action.microbatch + 1
 
     clock = 0
     for action, start, end in spans:
@@ -238,5 +243,5 @@ def _unsigned(value: int) -> int:
 
 
 def _decimals(typical: float) -> int:
-    """How many decimals tell a time of this size to three digits or more, at least one."""
+    """Number of decimals that show a time of this size to three digits or more, at least one."""
     return max(1, min(9, math.ceil(-math.log10(typical)) + 2)) if typical > 0 else 1

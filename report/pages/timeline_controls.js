@@ -1,4 +1,5 @@
-function forget() {
+// Bar of the page of timelines: zoom, position, legend. Runs after timeline.js and uses its names.
+function unpick() {
   tip.hidden = true;
   if (picked.figure) { const figure = picked.figure; picked.figure = null; figure.drawOver(); }
 }
@@ -10,7 +11,7 @@ function redraw() {
   if (waiting) return;
   waiting = requestAnimationFrame(() => { waiting = 0;
     clearTimeout(later);
-    for (const figure of figures) {  // what is out of sight can wait until the movement ends
+    for (const figure of figures) {  // a figure out of sight is drawn when the movement ends
       const r = figure.element.getBoundingClientRect();
       figure.stale = r.bottom < 0 || r.top > innerHeight;
       if (!figure.stale) figure.draw();
@@ -23,7 +24,7 @@ function redraw() {
     at("window").textContent = `${view.from.toFixed(digits)} to ${view.to.toFixed(digits)}${unit}`;
   });
 }
-function look(from, span) {
+function showRange(from, span) {
   const least = Math.min(full, 2 * Math.min(...figures.map(figure => figure.mean)));
   span = Math.min(Math.max(span, least), full);
   view.from = Math.min(Math.max(from, 0), full - span); view.to = view.from + span;
@@ -32,7 +33,7 @@ function look(from, span) {
 }
 function zoomBy(factor, time) {
   const span = (view.to - view.from) / factor, share = (time - view.from) / (view.to - view.from);
-  look(time - share * span, span);
+  showRange(time - share * span, span);
 }
 function legend() {
   const used = new Set(), tracks = Math.max(...figures.map(figure => figure.tracks));
@@ -56,16 +57,18 @@ legend();
 const middle = () => (view.from + view.to) / 2;
 at("in").addEventListener("click", () => zoomBy(2, middle()));
 at("out").addEventListener("click", () => zoomBy(0.5, middle()));
-at("whole").addEventListener("click", () => look(0, full));
+at("whole").addEventListener("click", () => showRange(0, full));
 const strip = at("strip");
 let drag = null;
 strip.addEventListener("pointerdown", e => {
   const r = strip.getBoundingClientRect(), time = (e.clientX - r.left) / r.width * full, span = view.to - view.from;
   drag = time >= view.from && time <= view.to ? time - view.from : span / 2;
-  strip.setPointerCapture(e.pointerId); look(time - drag, span);
+  strip.setPointerCapture(e.pointerId); showRange(time - drag, span);
 });
 strip.addEventListener("pointermove", e => { if (drag === null) return;
-  const r = strip.getBoundingClientRect(); look((e.clientX - r.left) / r.width * full - drag, view.to - view.from); });
+  const r = strip.getBoundingClientRect();
+  showRange((e.clientX - r.left) / r.width * full - drag, view.to - view.from);
+});
 for (const end of ["pointerup", "pointercancel"]) strip.addEventListener(end, () => { drag = null; });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readInk(); legend(); redraw(); });
 addEventListener("scroll", drawStale, {passive: true});

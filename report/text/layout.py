@@ -16,7 +16,7 @@ SHOWN = 4  # most stages, replicas or members that are all drawn; with more, the
 
 
 def describe_layout(layout: Layout) -> str:
-    """One line: the numbers of ranks and nodes, and the degrees."""
+    """Summary in one line: the numbers of ranks and nodes, and the degrees."""
     ranks, nodes = count(layout.world_size, "rank"), count(layout.num_nodes, "node")
     return f"{ranks} on {nodes}: pp {layout.pp} x edp {layout.edp} x ep {layout.ep} (dp {layout.dp})"
 

@@ -52,7 +52,7 @@ def draw_text(timeline: Timeline, width: int = WIDTH, unit: str = "") -> str:
 
 
 def describe_timeline(timeline: Timeline, unit: str = "") -> str:
-    """One line: the schedule, its size, and what it costs."""
+    """Summary in one line: the schedule, its size, and its costs."""
     schedule = timeline.schedule
     sizes = (
         count(schedule.num_ranks, "rank"),

@@ -15,9 +15,11 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from counterflow.configs.config import Config, TrainConfig
+import counterflow
+from counterflow.configs.config import Config
 from counterflow.configs.load import load_config
 from counterflow.configs.schema import all_keys
+from counterflow.configs.sections import MemoryConfig
 from counterflow.configs.source import shipped
 from counterflow.launcher import cli
 from counterflow.launcher.commands import audit as audit_command
@@ -34,6 +36,8 @@ from counterflow.report.metrics import StepMetrics
 from counterflow.report.summary import RunSummary
 from counterflow.report.text.layout import draw_layout
 from counterflow.report.text.numbers import format_count
+from counterflow.tests.house.imports import MAY_IMPORT
+from counterflow.tests.house.stated import arrows, rows_of
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
@@ -140,9 +144,37 @@ def test_benchmarks_have_the_options_that_are_shown(root: Path, pages: dict[str,
 def test_keys_in_running_text_exist(pages: dict[str, str]) -> None:
     sections = "|".join(Config.model_fields)
     key = re.compile(rf"(?:{sections})\.[a-z_]+(?:\.[a-z_]+)*(?=:|$)")
-    named = {found[0] for page in pages.values() for code in code_of(page) if (found := key.match(code)) is not None}
+    current = [page for name, page in pages.items() if name != "CHANGELOG.md"]  # which names old keys too
+    named = {found[0] for page in current for code in code_of(page) if (found := key.match(code)) is not None}
     assert {"memory.recompute", "parallel.dp", "log.tensorboard"} <= named
-    assert named - {"config.yaml", "data.md"} <= KEYS
+    assert named - {"config.yaml", "train.sbatch"} <= KEYS
+
+
+def test_changelog_says_where_keys_moved(pages: dict[str, str]) -> None:
+    rows = rows_of(pages["CHANGELOG.md"], "  | old key | new key |", skip=1)
+    moved = {old.strip("`"): new.strip("`") for old, new in rows}
+    assert len(moved) == 9
+    assert set(moved.values()) <= KEYS
+    assert not set(moved) & KEYS
+
+
+def test_changelog_says_where_modules_moved(root: Path, pages: dict[str, str]) -> None:
+    rows = rows_of(pages["CHANGELOG.md"], "  | old module | new module |", skip=1)
+    assert len(rows) > 10
+    for _, new in rows:
+        folder = ""
+        for path in re.findall(r"`([\w/*]+\.py)`", new):
+            folder = path.rpartition("/")[0] or folder  # a bare name lies beside the one before it
+            name = path.rpartition("/")[2]
+            assert any((root / folder).glob(name)), f"{folder}/{name}"
+
+
+def test_changelog_ends_with_the_version_that_this_is(pages: dict[str, str], root: Path) -> None:
+    versions = re.findall(r"^## (\d+\.\d+\.\d+) - \d{4}-\d\d-\d\d$", pages["CHANGELOG.md"], re.MULTILINE)
+    assert versions[0] == counterflow.__version__
+    citation = yaml.safe_load((root / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == counterflow.__version__
+    assert f"## {citation['version']} - {citation['date-released']}\n" in pages["CHANGELOG.md"]
 
 
 def test_sections_shown_as_yaml_load(pages: dict[str, str]) -> None:
@@ -151,14 +183,6 @@ def test_sections_shown_as_yaml_load(pages: dict[str, str]) -> None:
             if language == "yaml":
                 for section, values in yaml.safe_load(block).items():
                     Config.model_fields[section].annotation.model_validate(values)
-
-
-def rows_of(page: str, heading: str) -> list[list[str]]:
-    """Cells of the first table after `heading`, without its head."""
-    _, found, after = page.partition(f"{heading}\n")
-    assert found, heading
-    (table, *_) = re.findall(r"(?:^\|.*\n)+", after, re.MULTILINE)
-    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()[2:]]
 
 
 def test_metrics_are_listed_as_they_are_written(pages: dict[str, str]) -> None:
@@ -178,11 +202,11 @@ def test_exit_codes_are_the_programs(pages: dict[str, str]) -> None:
 
 def test_recompute_policies_are_all_described(pages: dict[str, str]) -> None:
     (line,) = re.findall(r"^- `memory.recompute`: (.*?)^- ", pages["docs/training.md"], re.MULTILINE | re.DOTALL)
-    assert tuple(CODE.findall(line)) == get_args(TrainConfig.model_fields["recompute"].annotation)
+    assert tuple(CODE.findall(line)) == get_args(MemoryConfig.model_fields["recompute"].annotation)
 
 
 def test_readme_lists_the_shipped_configs_with_their_sizes(pages: dict[str, str]) -> None:
-    rows = rows_of(pages["README.md"], "## Go on")
+    rows = rows_of(pages["README.md"], "## Next steps")
     listed = {name.strip("`"): (total, active) for name, total, active, _ in rows}
     counts = {name: count_parameters(load_config(name).model) for name in shipped()}
     assert listed == {name: (format_count(each.total), format_count(each.active)) for name, each in counts.items()}
@@ -210,10 +234,14 @@ def is_defined(path: Path, name: str) -> bool:
     return bool(body)
 
 
-def test_folders_are_described_as_they_are(pages: dict[str, str], package_files: list[Path]) -> None:
-    folders = {path.parts[0] for path in package_files if len(path.parts) > 1}
-    rows = rows_of(pages["docs/architecture.md"], "## Folders")
-    assert {row[0].strip("`/") for row in rows} == folders
+def test_every_folder_is_described_once(pages: dict[str, str], project_files: list[Path]) -> None:
+    folders = {path.parts[0] for path in project_files if len(path.parts) > 1 and not path.parts[0].startswith(".")}
+    listed = [row[0].strip("`/") for row in rows_of(pages["docs/architecture.md"], "## Folders")]
+    assert sorted(listed) == sorted(folders)
+
+
+def test_contributing_states_the_arrows_that_are_held(pages: dict[str, str]) -> None:
+    assert arrows(pages["CONTRIBUTING.md"]) == {folder: set(allowed) for folder, allowed in MAY_IMPORT.items()}
 
 
 def test_picture_needs_nothing_from_elsewhere(root: Path, pages: dict[str, str]) -> None:

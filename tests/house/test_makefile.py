@@ -83,6 +83,14 @@ def test_environment_is_made_once_and_again_when_its_definition_changes(make: Ma
     assert len(pip_calls(tmp_path)) == 2
 
 
+def test_the_documents_packages_come_with_the_first_make_docs(make: Make, tmp_path: Path) -> None:
+    assert make(gpu=True).returncode == 0
+    for _ in range(2):
+        assert make("docs", gpu=True).returncode == 0
+    assert pip_calls(tmp_path) == ["-e .[dev]", "-e .[docs]"]
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "-P -m mkdocs build"
+
+
 def test_train_is_the_smoke_run_on_four_processes(make: Make, tmp_path: Path) -> None:
     assert make("ARGS=--set train.steps=3", gpu=True).returncode == 0
     last = (tmp_path / "calls").read_text().splitlines()[-1]

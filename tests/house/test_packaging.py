@@ -60,6 +60,10 @@ def test_shipped_configs_and_licence_are_installed(installed: Path, root: Path, 
     assert licence.read_bytes() == (root / "LICENSE").read_bytes()
 
 
+def test_type_checkers_find_the_packages_own_annotations(installed: Path) -> None:
+    assert (installed / "counterflow" / "py.typed").is_file()
+
+
 def test_installed_package_works_without_the_clone(installed: Path, tmp_path: Path) -> None:
     # -S leaves out site-packages' .pth files, so the editable install cannot answer in the wheel's place.
     code = (

@@ -1,4 +1,4 @@
-"""A rank for the tests of the launcher: `launch_worker.py MODE LOGS_FOLDER`. MODE says what rank 1 does."""
+"""Rank for the tests of the launcher: `launch_worker.py MODE LOGS_FOLDER`. MODE is the failure of rank 1."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def reduce_until(mode: str, worker: WorkerEnvironment) -> None:
 def main(mode: str, logs: Path, collective: bool) -> None:
     worker = read_environment(os.environ)
     if mode == "break" and worker.rank == 1:
-        raise ImportError("before anybody watches")
+        raise ImportError("before it is supervised")
     with supervised(worker):
         if mode == "early":
             misbehave("raise", worker)

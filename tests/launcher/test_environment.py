@@ -1,4 +1,4 @@
-"""What a process reads from its environment, and the group it makes of it."""
+"""Environment of a process, its process group and device, its log and its record of a failure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_plain_shell_is_one_process_whatever_nproc_says() -> None:
     assert read_environment({}) == read_environment({"PATH": "bin"}, nproc=4) == WorkerEnvironment(0, 1, 0, 1, "none")
 
 
-def test_torchrun_gives_the_place() -> None:
+def test_torchrun_gives_rank_world_size_and_threads() -> None:
     worker = read_environment({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": "error.json", "OMP_NUM_THREADS": "3"})
     assert worker == WorkerEnvironment(5, 8, 1, 4, "torchrun", error_file=Path("error.json"), threads=3)
 
@@ -53,7 +53,7 @@ def test_wrong_environment_is_named(changes: dict[str, str | None], message: str
         read_environment(environ)
 
 
-def test_threads_share_the_cores_and_never_vanish() -> None:
+def test_threads_share_the_cores_and_are_at_least_one() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert threads_per_process({}, 1) == usable_cores() == cores
     assert threads_per_process({}, 10_000) == 1
@@ -66,14 +66,14 @@ def connections() -> set[object]:
 
 def test_single_process_is_a_group_of_one_without_a_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    before = connections()
+    open_before = connections()
     with bootstrap(WorkerEnvironment(), device="cpu", timeout=5.0) as process:
         assert (process.rank, process.world_size, process.device) == (0, 1, torch.device("cpu"))
         assert dist.get_backend() == "gloo"
         total = torch.tensor([3.0])
         dist.all_reduce(total)
         assert total.item() == 3.0
-        assert connections() == before
+        assert connections() == open_before
     assert not dist.is_initialized()
 
 
@@ -102,13 +102,13 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     [
         (0, "auto", "auto", 1, ("cpu", "gloo")),
         (4, "auto", "auto", 1, ("cuda:1", "nccl")),
-        (1, "auto", "auto", 1, ("cpu", "gloo")),  # fewer than the ranks: auto stays with what works
+        (1, "auto", "auto", 1, ("cpu", "gloo")),  # fewer GPUs than ranks: auto takes the CPU
         (4, "cpu", "auto", 1, ("cpu", "gloo")),
         (4, "cuda", "gloo", 3, ("cuda:3", "gloo")),
         (2, "cuda", "gloo", 3, ("cuda:1", "gloo")),
     ],
 )
-def test_auto_takes_what_the_machine_has(
+def test_auto_takes_the_devices_of_the_machine(
     monkeypatch: pytest.MonkeyPatch, gpus: int, device: str, backend: str, local_rank: int, expected: tuple[str, str]
 ) -> None:
     pretend_gpus(monkeypatch, gpus)
@@ -161,7 +161,7 @@ def test_failure_passes_through_the_log_and_stays_in_it(tmp_path: Path, capfd: p
     assert capfd.readouterr().err == ""
 
 
-def test_lost_peer_is_told_from_a_cause() -> None:
+def test_a_lost_peer_is_distinguished_from_a_cause() -> None:
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
     assert is_lost_peer(lost)
     assert is_lost_peer(dist.DistBackendError("remote process exited"))
@@ -172,7 +172,7 @@ def test_lost_peer_is_told_from_a_cause() -> None:
     assert not is_lost_peer(ValueError("gloo/transport is a folder"))
 
 
-def test_record_survives_its_file_and_is_torchs_too(tmp_path: Path) -> None:
+def test_record_is_read_as_it_was_written_and_by_torch(tmp_path: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     record = FailureRecord.of(UsageError("a wrong\nkey"))

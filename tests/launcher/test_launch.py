@@ -1,4 +1,4 @@
-"""Real processes: who starts them, what reaches the console, how they end."""
+"""Launched processes, real ones: their start, their output on the console, their end."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def logs(tmp_path: Path) -> Path:
     return tmp_path / "run" / "logs"
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], event: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, f"still waiting for {what}"
+        assert time.monotonic() < deadline, f"still waiting for {event}"
         time.sleep(0.02)
 
 
@@ -50,22 +50,22 @@ def test_ranks_join_one_group_and_only_rank_0_has_the_console(logs: Path, capfd:
         assert (f"rank {rank} of 3 sees the sum 6.0" in log) == (rank > 0)
 
 
-def test_first_failure_is_shown_and_what_it_causes_is_not(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_first_failure_is_shown_and_its_consequences_are_not(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_local(3, [WORKER, "raise", str(logs), "collective"], logs) == 1
-    said = capfd.readouterr().err.removeprefix("logged by 0\n")
-    assert said.startswith("rank 1 failed:\nTraceback (most recent call last):\n")
-    assert "in misbehave" in said
-    assert said.endswith(f"ArithmeticError: the cause\nfull log of rank 1: {logs / 'rank-1.log'}\n")
-    assert said.count("Traceback") == 1
+    printed = capfd.readouterr().err.removeprefix("logged by 0\n")
+    assert printed.startswith("rank 1 failed:\nTraceback (most recent call last):\n")
+    assert "in misbehave" in printed
+    assert printed.endswith(f"ArithmeticError: the cause\nfull log of rank 1: {logs / 'rank-1.log'}\n")
+    assert printed.count("Traceback") == 1
     assert "ArithmeticError: the cause" in (logs / "rank-1.log").read_text()
 
 
 def test_killed_rank_is_named_with_its_signal(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_local(3, [WORKER, "kill", str(logs), "collective"], logs) == 1
-    said = capfd.readouterr().err.removeprefix("logged by 0\n")
-    assert said.startswith("rank 1 was killed by SIGKILL")
-    assert "logged by 1" in said
-    assert "Traceback" not in said
+    printed = capfd.readouterr().err.removeprefix("logged by 0\n")
+    assert printed.startswith("rank 1 was killed by SIGKILL")
+    assert "logged by 1" in printed
+    assert "Traceback" not in printed
 
 
 def test_usage_error_of_a_worker_is_raised_here_and_nothing_printed(
@@ -80,17 +80,17 @@ def test_failure_before_the_log_is_open_is_shown_and_leaves_no_folder(
     logs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert launch_local(2, [WORKER, "early", str(logs)], logs) == 1
-    said = capfd.readouterr().err
-    assert said.startswith("rank 1 failed:\nTraceback")
-    assert said.endswith("ArithmeticError: the cause\n")
+    printed = capfd.readouterr().err
+    assert printed.startswith("rank 1 failed:\nTraceback")
+    assert printed.endswith("ArithmeticError: the cause\n")
     assert not logs.exists()
 
 
-def test_failure_nobody_recorded_is_shown_by_its_last_lines(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_failure_without_a_record_is_shown_by_its_last_lines(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_local(2, [WORKER, "break", str(logs)], logs) == 1
-    said = capfd.readouterr().err.removeprefix("logged by 0\n")
-    assert said.startswith("rank 1 ended with exit code 1")
-    assert said.endswith("ImportError: before anybody watches\n")
+    printed = capfd.readouterr().err.removeprefix("logged by 0\n")
+    assert printed.startswith("rank 1 ended with exit code 1")
+    assert printed.endswith("ImportError: before it is supervised\n")
 
 
 @pytest.mark.parametrize("chosen", [None, "7"])
@@ -124,15 +124,15 @@ def test_no_worker_outlives_its_launcher(logs: Path, number: signal.Signals, exi
         wait_until(lambda: all(file.exists() and file.stat().st_size for file in files), "workers to start")
         workers = [json.loads(file.read_text())["pid"] for file in files]
         launcher.send_signal(number)
-        _, said = launcher.communicate(timeout=PATIENCE)
+        _, printed = launcher.communicate(timeout=PATIENCE)
         wait_until(lambda: all(map(is_gone, workers)), "workers to end")
     finally:
         launcher.kill()
     assert launcher.returncode == exit_code
-    assert said == "logged by 0\n"
+    assert printed == "logged by 0\n"
 
 
-def test_torchrun_shows_the_cause_and_not_its_echoes(logs: Path) -> None:
+def test_torchrun_shows_the_cause_and_not_its_consequences(logs: Path) -> None:
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, WORKER, "raise", str(logs), "collective"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)

@@ -1,7 +1,7 @@
-"""The network written once more, literally and slowly: FP64, one token, head and expert at a time.
+"""Reference of the network, literal and slow: FP64, one token, head and expert at a time.
 
-Equations of the DeepSeek-V3 report with nothing of `counterflow.model` but the configuration and the tensors' names.
-Without YaRN, which the comparison with transformers covers.
+Equations of the DeepSeek-V3 report; from `counterflow.model` only the configuration and the tensors' names are used.
+YaRN is left to the comparison with transformers.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Reference:
 
 
 def run(config: ModelConfig, weights: Weights, tokens: Tensor, valid: list[bool]) -> Reference:
-    """tokens `[B, S+1+D]`; every invalid sequence is left out altogether.
+    """Run tokens `[B, S+1+D]`, without the invalid sequences.
 
-    `weights` holds global tensors and router biases by name. Depth k of multi-token prediction uses `embedding@k` and
-    `head@k` where they are given, which separates the gradients of the shared tensors' uses.
+    `weights` has global tensors and router biases by name. Depth k of multi-token prediction uses `embedding@k` and
+    `head@k` if there are any, which separates the gradients of the shared tensors' uses.
     """
     assert config.rope_scaling is None
     depth = config.num_nextn_predict_layers
@@ -73,7 +73,7 @@ def run(config: ModelConfig, weights: Weights, tokens: Tensor, valid: list[bool]
 
 
 def route_token(config: ModelConfig, logits: Tensor, bias: Tensor) -> Routed:
-    """V3 equations 12-16 and node-limited routing for one token: logits and bias `[E]`."""
+    """Routing of one token by V3 equations 12-16, node-limited: logits and bias `[E]`."""
     scores = 1 / (1 + torch.exp(-logits))
     biased = (scores.detach() + bias).tolist()
     size = config.n_routed_experts // config.n_group
@@ -90,7 +90,7 @@ def route_token(config: ModelConfig, logits: Tensor, bias: Tensor) -> Routed:
 
 
 def balance_of_sequence(config: ModelConfig, routed: list[Routed]) -> Tensor:
-    """V3 equations 17-20 for the tokens of one sequence, without alpha."""
+    """Balance loss of one sequence by V3 equations 17-20, without alpha."""
     length, experts, top_k = len(routed), config.n_routed_experts, config.num_experts_per_tok
     total = torch.zeros((), dtype=torch.float64)
     best = []
@@ -105,7 +105,7 @@ def balance_of_sequence(config: ModelConfig, routed: list[Routed]) -> Tensor:
 
 
 def count_tokens(config: ModelConfig, routed: list[Routed]) -> list[int]:
-    """How many of the tokens each expert was sent."""
+    """Number of tokens that each expert was sent."""
     return [sum(i in token.experts for token in routed) for i in range(config.n_routed_experts)]
 
 
@@ -144,13 +144,13 @@ def _feed_forward(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def _rotate(config: ModelConfig, x: Tensor) -> Tensor:
-    """Neighbouring pairs of x `[S, R]` as complex numbers, turned by position times frequency."""
+    """Neighbouring pairs of x `[S, R]` as complex numbers, rotated by position times frequency."""
     width = x.shape[-1]
-    turned = []
+    rotated = []
     for position, row in enumerate(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())):
         angles = [position * config.rope_theta ** (-2 * j / width) for j in range(width // 2)]
-        turned.append(row * torch.polar(torch.ones(width // 2, dtype=torch.float64), torch.tensor(angles).double()))
-    return torch.view_as_real(torch.stack(turned)).flatten(1)
+        rotated.append(row * torch.polar(torch.ones(width // 2, dtype=torch.float64), torch.tensor(angles).double()))
+    return torch.view_as_real(torch.stack(rotated)).flatten(1)
 
 
 def _attention(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from counterflow.seeds import seed_of
 
 
 def random_config(seed: int, **fixed: Any) -> ModelConfig:
-    """A small model whose widths are drawn apart from each other, so that a swapped pair of them shows."""
+    """Small model with independently drawn widths, so that swapping two of them shows."""
     draw = random.Random(seed)
     groups = draw.choice([1, 2, 4])
     group_size = draw.choice([2, 3, 4])
@@ -45,7 +45,7 @@ def random_config(seed: int, **fixed: Any) -> ModelConfig:
         "num_experts_per_tok": top_k,
         "n_group": groups,
         "topk_group": topk_group,
-        # A single gate weight, normalised, is constant: its gradient is zero and all that is left is rounding.
+        # A single gate weight, normalised, is constant: its gradient is zero except for rounding.
         "norm_topk_prob": top_k > 1 and draw.random() < 0.7,
         "routed_scaling_factor": draw.choice([1.0, 2.5]),
         "num_nextn_predict_layers": 0,
@@ -56,7 +56,7 @@ def random_config(seed: int, **fixed: Any) -> ModelConfig:
 
 
 def small_config(**changes: Any) -> ModelConfig:
-    """Three layers, one of them dense, with everything that V3 has."""
+    """Three layers, one of them dense, with all parts of V3."""
     values: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": 40,
@@ -82,7 +82,7 @@ def small_config(**changes: Any) -> ModelConfig:
 
 
 def yarn(**changes: Any) -> RopeScaling:
-    """YaRN from a context of 64, so that short sequences see kept, blended and stretched frequencies."""
+    """YaRN from a context of 64, so that short sequences have kept, blended and stretched frequencies."""
     return RopeScaling(**{"original_max_position_embeddings": 64, "beta_fast": 8.0, **changes})
 
 
@@ -95,7 +95,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     recipe: Recipe | None = None,
 ) -> Transformer:
-    """A model on this process alone with random weights, gains and router biases that depend on the seed only.
+    """Model in this process alone, with random weights, gains and router biases that depend on the seed only.
 
     The biases are FP32 whatever the weights' `dtype`.
     """
@@ -122,7 +122,7 @@ def _random_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 def global_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The parameters' values by global name, as views."""
+    """Values of the parameters by global name, as views."""
     return {
         name: tensor
         for item in local_parameters(model)
@@ -131,7 +131,7 @@ def global_tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def global_gradients(model: Transformer) -> dict[str, Tensor]:
-    """The gradients by global name; a parameter without one is left out."""
+    """Gradients by global name; a parameter without one is left out."""
     return {
         name: gradient
         for item in local_parameters(model)
@@ -141,18 +141,18 @@ def global_gradients(model: Transformer) -> dict[str, Tensor]:
 
 
 def random_tokens(config: ModelConfig, sequences: int, length: int, seed: int = 0) -> Tensor:
-    """int64 `[sequences, length + 1 + depth]`: inputs of `length` positions and what they predict."""
+    """Tokens int64 `[sequences, length + 1 + depth]`: inputs of `length` positions and their targets."""
     generator = torch.Generator().manual_seed(seed)
     width = length + 1 + config.num_nextn_predict_layers
     return torch.randint(config.vocab_size, (sequences, width), generator=generator)
 
 
 def total_loss(output: Output, mtp_weight: float = 0.3, balance_weight: float = 0.5) -> Tensor:
-    """One scalar in which every loss of the output takes part."""
+    """Scalar that contains every loss of the output."""
     return output.loss + mtp_weight * sum(output.mtp_losses) + balance_weight * output.balance
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; 0 where both are zero."""
+    """Norm of the difference over the norm of the expected tensor; 0 if both are zero."""
     difference = (actual.double() - expected.double()).norm().item()
     return difference / expected.double().norm().item() if difference else 0.0

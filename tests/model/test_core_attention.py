@@ -1,4 +1,4 @@
-"""Attention itself against torch's and against a softmax over whole score matrices."""
+"""Causal attention against torch's, and against a softmax over whole score matrices."""
 
 from __future__ import annotations
 
@@ -57,31 +57,32 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_result_and_gradients_equal_sdpa_and_the_formula(shape: tuple[int, int, int, int, int]) -> None:
     parts = random_parts(shape)
-    ours = with_gradients(causal_attention, parts)
-    for theirs in (with_gradients(sdpa, parts), with_gradients(written_out, [part.double() for part in parts])):
-        for mine, other in zip(ours, theirs, strict=True):
-            assert mine.shape == other.shape
+    found = with_gradients(causal_attention, parts)
+    # References in FP64, whose own rounding differs from CPU to CPU and is far below the bound.
+    for reference in (sdpa, written_out):
+        for actual, expected in zip(found, with_gradients(reference, [part.double() for part in parts]), strict=True):
+            assert actual.shape == expected.shape
             # The query's gradient at length 1 is zero: softmax of one score is constant.
-            assert (mine - other).norm() <= 1e-5 * max(other.norm().item(), 1e-2)
+            assert (actual - expected).norm() <= 1e-5 * max(expected.norm().item(), 1e-2)
 
 
 @pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
 def test_bf16_is_within_a_percent_of_the_exact_result(shape: tuple[int, int, int, int, int]) -> None:
     parts = random_parts(shape, torch.bfloat16)
     exact = with_gradients(written_out, [part.double() for part in parts])
-    for mine, truth in zip(with_gradients(causal_attention, parts), exact, strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert relative_error(mine, truth) < 0.01
+    for actual, expected in zip(with_gradients(causal_attention, parts), exact, strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert relative_error(actual, expected) < 0.01
 
 
 def test_large_scores_do_not_overflow() -> None:
     parts = random_parts((1, 2, BLOCK + 3, 8, 8))
     parts[0] *= 1e4
-    ours = with_gradients(causal_attention, parts)
-    assert all(part.isfinite().all() for part in ours)
+    found = with_gradients(causal_attention, parts)
+    assert all(part.isfinite().all() for part in found)
     # Scores so far apart choose one key each.
     best = (parts[0] @ parts[1].transpose(2, 3)).masked_fill(torch.ones(131, 131).triu(1).bool(), -torch.inf).argmax(-1)
-    assert torch.allclose(ours[0], parts[2].gather(2, best.unsqueeze(-1).expand(-1, -1, -1, 8)), atol=1e-4)
+    assert torch.allclose(found[0], parts[2].gather(2, best.unsqueeze(-1).expand(-1, -1, -1, 8)), atol=1e-4)
 
 
 def test_inputs_need_not_be_contiguous() -> None:
@@ -89,10 +90,8 @@ def test_inputs_need_not_be_contiguous() -> None:
     parts = random_parts(shape)
     strided = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
     assert not strided[0].is_contiguous()
-    for mine, other in zip(
-        with_gradients(causal_attention, strided), with_gradients(causal_attention, parts), strict=True
-    ):
-        assert torch.equal(mine, other)
+    found, expected = (with_gradients(causal_attention, given) for given in (strided, parts))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_nothing_quadratic_in_the_length_is_saved() -> None:
@@ -105,4 +104,4 @@ def test_nothing_quadratic_in_the_length_is_saved() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         causal_attention(query, key, value)
-    assert saved and sum(saved) <= 4 * query.numel() + 2 * 4 * BLOCK  # a statistic for each row may be among them
+    assert saved and sum(saved) <= 4 * query.numel() + 2 * 4 * BLOCK  # including a statistic for each row

@@ -20,7 +20,7 @@ V3 = ModelConfig()  # the defaults are the 671B model
 
 
 def random_model(seed: int, **fixed: Any) -> ModelConfig:
-    """A small model whose widths are drawn apart from each other, so that a swapped pair of them shows."""
+    """Small model with independently drawn widths, so that swapping two of them shows."""
     draw = random.Random(seed)
     groups = draw.choice([1, 2, 4])
     experts = groups * draw.choice([2, 3])
@@ -69,7 +69,7 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def idle_experts_of(network: DeepseekV3ForCausalLM, model: ModelConfig) -> int:
-    """Parameters of the experts a token is not sent to, from the shapes of transformers' stacked experts."""
+    """Parameters of the experts that a token is not sent to, from the shapes of transformers' stacked experts."""
     idle = 0
     for layer in network.model.layers:
         if hasattr(layer.mlp, "experts"):
@@ -102,7 +102,7 @@ def test_router_bias_is_a_buffer_in_transformers_and_outside_every_total() -> No
     biases = sum(buffer.numel() for name, buffer in network.named_buffers() if "correction_bias" in name)
     counts = count_parameters(V3)
     assert biases == counts.moe_layers * counts.router_bias == 14_848
-    assert round((counts.total + biases) / 1e9, 3) == 671.026  # so the published figure does not settle it
+    assert round((counts.total + biases) / 1e9, 3) == 671.026  # so the published figure fits both
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -133,7 +133,7 @@ def test_table_rows_add_up_to_the_totals(model: ModelConfig) -> None:
 
 
 def measured_flops(model: ModelConfig, sequences: int, length: int) -> tuple[int, int]:
-    """FLOPs of transformers' forward, and of forward and backward, by torch's counter (2 a multiply-add).
+    """FLOPs of transformers' forward, and of forward and backward, by torch's counter (2 per multiply-add).
 
     Eager attention multiplies whole S x S matrices, masked or not, which is the convention under test.
     """

@@ -1,4 +1,4 @@
-"""The hand-written backwards against autograd of the plain formulas in FP64."""
+"""Hand-written backwards against autograd of the plain formulas in FP64."""
 
 from __future__ import annotations
 
@@ -89,13 +89,15 @@ def random_inputs(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Ten
 
 
 def with_gradients(function: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
-    """Results and gradients of all inputs for a fixed random pull on each result."""
+    """Results, and gradients of all inputs for a fixed random gradient of each result."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     results = function(*leaves)
     results = results if isinstance(results, tuple) else (results,)
     generator = torch.Generator().manual_seed(1)
-    pulls = [torch.randn(result.shape, generator=generator).bfloat16().to(result.dtype) for result in results]
-    torch.autograd.backward(results, pulls)
+    result_gradients = [
+        torch.randn(result.shape, generator=generator).bfloat16().to(result.dtype) for result in results
+    ]
+    torch.autograd.backward(results, result_gradients)
     return [*(result.detach() for result in results), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
@@ -107,8 +109,8 @@ def test_results_and_gradients_equal_the_formula(case: tuple[Any, Any, Any], dty
     exact = with_gradients(formula, [x.double() for x in inputs])
     actual = with_gradients(lambda *x: ours(Kernels.make(), *x), inputs)
     assert len(actual) == len(exact)
-    for mine, truth in zip(actual, exact, strict=True):
-        assert relative_error(mine, truth) < FORMATS[dtype]
+    for part, exact_part in zip(actual, exact, strict=True):
+        assert relative_error(part, exact_part) < FORMATS[dtype]
     formats = [x.dtype for x in actual[len(actual) - len(inputs) :]]
     assert formats == [x.dtype for x in inputs]
 
@@ -125,13 +127,13 @@ def test_blocks_of_rows_give_the_same_as_all_at_once(
         with monkeypatch.context() as patch:
             patch.setattr(kernels_module, "BLOCK_ELEMENTS", block)
             blocks = with_gradients(lambda *x, ours=ours: ours(Kernels.make(), *x), inputs)
-        for mine, other in zip(blocks, whole, strict=True):
-            assert mine.dtype == other.dtype
-            assert relative_error(mine, other) < FORMATS[torch.float32] or mine.dim() == 1
+        for actual, other in zip(blocks, whole, strict=True):
+            assert actual.dtype == other.dtype
+            assert relative_error(actual, other) < FORMATS[torch.float32] or actual.dim() == 1
 
 
 def test_no_rows_give_no_rows() -> None:
-    """A rank may receive no token at all."""
+    """A rank may receive no token."""
     inputs = [torch.empty(0, 48), torch.empty(0)]
     result, grad, grad_weights = with_gradients(lambda *x: our_swiglu(Kernels.make(), *x), inputs)
     assert result.shape == (0, 24) and grad.shape == (0, 48) and grad_weights.shape == (0,)
@@ -147,12 +149,12 @@ def test_inputs_may_be_slices_of_wider_tensors(case: tuple[Any, Any, Any]) -> No
         return ours(Kernels.make(), *(x[..., : x.shape[-1] // 2] for x in wide))
 
     expected = with_gradients(lambda *x: ours(Kernels.make(), *x), inputs)
-    for mine, other in zip(with_gradients(of_slices, wide), expected, strict=True):
-        assert torch.allclose(mine[..., : other.shape[-1]], other, rtol=1e-5, atol=1e-6)
+    for actual, other in zip(with_gradients(of_slices, wide), expected, strict=True):
+        assert torch.allclose(actual[..., : other.shape[-1]], other, rtol=1e-5, atol=1e-6)
 
 
 def compare_compiled_with_eager(cases: list[str], dtype: torch.dtype) -> None:
-    """In two sizes, as one compiled kernel serves every number of rows."""
+    """Compare in two sizes, as one compiled kernel serves every number of rows."""
     compiled = Kernels.make(compile=True)
     for ours, _, shapes in (CASES[case] for case in cases):
         for rows in (shapes[0][0], 2 * shapes[0][0] + 1):
@@ -160,14 +162,14 @@ def compare_compiled_with_eager(cases: list[str], dtype: torch.dtype) -> None:
             inputs = random_inputs(sizes, dtype)
             fused = with_gradients(lambda *x, ours=ours: ours(compiled, *x), inputs)
             eager = with_gradients(lambda *x, ours=ours: ours(Kernels.make(), *x), inputs)
-            for mine, other in zip(fused, eager, strict=True):
-                assert mine.dtype == other.dtype
-                assert relative_error(mine, other) < FORMATS[dtype]
+            for actual, other in zip(fused, eager, strict=True):
+                assert actual.dtype == other.dtype
+                assert relative_error(actual, other) < FORMATS[dtype]
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_compiled_kernels_are_whole_and_equal_eager(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.compile makes of every kernel, before it writes C++, which takes a minute for all of them."""
+    """Compilation of every kernel up to the generated C++, which would take a minute for all of them."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     compare_compiled_with_eager(["rms_norm", "swiglu", "weighted swiglu"], dtype)
 

@@ -19,7 +19,7 @@ from counterflow.tests.model.small import relative_error
 def inputs(
     tokens: int = 37, hidden: int = 24, vocabulary: int = 101, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """Hidden states, head weights (logits of order 5) and labels, some of them ignored."""
+    """Hidden states, head weights (logits of order 5) and labels, some of these ignored."""
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, hidden, generator=generator)
     weight = torch.randn(vocabulary, hidden, generator=generator) * 5 * hidden**-0.5
@@ -42,7 +42,7 @@ def plain(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.fixture(params=[(2**28, 2**22), (101 * 4 * 10, 101 * 4 * 3), (1, 1)], ids=["one piece", "four pieces", "rows"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes of logits a piece and of FP32 rows a block: all at once, pieces and blocks with rests, row by row."""
+    """Bytes of logits per piece and of FP32 rows per block: all at once, pieces with remainders, row by row."""
     monkeypatch.setattr(loss_module, "LOGITS_BYTES", request.param[0])
     monkeypatch.setattr(loss_module, "BLOCK_BYTES", request.param[1])
 
@@ -51,28 +51,28 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("scale", [1.0, 1 / 4096, -3.0])
 def test_loss_and_gradients_equal_torch(scale: float) -> None:
     parts = inputs()
-    ours = with_gradients(cross_entropy_sum, *parts, scale=scale)
-    theirs = with_gradients(plain, *parts, scale=scale)
-    assert ours[0].dtype == torch.float32 and ours[0].shape == ()
-    for mine, other in zip(ours, theirs, strict=True):
-        assert relative_error(mine, other) < 2e-6
+    found = with_gradients(cross_entropy_sum, *parts, scale=scale)
+    expected = with_gradients(plain, *parts, scale=scale)
+    assert found[0].dtype == torch.float32 and found[0].shape == ()
+    for actual, other in zip(found, expected, strict=True):
+        assert relative_error(actual, other) < 2e-6
 
 
 @pytest.mark.usefixtures("pieces")
 def test_bf16_rounds_logits_and_gradients_and_nothing_else() -> None:
     parts = inputs(tokens=64, dtype=torch.bfloat16)
-    ours = with_gradients(cross_entropy_sum, *parts)
+    found = with_gradients(cross_entropy_sum, *parts)
     exact = with_gradients(plain, parts[0].double(), parts[1].double(), parts[2])
-    assert [part.dtype for part in ours] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    for mine, truth in zip(ours, exact, strict=True):
-        assert relative_error(mine, truth) < 0.006  # a BF16 number is within 0.004 of what it stands for
+    assert [part.dtype for part in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    for actual, truth in zip(found, exact, strict=True):
+        assert relative_error(actual, truth) < 0.006  # a BF16 number is within 0.004 of the exact one
 
 
 def test_scaling_the_loss_before_bf16_gradients_loses_nothing() -> None:
     """A mean over 60 million tokens scales by 1e-8; the gradients keep their relative accuracy."""
     parts = inputs(dtype=torch.bfloat16)
-    plainly, scaled = (with_gradients(cross_entropy_sum, *parts, scale=scale) for scale in (1.0, 2.0**-26))
-    for a, b in zip(plainly[1:], scaled[1:], strict=True):
+    unscaled, scaled = (with_gradients(cross_entropy_sum, *parts, scale=scale) for scale in (1.0, 2.0**-26))
+    for a, b in zip(unscaled[1:], scaled[1:], strict=True):
         assert torch.equal(a.float(), b.float() * 2.0**26)
 
 
@@ -106,7 +106,7 @@ def test_a_frozen_side_gets_no_gradient_and_the_other_the_same(frozen: int) -> N
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts the matrix products that run."""
+    """Counter of the matrix products that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ tokens, hidden, vocabulary = 4096, 64, 129_280
 x = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
 weight = torch.randn(vocabulary, hidden, dtype=torch.bfloat16, requires_grad=True)
 labels = torch.randint(vocabulary, (tokens,))
-cross_entropy_sum(x[:2], weight, labels[:2]).backward()  # libraries have set themselves up
+cross_entropy_sum(x[:2], weight, labels[:2]).backward()  # libraries have initialised themselves
 x.grad = weight.grad = None
 before = memory("VmRSS")
 cross_entropy_sum(x, weight, labels).backward()
@@ -159,7 +159,7 @@ def test_full_vocabulary_costs_less_than_one_gib() -> None:
 
 @pytest.mark.parametrize("tokens", [3, 15360 * 4096])
 def test_bf16_gradients_are_scaled_by_the_mean_over_the_batch_and_not_by_its_rounding(tokens: int) -> None:
-    """Rounding each element errs both ways; a rounded scale would move all of them the same way, by up to 0.4 %."""
+    """Rounding of each element errs in both directions; a rounded scale would move all in one, by up to 0.4 %."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(256, 64, generator=generator).bfloat16()
     weight = (0.1 * torch.randn(500, 64, generator=generator)).bfloat16()

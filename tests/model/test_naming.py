@@ -1,4 +1,4 @@
-"""Which global tensors a rank's parameters hold, and their first values."""
+"""Global tensors in a rank's parameters, and their initial values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from counterflow.tests.model.small import (
 
 
 def fresh(config: ModelConfig, experts: range | None = None, seed: int = 0) -> Transformer:
-    """A model, or the part of it that holds `experts`, with its initial weights in place of NaN."""
+    """Model, or the part of it with `experts`, filled with NaN and then with its initial weights."""
     model = Transformer(
         config, FlatDispatcher(None, config.n_routed_experts), experts or range(config.n_routed_experts)
     )
@@ -144,8 +144,10 @@ def test_weights_start_normal_with_the_configured_deviation_and_gains_at_one(std
     everything = torch.cat(matrices).double()
     assert everything.std().item() == pytest.approx(std, rel=0.005)
     assert abs(everything.mean().item()) < 5 * std * everything.numel() ** -0.5
-    assert ((everything / std) ** 4).mean().item() == pytest.approx(3.0, rel=0.02)  # of a normal distribution
-    assert everything.unique().numel() > 0.95 * everything.numel()  # no tensor is another's copy
+    assert ((everything / std) ** 4).mean().item() == pytest.approx(
+        3.0, rel=0.02
+    )  # fourth moment of a normal distribution
+    assert everything.unique().numel() > 0.95 * everything.numel()  # no tensor is a copy of another
     assert all(not bias.any() for bias in router_biases(model).values())
 
 

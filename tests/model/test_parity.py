@@ -1,4 +1,4 @@
-"""The model against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM with the same weights."""
+"""Model against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM with the same weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def by_expert(tensors: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]
 
 
 def transformers_twin(model: Transformer) -> DeepseekV3ForCausalLM | DeepseekV2ForCausalLM:
-    """Transformers' model with our weights. Every tensor of either side has one counterpart on the other."""
+    """Transformers' model with our weights. Every tensor of either model has one counterpart in the other."""
     layers = model.config.num_hidden_layers
     config = transformers_config(model.config)
     network = (DeepseekV3ForCausalLM if isinstance(config, DeepseekV3Config) else DeepseekV2ForCausalLM)(config)
@@ -84,7 +84,7 @@ def transformers_twin(model: Transformer) -> DeepseekV3ForCausalLM | DeepseekV2F
 
 
 def assert_same_gradients(model: Transformer, expected: dict[str, Tensor]) -> None:
-    """Of every one of our parameters; `expected` by Hugging Face's names and without those nobody used."""
+    """Compare the gradients of all our parameters; `expected` is by Hugging Face's names, without unused parameters."""
     gradients = global_gradients(model)
     assert gradients.keys() == global_tensors(model).keys()
     errors = {}
@@ -131,7 +131,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(config: ModelConfig, 
     expected = network(tokens[:, :-1], use_cache=False).logits
     with torch.no_grad():
         logits = model.logits(tokens[:, :-1])
-    assert expected.abs().max() > 3  # weights of a size that lets an error show
+    assert expected.abs().max() > 3  # weights large enough that an error shows
     error = (logits - expected).abs().max()
     print(f"largest difference of a logit: {error:.1e}")
     assert error < 1e-4

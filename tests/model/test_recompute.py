@@ -21,6 +21,7 @@ from counterflow.model.config import ModelConfig
 from counterflow.model.feed_forward import RoutedExperts
 from counterflow.model.kernels import Kernels
 from counterflow.model.recompute import Keep, Rebuild, RecomputePolicy, Saved
+from counterflow.model.rope import rotary_factors
 from counterflow.model.transformer import Output, Transformer
 from counterflow.phases import Uncut
 from counterflow.tests.allocations import Allocations
@@ -94,7 +95,7 @@ def test_the_graph_can_be_walked_twice(policy: RecomputePolicy) -> None:
 
 
 def bytes_held(policy: RecomputePolicy) -> int:
-    """What one micro-batch holds between its forward and its backward."""
+    """Bytes that one micro-batch holds between its forward and its backward."""
     config = small_config(num_nextn_predict_layers=0, num_hidden_layers=4)
     model = build(config, recompute=policy)
     tokens = random_tokens(config, 2, 256)
@@ -103,7 +104,7 @@ def bytes_held(policy: RecomputePolicy) -> int:
         output = model(tokens)
     held = allocations.bytes_alive()
     del output
-    assert allocations.bytes_alive() == 0  # nothing stays behind when the graph is gone
+    assert allocations.bytes_alive() == 0  # nothing stays when the graph is freed
     return held
 
 
@@ -115,13 +116,14 @@ def test_v3_holds_less_than_none_and_full_less_than_v3() -> None:
 
 
 def test_fp8_keeps_half_of_what_linear_layers_and_swiglu_keep_in_bf16() -> None:
-    """A byte and its share of a scale for two, twelve bits for the attention's output, and no output of SwiGLU."""
+    """One byte and its share of a scale instead of two bytes, twelve bits for the attention's output, and no output of
+    SwiGLU."""
     sides = "bf16", "fp8"
     totals, kept = zip(*(held(ARCHITECTURE, SIDES[side], "none") for side in sides), strict=True)
     assert kept[1] < 0.5 * kept[0]
     (bf16, _), (fp8, _) = (held(ARCHITECTURE, SIDES[side], "v3") for side in sides)
-    assert fp8 < 0.72 * bf16, "everything: the residual stream, latents and the head's loss are what they were"
-    assert fp8 < 0.45 * totals[0], "with V3's recomputation, beside BF16 without any"
+    assert fp8 < 0.72 * bf16, "in all: the residual stream, latents and the head's loss do not shrink"
+    assert fp8 < 0.45 * totals[0], "with V3's recomputation, compared with BF16 without any"
 
 
 Watched = dict[str, list[StorageWeakRef]]
@@ -188,8 +190,8 @@ def test_v3_drops_norm_outputs_attention_inputs_and_swiglu_outputs(monkeypatch: 
     assert alive(watched) == {"norm": 0, "query": 0, "key": 0, "value": 0, "swiglu": 0}
 
 
-def test_without_recompute_they_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So the test above can fail."""
+def test_without_recompute_all_of_these_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counterpart of the test above, which shows that it can fail."""
     watched, output, *_ = watched_forward("none", monkeypatch)
     assert output.loss.requires_grad
     assert alive(watched) == {"norm": 12, "query": 3, "key": 3, "value": 3, "swiglu": 5}  # the head keeps no input
@@ -199,15 +201,15 @@ def test_v3_rebuilds_each_tensor_once_and_frees_it(monkeypatch: pytest.MonkeyPat
     watched, output, _, calls = watched_forward("v3", monkeypatch)
     forward = calls()
     total_loss(output).backward()
-    # All but the final norm again. The norms of the latents only inside the up-projections' recipe and once by
-    # themselves, for the weights of the up-projections.
+    # All run again except the final norm. The norms of the latents run inside the up-projections' recipe, and once
+    # separately, for the weights of the up-projections.
     assert calls() - forward <= forward - 1 + 2 * 3
     del output
     assert set(alive(watched).values()) == {0}
 
 
-def in_turns(first: Generator[str, None, Any], second: Generator[str, None, Any], lead: int) -> list[Tensor]:
-    """The tensors that both return, a phase of one after a phase of the other; the first is `lead` phases ahead."""
+def in_turn(first: Generator[str, None, Any], second: Generator[str, None, Any], lead: int) -> list[Tensor]:
+    """Run two generators phase by phase in turn, the first `lead` phases ahead, and return the tensors of both."""
     results: dict[int, Tensor] = {}
     schedule = itertools.chain([0] * lead, itertools.cycle([0, 1]))
     while len(results) < 2:
@@ -223,18 +225,18 @@ def in_turns(first: Generator[str, None, Any], second: Generator[str, None, Any]
 def two_blocks(
     policy: RecomputePolicy, kernels: Kernels, dtype: torch.dtype
 ) -> tuple[Transformer, list[tuple[Any, ...]]]:
-    """A model whose last two layers are MoE, and for each of these the arguments of its forward."""
+    """Model whose last two layers are MoE, and the arguments of the forward of each."""
     config = small_config(num_nextn_predict_layers=0)
     model = build(config, recompute=policy, kernels=kernels, dtype=dtype)
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(2, 2, 50, config.hidden_size, generator=generator).to(dtype)
-    rotary, valid = model._rotary(50, torch.device("cpu")), torch.tensor([True, True])
+    rotary, valid = rotary_factors(config, 50), torch.tensor([True, True])
     return model, [(x.requires_grad_(), rotary, valid) for x in inputs.unbind()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lead", [0, 1, 3])
-def test_two_blocks_phase_by_phase_in_turns_give_the_bits_of_one_after_the_other(lead: int, dtype: torch.dtype) -> None:
+def test_two_blocks_phase_by_phase_in_turn_give_the_bits_of_one_after_the_other(lead: int, dtype: torch.dtype) -> None:
     found = []
     for policy in POLICIES:
         for together in (False, True):
@@ -242,7 +244,7 @@ def test_two_blocks_phase_by_phase_in_turns_give_the_bits_of_one_after_the_other
             blocks = list(model.layers.values())[1:]
             if together:
                 first, second = (block.phases(*each, Uncut()) for block, each in zip(blocks, given, strict=True))
-                results = in_turns(first, second, lead)
+                results = in_turn(first, second, lead)
             else:
                 results = [block(*each)[0] for block, each in zip(blocks, given, strict=True)]
             torch.autograd.backward(results, [torch.cos(result.detach()) for result in results])
@@ -257,14 +259,14 @@ def test_two_blocks_phase_by_phase_in_turns_give_the_bits_of_one_after_the_other
 
 @pytest.mark.parametrize("lead", [0, 1, 3])
 @pytest.mark.parametrize("policy", ["none", "v3"])
-def test_two_blocks_in_turns_drop_what_each_drops_alone(
+def test_two_blocks_in_turn_drop_the_tensors_that_each_drops_alone(
     policy: RecomputePolicy, lead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What attention's phase told how to rebuild is still known where the shared experts' phase saves it."""
+    """Recipes registered in the attention phase still apply when the shared experts' phase saves the tensors."""
     watched, kernels, _ = watching(monkeypatch)
     model, given = two_blocks(policy, kernels, torch.float32)
     blocks = list(model.layers.values())[1:]
-    results = in_turns(*(block.phases(*each, Uncut()) for block, each in zip(blocks, given, strict=True)), lead)
+    results = in_turn(*(block.phases(*each, Uncut()) for block, each in zip(blocks, given, strict=True)), lead)
     made = {"norm": 8, "query": 2, "key": 2, "value": 2, "swiglu": 4}
     assert {name: len(refs) for name, refs in watched.items()} == made
     assert alive(watched) == (made if policy == "none" else dict.fromkeys(made, 0))
@@ -272,7 +274,7 @@ def test_two_blocks_in_turns_drop_what_each_drops_alone(
 
 
 @torch.no_grad()
-def test_a_block_lets_go_of_the_rows_while_the_outputs_travel_back() -> None:
+def test_a_block_frees_the_rows_before_the_outputs_have_returned() -> None:
     model, given = two_blocks("none", Kernels.make(), torch.float32)
     block, rows = list(model.layers.values())[1], list[StorageWeakRef]()
     run_experts = block.run_experts
@@ -335,7 +337,7 @@ def test_rebuild_leaves_other_tensors_alone() -> None:
 
 @pytest.mark.parametrize("policy", ["none", "v3"])
 def test_experts_that_no_token_chose_get_zero_gradients(policy: RecomputePolicy) -> None:
-    """A rank may receive no row at all; tensors without elements all lie at the same address, none."""
+    """A rank may receive no row, and all tensors without elements share the address 0."""
     config = small_config()
     experts = RoutedExperts(config, 4, Kernels.make(), Recipe())
     for parameter in experts.parameters():

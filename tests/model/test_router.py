@@ -1,4 +1,4 @@
-"""The router against the report's equations written as loops (`reference.py`)."""
+"""Router against the report's equations written as loops (`reference.py`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make(config: ModelConfig, bias: float = 0.0, spread: float = 0.3, seed: int = 0) -> Router:
-    """A router with random weights and biases of the given mean and spread."""
+    """Router with random weights, and biases of the given mean and spread."""
     generator = torch.Generator().manual_seed(seed)
     router = Router(config)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def inputs(config: ModelConfig, sequences: int = 3, length: int = 17, seed: int 
 
 
 def literal(router: Router, x: Tensor) -> tuple[list[list[Routed]], Tensor, Tensor]:
-    """Each sequence's routing, and the FP64 input and weight that its gradients go to."""
+    """Routing of each sequence, and the FP64 input and weight that its gradients go to."""
     x64 = x.double().requires_grad_()
     weight = router.weight.detach().double().requires_grad_()
     logits = x64 @ weight.T
@@ -52,7 +52,7 @@ def all_valid(x: Tensor) -> Tensor:
 
 
 def assert_same_choice(routing: Routing, expected: list[list[Routed]]) -> None:
-    """Same experts with the same weights for each token, in whatever order."""
+    """Check for the same experts with the same weights for each token, in any order."""
     tokens = [token for sequence in expected for token in sequence]
     assert routing.expert_ids.dtype == torch.int64 and routing.weights.dtype == torch.float32
     for ids, weights, token in zip(routing.expert_ids.tolist(), routing.weights.tolist(), tokens, strict=True):
@@ -97,7 +97,7 @@ def test_bias_moves_the_choice_and_never_the_weights() -> None:
     same = router(x, all_valid(x))
     assert torch.equal(before.expert_ids.sort().values, same.expert_ids.sort().values)
     assert torch.equal(before.weights.sort().values, same.weights.sort().values)
-    router.bias[:4] += 5.0  # now everyone wants the first four
+    router.bias[:4] += 5.0  # now every token selects the first four
     forced = router(x, all_valid(x))
     assert torch.equal(forced.expert_ids.sort().values, torch.arange(4).expand(x.shape[0] * x.shape[1], 4))
     scores = (x.flatten(0, 1) @ router.weight.T).sigmoid().gather(1, forced.expert_ids)
@@ -111,11 +111,11 @@ def test_gradients_of_the_gate_weights_equal_the_equations(shape: dict[str, Any]
     router, x = make(config), inputs(config).requires_grad_()
     expected, x64, weight = literal(router, x.detach())
     routing = router(x, all_valid(x))
-    pull = torch.randn(config.n_routed_experts, generator=torch.Generator().manual_seed(2))  # one factor an expert
-    (routing.weights * pull[routing.expert_ids]).sum().backward()
+    factor = torch.randn(config.n_routed_experts, generator=torch.Generator().manual_seed(2))  # one factor per expert
+    (routing.weights * factor[routing.expert_ids]).sum().backward()
     tokens = [token for sequence in expected for token in sequence]
     sum(
-        gate * pull[expert].double()
+        gate * factor[expert].double()
         for token in tokens
         for expert, gate in zip(token.experts, token.gates, strict=True)
     ).backward()
@@ -144,7 +144,7 @@ def test_balance_loss_of_perfect_balance_is_one_and_of_collapse_is_experts_over_
     router = make(config)
     with torch.no_grad():
         router.weight.copy_(60 * torch.eye(8) - 30)
-    pairs = torch.eye(8) + torch.eye(8).roll(1, 0)  # token i wants experts i and i + 1
+    pairs = torch.eye(8) + torch.eye(8).roll(1, 0)  # token i selects experts i and i + 1
     uniform = router(pairs.unsqueeze(0), torch.tensor([True]))
     assert uniform.balance.item() == pytest.approx(1.0, abs=1e-3)
     collapsed = router(pairs[:1].expand(1, 8, 8), torch.tensor([True]))
@@ -152,7 +152,7 @@ def test_balance_loss_of_perfect_balance_is_one_and_of_collapse_is_experts_over_
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 3), (1, 1, 1, 1)])
-def test_balance_loss_does_not_know_how_sequences_are_split(sizes: tuple[int, ...]) -> None:
+def test_balance_loss_does_not_depend_on_how_sequences_are_split(sizes: tuple[int, ...]) -> None:
     config = small_config(**SHAPES["V3 in small"])
     x = inputs(config, sequences=4)
     whole, split = make(config), make(config)

@@ -15,8 +15,9 @@ from counterflow.model.balance import BalanceWeights
 from counterflow.model.capacity import Dropping
 from counterflow.model.config import ModelConfig
 from counterflow.model.router import Router, Routing
-from counterflow.phases import Tape
+from counterflow.phases import Tape, run
 from counterflow.tests.model.small import relative_error, small_config
+from counterflow.weight_gradients import WeightQueue
 
 V2: dict[str, Any] = {
     "topk_method": "group_limited_greedy",
@@ -56,7 +57,7 @@ def make(config: ModelConfig, seed: int = 0) -> Router:
 
 
 def inputs(config: ModelConfig, sequences: int = 4, length: int = 17, skew: float = 0.5, seed: int = 1) -> Tensor:
-    """Tokens `[B, S, H]` with a common part, which makes some experts more wanted than others."""
+    """Tokens `[B, S, H]` with a common part, which makes some experts more frequent than others."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(config.hidden_size, generator=generator)
     return torch.randn(sequences, length, config.hidden_size, generator=generator) + skew * common
@@ -73,7 +74,7 @@ def literal_scores(config: ModelConfig, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def literal_choice(config: ModelConfig, scores: list[float], bias: list[float]) -> list[int]:
-    """The experts of one token, best first."""
+    """Experts of one token, best first."""
     size = config.n_routed_experts // config.n_group
     wanted = [score + b for score, b in zip(scores, bias, strict=True)]
     groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
@@ -224,8 +225,7 @@ def test_a_tape_starts_the_backward_with_the_weight_of_each_loss(weights: tuple[
     tape.phase("attention")
     cut = router(x, all_valid(x)).cut(tape, BalanceWeights(*weights))
     assert not any(loss.requires_grad for loss in losses_of(cut))
-    for piece in tape._pieces:
-        piece.backward()
+    run(tape.backward(None, WeightQueue(), None))
     assert relative_error(router.weight.grad, plain.weight.grad) < 1e-5
 
 
@@ -266,7 +266,7 @@ def test_the_pairs_of_lowest_affinity_beyond_a_groups_budget_are_dropped(name: s
 
 
 @pytest.mark.parametrize("sizes", [(1, 3), (2, 2), (1, 1, 1, 1)])
-def test_what_is_dropped_does_not_know_how_sequences_are_split(sizes: tuple[int, ...]) -> None:
+def test_dropped_tokens_do_not_depend_on_how_sequences_are_split(sizes: tuple[int, ...]) -> None:
     config = small_config(**V2)
     router, x, exempt = make(config), inputs(config), torch.tensor([False, True, False, False])
     together = router(x, all_valid(x), Dropping(1.0, exempt))
@@ -291,5 +291,5 @@ def test_padding_counts_no_drops_and_dropped_gates_get_no_gradient() -> None:
 
 
 def test_budget_is_exact_for_decimal_factors() -> None:
-    """0.1 x 3 is above 0.3 in floating point; nobody asked for one pair more."""
+    """In floating point 0.1 x 3 is above 0.3, which must not give one pair more."""
     assert [Dropping(f, torch.zeros(1)).budget(30, 3) for f in (1.0, 1.1, 0.3, 1.01)] == [10, 11, 3, 11]

@@ -1,4 +1,4 @@
-"""The whole network, multi-token prediction included, against the literal reference of `reference.py`."""
+"""Whole network, multi-token prediction included, against the literal reference of `reference.py`."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_micro_batches_add_up_to_the_batch(sizes: tuple[int, ...]) -> None:
 
 
 def assert_same_sums(whole: Output, parts: list[Output]) -> None:
-    """Every sum of `whole` is the sum over `parts`."""
+    """Check that every sum of `whole` is the sum over `parts`."""
     for name in ("loss", "balance"):
         assert getattr(whole, name).item() == pytest.approx(sum(getattr(part, name).item() for part in parts), rel=1e-6)
     for depth, loss in enumerate(whole.mtp_losses):
@@ -157,7 +157,7 @@ def test_logits_are_those_of_the_loss() -> None:
         assert model(tokens).loss.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
-def test_a_token_does_not_see_the_ones_after_it() -> None:
+def test_a_token_does_not_depend_on_later_tokens() -> None:
     config = small_config(num_nextn_predict_layers=0)
     model, tokens = build(config).eval(), random_tokens(config, 1, 150)
     changed = tokens.clone()
@@ -192,7 +192,7 @@ def test_rows_of_the_counts_are_the_routers_in_order() -> None:
     config = small_config(num_nextn_predict_layers=2)
     model, tokens = build(config), random_tokens(config, 2, 10)
     for expert, router in enumerate(model.routers()):
-        router.bias[expert] = 100.0  # every token wants it
+        router.bias[expert] = 100.0  # every token selects it
     counts = model(tokens).counts
     assert counts.shape == (4, config.n_routed_experts)
     assert counts.diagonal().tolist() == [20, 20, 20, 20]
@@ -201,7 +201,7 @@ def test_rows_of_the_counts_are_the_routers_in_order() -> None:
 
 @pytest.mark.parametrize("depth", [0, 2])
 def test_bf16_weights_and_activations_give_nearly_the_same_losses_and_gradients(depth: int) -> None:
-    # One group and all experts: a token whose choice flips by rounding would hide everything else.
+    # One group and all experts: a token whose choice changes by rounding would hide every other difference.
     config = small_config(num_nextn_predict_layers=depth, n_group=1, topk_group=1, num_experts_per_tok=8)
     tokens = random_tokens(config, 2, 140)
     exact, model = build(config), build(config, dtype=torch.bfloat16)

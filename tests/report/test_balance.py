@@ -1,4 +1,4 @@
-"""Measures of balance against their definitions, by layer, rank and node."""
+"""Measures of balance against their definitions, per layer, rank and node."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def test_each_measure_of_experts_follows_its_definition() -> None:
     assert (found.rank_vio, found.node_vio) == (None, None), "a single rank has nothing to compare"
 
 
-def test_ranks_and_nodes_are_those_that_hold_the_experts() -> None:
+def test_loads_of_ranks_and_nodes_are_the_sums_over_the_experts_they_hold() -> None:
     loads, permuted = counts(), torch.randperm(16, generator=torch.Generator().manual_seed(1)).tolist()
-    of_node = [3, 3, 7, 7]  # ranks 0 and 1 on one node, 2 and 3 on another
-    for places in ([expert // 4 for expert in range(16)], [expert % 4 for expert in permuted]):
-        found = measure_balance(loads, torch.zeros(7), places, of_node)
+    node_of_rank = [3, 3, 7, 7]  # ranks 0 and 1 on one node, 2 and 3 on another
+    for rank_of_expert in ([expert // 4 for expert in range(16)], [expert % 4 for expert in permuted]):
+        found = measure_balance(loads, torch.zeros(7), rank_of_expert, node_of_rank)
         assert found.rank_vio is not None and found.node_vio is not None
         for layer, row in enumerate(loads.tolist()):
-            ranks = [sum(n for n, place in zip(row, places, strict=True) if place == rank) for rank in range(4)]
+            ranks = [sum(n for n, at in zip(row, rank_of_expert, strict=True) if at == rank) for rank in range(4)]
             assert found.rank_vio[layer] == pytest.approx(over_mean(ranks), rel=1e-12)
             assert found.node_vio[layer] == pytest.approx(over_mean([ranks[0] + ranks[1], ranks[2] + ranks[3]]))
 
 
-def test_layers_may_hold_their_experts_in_different_places() -> None:
+def test_layers_may_hold_their_experts_on_different_ranks() -> None:
     loads = torch.tensor([[9, 1, 1, 1], [9, 1, 1, 1]])
     found = measure_balance(loads, torch.zeros(2), [[0, 0, 1, 1], [0, 1, 1, 1]], [0, 0])
     assert found.rank_vio == pytest.approx([10 / 6 - 1, 9 / 6 - 1])
     assert found.node_vio is None
 
 
-def test_ends_of_the_measures() -> None:
+def test_measures_at_perfect_balance_and_at_its_opposite() -> None:
     assert excess(torch.full((3, 8), 5)) == variation(torch.full((3, 8), 5)) == (0.0, 0.0, 0.0)
     assert excess(torch.tensor([[32, 0, 0, 0]])) == (3.0,)  # all on one of four: E - 1
     assert variation(torch.tensor([[32, 0, 0, 0]])) == pytest.approx((3**0.5,))

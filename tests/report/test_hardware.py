@@ -1,4 +1,4 @@
-"""Peaks are those of the data sheets or of a real matmul; memory is what the system says."""
+"""Peaks from data sheets and from a real matmul, and memory as the system reports it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("name", "tflops"),
-    [  # names as drivers give them, dense BF16 peaks from the makers' data sheets
+    [  # names that drivers report, dense BF16 peaks from the makers' data sheets
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA A100 80GB PCIe", 312),
         ("NVIDIA A800-SXM4-80GB", 312),
@@ -74,7 +74,7 @@ def test_measured_peak_agrees_with_numpy_timing_the_same_product() -> None:
         seconds.append(time.perf_counter() - start)
     by_numpy = 2 * size**3 / min(seconds) / 1e12
     peak = measure_peak(CPU, torch.float32, size=size, seconds=0.1)
-    assert 0.05 < peak.tflops / by_numpy < 20  # other libraries, other thread counts: the order of magnitude
+    assert 0.05 < peak.tflops / by_numpy < 20  # libraries and thread counts differ: the order of magnitude alone
     assert peak.source == "measured with a 512-cubed float32 matmul"
 
 
@@ -84,10 +84,10 @@ def test_cpu_peak_is_measured_in_about_a_second() -> None:
     spent = (time.process_time() - start) / torch.get_num_threads()
     assert peak.tflops > 0
     assert "2048-cubed float32" in peak.source
-    assert spent < 4.0  # a second, with room for a slow machine: one warm-up and one timed product at the least
+    assert spent < 4.0  # a second, with room for a slow machine: at least one warm-up and one timed product
 
 
-def test_peak_memory_keeps_what_current_memory_gave_back() -> None:
+def test_peak_memory_keeps_what_current_memory_no_longer_holds() -> None:
     before = memory_gib(CPU)
     block = np.ones(GIB // 4 // 8)  # 0.25 GiB, touched
     during = memory_gib(CPU)

@@ -1,4 +1,4 @@
-"""metrics.jsonl holds each step once across kills and resumes, and TensorBoard shows the same."""
+"""Records of steps: metrics.jsonl holds each step once across kills and resumes, and TensorBoard shows the same."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_resume_drops_the_steps_after_the_checkpoint(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [METRICS_FILE]
 
 
-def test_a_fresh_start_forgets_a_run_that_died_before_its_first_checkpoint(tmp_path: Path) -> None:
+def test_a_fresh_start_drops_a_run_that_ended_before_its_first_checkpoint(tmp_path: Path) -> None:
     write_steps(tmp_path, range(1, 4))
     write_steps(tmp_path, range(1, 3))
     assert [m.step for m in read_metrics(tmp_path)] == [1, 2]
@@ -147,7 +147,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def tensorboard_scalars(folder: Path) -> dict[str, list[Any]]:
-    """Every scalar as TensorBoard itself reads them."""
+    """Scalars as TensorBoard itself reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / TENSORBOARD_FOLDER), purge_orphaned_data=True)
@@ -166,17 +166,17 @@ def test_tensorboard_shows_every_measured_number_once_across_a_resume(tmp_path: 
     assert [scalars[f"load_cv/{layer}"][0].value for layer in (0, 1)] == pytest.approx([0.05, 0.2])
 
 
-def test_every_field_has_its_place_in_tensorboard() -> None:
+def test_every_field_belongs_to_a_section_of_tensorboard() -> None:
     placed = [field for fields in GROUPS.values() for field in fields]
     assert sorted([*placed, "step", "traffic", "layers"]) == sorted(StepMetrics.model_fields)
 
 
-def test_without_tensorboard_a_warning_says_what_to_install_and_metrics_go_on(
+def test_without_tensorboard_a_warning_says_what_to_install_and_metrics_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # what an import of a missing package meets
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # makes the import fail as a missing package does
     with caplog.at_level(logging.WARNING):
         write_steps(tmp_path, range(1, 3), tensorboard=True)
     assert "pip install tensorboard" in caplog.text
@@ -190,6 +190,8 @@ def test_a_misspelled_measurement_is_an_error() -> None:
 
 
 def test_deepseek_v3_trained_at_a_plausible_utilization() -> None:
-    # V3 §1: 180K H800 hours a trillion tokens; 291.8 GFLOP a token by our convention at 4096 tokens, one MTP module
-    a_gpu = 1e12 / (180e3 * 3600)
-    assert utilization(2048 * a_gpu, 291.8e9, ranks=2048, peak_tflops=989.0) == pytest.approx(0.455, abs=0.001)
+    # V3 §1: 180K H800 hours per trillion tokens; 291.8 GFLOP per token by our convention at 4096 tokens, one MTP module
+    tokens_per_second_and_gpu = 1e12 / (180e3 * 3600)
+    assert utilization(2048 * tokens_per_second_and_gpu, 291.8e9, ranks=2048, peak_tflops=989.0) == pytest.approx(
+        0.455, abs=0.001
+    )

@@ -1,4 +1,4 @@
-"""What a user sees: two lines that fit 80 columns on a terminal, plain lines in a log, nothing on standard output."""
+"""Progress on a terminal (two lines of 80 columns), in a log (plain lines) and on standard output (nothing)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from counterflow.report.hardware import Peak
 from counterflow.report.metrics import StepMetrics
 from counterflow.report.progress import ProgressDisplay
 from counterflow.report.summary import RunSummary, describe_run
-from counterflow.report.text.numbers import format_count, format_duration
+from counterflow.report.text.numbers import format_duration
 
 
 def metrics_of(step: int, **changed: Any) -> StepMetrics:
-    """The widest numbers that a real run shows."""
+    """Measurements with the widest numbers of a real run."""
     values: dict[str, Any] = {
         "step": step,
         "tokens": step * 63_000_000,
@@ -44,7 +44,7 @@ def metrics_of(step: int, **changed: Any) -> StepMetrics:
 
 
 class Clock:
-    """A clock that stands still until it is told."""
+    """Clock that moves only when a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -59,7 +59,7 @@ def clock() -> Clock:
 
 
 def show(config: LogConfig, steps: range, total: int, clock: Clock, terminal: int = 0, **changed: Any) -> str:
-    """The output of a run of two-second steps on a terminal of that many columns, or in a log where it is 0."""
+    """Output of a run of two-second steps on a terminal of `terminal` columns, or in a log where that is 0."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal > 0, width=terminal or None, legacy_windows=False)
     with ProgressDisplay(config, "deepseek-v3-671b", total, steps.start - 1, console, clock) as progress:
@@ -70,7 +70,7 @@ def show(config: LogConfig, steps: range, total: int, clock: Clock, terminal: in
 
 
 def visible(output: str) -> list[str]:
-    """Terminal output as the lines that were drawn, without control sequences."""
+    """Lines that were drawn on a terminal, without control sequences."""
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output))
 
 
@@ -177,8 +177,8 @@ print(RunSummary(steps=2, loss=1, validation_loss=None, unigram_entropy=None, to
       .model_dump_json())
 """
     ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    *others, last = ran.stdout.splitlines()
-    assert others == [f"from training {terminal} {step}" for terminal in (False, True) for step in (1, 2)]
+    *printed, last = ran.stdout.splitlines()
+    assert printed == [f"from training {terminal} {step}" for terminal in (False, True) for step in (1, 2)]
     assert json.loads(last)["steps"] == 2
     assert ran.stderr.count("runs/x") == 2
     assert ran.stderr.count("11.8599") >= 4
@@ -197,7 +197,7 @@ def test_header_names_sizes_layout_convention_and_peak_within_80_columns(clock: 
         run_dir="runs/deepseek-v3-671b",
     )
     assert rows["model"] == "671.0B parameters, 37.6B active per token; MTP adds 11.6B"
-    assert rows["peak"] == "0.213 TFLOP/s a rank, measured with a 2048-cubed bfloat16 matmul"
+    assert rows["peak"] == "0.213 TFLOP/s per rank, measured with a 2048-cubed bfloat16 matmul"
     output = io.StringIO()
     ProgressDisplay(LogConfig(), "smoke", 1, console=Console(file=output)).show_rows("counterflow", rows)
     assert all(len(line) <= 80 for line in output.getvalue().splitlines())
@@ -215,27 +215,3 @@ def test_summary_shows_validation_loss_beside_the_unigram_entropy() -> None:
     assert {"steps", "loss", "validation_loss", "tokens_per_second", "run_dir"} <= json.loads(
         summary.model_dump_json()
     ).keys()
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (987, "987"),
-        (12_345, "12.3K"),
-        (999_949, "999.9K"),
-        (999_960, "1.0M"),
-        (671.026e9, "671.0B"),
-        (14.8e12, "14.8T"),
-    ],
-)
-def test_counts_are_short(value: float, text: str) -> None:
-    assert format_count(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (64.6, "1:05"), (7384, "2:03:04"), (12 * 86400 + 3 * 3600 + 59, "12d 03h"), (float("nan"), "--:--")],
-)
-def test_durations_read_as_clock_times(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text

@@ -1,4 +1,4 @@
-"""The picture of a layout says of every rank and group what the layout itself lists."""
+"""Pictures of layouts: every rank and group is drawn as the layout itself lists it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def drawn_ranks(picture: str) -> list[tuple[int, int, int, int]]:
 
 
 def drawn_groups(picture: str) -> dict[str, list[str]]:
-    """Group name to [members, groups, first group ...] of the table of groups."""
+    """Table of groups: name to [members, groups, first group ...]."""
     lines = picture.split("group  members")[1].splitlines()[1:]
     return {line.split()[0]: line.split()[1:] for line in lines}
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_ranks_stand_at_the_coordinates_the_layout_gives_them(seed: int) -> None:
+def test_ranks_are_drawn_at_their_coordinates_in_the_layout(seed: int) -> None:
     layout = random_layout(seed)
     ranks = drawn_ranks(draw_layout(layout))
     assert ranks
@@ -58,7 +58,7 @@ def test_small_layouts_show_every_rank_once_inside_its_node(layout: Layout) -> N
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_group_sizes_and_numbers_are_those_of_the_layouts_lists(seed: int) -> None:
+def test_group_sizes_and_numbers_equal_the_layouts_lists(seed: int) -> None:
     layout = random_layout(seed)
     table = drawn_groups(draw_layout(layout))
     listed = {
@@ -83,7 +83,7 @@ def test_deepseek_v3_shows_its_first_and_last_ranks_and_expert_groups() -> None:
     assert ranks == [*range(8), *range(2040, 2048)]
     assert "nodes 1 to 254 likewise" in picture
     grid = [line.split() for line in picture.splitlines()]
-    groups = list(V3.ep_groups())  # two a stage
+    groups = list(V3.ep_groups())  # two per stage
     for stage in (0, 1, 15):
         row = grid.index(["pp", str(stage), "ranks", *(f"{group[0]}-{group[-1]}" for group in groups[2 * stage :][:2])])
         nodes = [sorted({V3.node(rank) for rank in group}) for group in groups[2 * stage :][:2]]
@@ -94,7 +94,7 @@ def test_deepseek_v3_shows_its_first_and_last_ranks_and_expert_groups() -> None:
 
 
 @pytest.mark.parametrize("layout", [V3, Layout(16384, pp=32, ep=128), Layout(2**20, pp=2, ep=64, gpus_per_node=72)])
-def test_large_layouts_fit_a_screen_and_cost_nothing(layout: Layout) -> None:
+def test_large_layouts_fit_a_screen_and_are_drawn_at_once(layout: Layout) -> None:
     start = time.process_time()
     lines = draw_layout(layout).splitlines()
     assert time.process_time() - start < 0.5  # listing the ranks would take seconds

@@ -1,4 +1,4 @@
-"""The drawn schedule says of every action what its timeline says, on the page and in the terminal."""
+"""Drawn timelines show every action with its times, on the page and in the terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def simulated(name: str, ranks: int, microbatches: int, unit: float = 10.0) -> T
 
 
 def jittered(timeline: Timeline, seed: int) -> Timeline:
-    """As if measured: every time another float, gaps between all actions."""
+    """Timeline like a measured one: times without a common tick, gaps between all actions."""
     draw = random.Random(seed)
     spans = []
     for rank in timeline.spans:
@@ -58,7 +58,7 @@ def numbers(packed: str) -> Iterator[int]:
 
 
 def read_spans(drawn: dict[str, Any], rank: int) -> Iterator[Span]:
-    """The actions of a rank, from the format that draw_html's docstring describes."""
+    """Actions of a rank, read from the format that the docstring of pages/timeline.py describes."""
     values, stages = numbers(drawn["spans"][rank]), drawn["placement"][rank]
     following: dict[tuple[int, str], int] = {}
 
@@ -76,8 +76,8 @@ def read_spans(drawn: dict[str, Any], rank: int) -> Iterator[Span]:
     for code in values:
         rest, kind = divmod(code, 6)
         later, first = divmod(rest, drawn["chunks"])
-        what = action("F", first) if kind > 3 else action("FIWB"[kind], first)
-        work = Overlap(what, action("BI"[kind - 4], later)) if kind > 3 else what
+        single = action("F", first) if kind > 3 else action("FIWB"[kind], first)
+        work = Overlap(single, action("BI"[kind - 4], later)) if kind > 3 else single
         start = clock + signed()
         clock = start + next(values)
         yield Span(work, start * drawn["tick"], clock * drawn["tick"])
@@ -139,7 +139,7 @@ def test_compared_timelines_stand_under_each_other_in_order() -> None:
 
 
 class Elements(HTMLParser):
-    """The elements of a page in order, and whether each that must be is closed."""
+    """Elements of a page in order, and the elements that are still open."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Elements(HTMLParser):
 @pytest.mark.parametrize(
     "name", ["</script><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b", "<!--", "\u2028 ü 流"]
 )
-def test_names_and_notes_cannot_leave_their_place(name: str) -> None:
+def test_names_and_notes_cannot_add_elements(name: str) -> None:
     timeline = simulated("1f1b", 2, 4)
     plain = Elements(draw_html([("plain", timeline)], unit="ms", notes=["note"], title="title"))
     hostile = draw_html([(name, timeline)], unit=name, notes=[name], title=name)
@@ -171,17 +171,17 @@ def test_names_and_notes_cannot_leave_their_place(name: str) -> None:
     assert read.tags == plain.tags and not read.open
     assert embedded(hostile)["unit"] == name
     assert html.unescape(re.findall(r"<h2[^>]*>(.*?)</h2>", hostile)[0]) == name
-    assert read.text.count(name) >= 4  # title, heading, note, name: to be read as it was given
+    assert read.text.count(name) >= 4  # title, heading, note and name, all unchanged
 
 
 def test_the_page_needs_no_network() -> None:
     page = draw_html([("dualpipe", simulated("dualpipe", 4, 8))])
-    for way in ("://", "@import", "url(", "src=", "href=", "fetch(", "XMLHttpRequest", "import("):
-        assert way not in page
+    for request in ("://", "@import", "url(", "src=", "href=", "fetch(", "XMLHttpRequest", "import("):
+        assert request not in page
     assert "default-src 'none'" in page
 
 
-def test_the_page_grows_by_a_few_bytes_an_action() -> None:
+def test_the_page_grows_by_a_few_bytes_per_action() -> None:
     def cost(timeline: Timeline) -> float:
         fewer = simulated("zb1p", 8, 1)
         grown = len(draw_html([("x", timeline)])) - len(draw_html([("x", fewer)]))
@@ -199,7 +199,7 @@ def test_the_same_timelines_give_the_same_page_and_picture() -> None:
 
 
 def drawn_rows(picture: str) -> dict[int, str]:
-    """Rank to what stands between its bars."""
+    """Rows of a picture by rank: the text between the bars."""
     return {int(rank): row for rank, row in re.findall(r"^ *(\d+) \|(.*)\|", picture, re.MULTILINE)}
 
 

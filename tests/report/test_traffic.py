@@ -1,4 +1,4 @@
-"""Traffic as a person reads it, and `counterflow report`."""
+"""Traffic in words and tables, and `counterflow report`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 from counterflow.launcher.cli import main
 from counterflow.report.metrics import MetricsWriter, StepMetrics, read_metrics
-from counterflow.report.text.numbers import format_bytes
 from counterflow.report.traffic import Sent, bytes_over, describe_traffic, mean_step, traffic_table
 
 
@@ -41,10 +40,10 @@ def test_a_table_has_a_row_for_each_purpose_and_their_sum() -> None:
     ]
     assert traffic_table(STEP[:1]) == [("dispatch", "all_to_all", "1.0 KiB", "2", "-", "-")]
     seldom = mean_step([STEP[2:3], [], []])
-    assert traffic_table(seldom) == [("combine", "all_to_all", "-", "-", "341.3 KiB", "0")], "less than once a step"
+    assert traffic_table(seldom) == [("combine", "all_to_all", "-", "-", "341.3 KiB", "0")], "less than once per step"
 
 
-def test_the_mean_of_steps_counts_what_a_step_did_not_send_as_nothing() -> None:
+def test_the_mean_of_steps_counts_a_kind_that_a_step_did_not_send_as_zero() -> None:
     mean = mean_step([STEP, STEP[:1]])
     assert {(each.purpose, each.link): (each.bytes, each.messages) for each in mean} == {
         ("dispatch", "within"): (1024, 2),
@@ -56,18 +55,10 @@ def test_the_mean_of_steps_counts_what_a_step_did_not_send_as_nothing() -> None:
 
 
 def test_a_line_names_what_fills_the_slow_links() -> None:
-    assert describe_traffic(STEP) == ("1.1 KiB within nodes a step, 4.0 MiB between nodes, most of it dispatch (75%)")
-    assert describe_traffic(STEP[:1]) == "1.0 KiB within nodes a step"
-    assert describe_traffic(STEP[2:3]) == "1.0 MiB between nodes a step, most of it combine (100%)"
+    assert describe_traffic(STEP) == ("1.1 KiB within nodes per step, 4.0 MiB between nodes, most of it dispatch (75%)")
+    assert describe_traffic(STEP[:1]) == "1.0 KiB within nodes per step"
+    assert describe_traffic(STEP[2:3]) == "1.0 MiB between nodes per step, most of it combine (100%)"
     assert describe_traffic(()) == "nothing is sent"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2**20 - 1, "1.0 MiB"), (5.5 * 2**40, "5.5 TiB")],
-)
-def test_bytes_are_short(value: float, text: str) -> None:
-    assert format_bytes(value) == text
 
 
 def test_metrics_keep_traffic_and_steps_without_it(tmp_path: Path) -> None:

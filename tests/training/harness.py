@@ -167,8 +167,7 @@ def no_counts(trainer: Trainer) -> Tensor:
     A separate function, because cloudpickle takes `config` next to `dist` for torch.distributed.config.
     """
     model = trainer.config.model
-    layers = model.num_hidden_layers - model.first_k_dense_replace + model.num_nextn_predict_layers
-    return torch.zeros(layers, model.n_routed_experts, dtype=torch.int64)
+    return torch.zeros(model.num_moe_layers, model.n_routed_experts, dtype=torch.int64)
 
 
 def biases(trainer: Trainer) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from counterflow.configs.config import Config
-from counterflow.launcher.commands.train import _check_agreement
+from counterflow.launcher.commands.train import check_agreement
 from counterflow.plan.steps import Progress
 from counterflow.settings import UsageError
 from counterflow.tests.pool import Pool, Worker
@@ -96,7 +96,7 @@ def _verdict(worker: Worker, config: Config, odd_rank: int, changes: dict[str, A
         others = {name: value for name, value in changes.items() if name != "digest"}
         run_plan = replace(run_plan, data=replace(run_plan.data, digest=digest), **others)
     try:
-        _check_agreement(run_plan, worker.world_size)
+        check_agreement(run_plan, worker.world_size)
     except UsageError as error:
         return str(error)
     return "agreed"
