@@ -50,7 +50,7 @@ class ParallelConfig(Section):
     pp: int = key(1, "pipeline parallel ranks", ge=1)
     ep: int = key(1, "expert parallel ranks: each holds n_routed_experts / ep experts of a layer", ge=1)
     dp: int | Literal["auto"] = key("auto", "data parallel ranks (a multiple of ep); auto follows from the world size")
-    gpus_per_node: int | Literal["auto"] = key("auto", "ranks on a node; auto asks the launcher")
+    gpus_per_node: int | Literal["auto"] = key("auto", "ranks on a node; auto takes the number from the launcher")
     timeout: float = key(600.0, "how long a collective may wait for its peers", unit="seconds", gt=0)
     schedule: str = key(
         "auto",

@@ -1,6 +1,6 @@
-"""Runs one pipeline rank's part of any schedule.
+"""Execution of a pipeline rank's part of any schedule.
 
-The executor runs every schedule alike. Before each action it posts the sends and receives that `plan_transfers`
+Before each action the executor posts the sends and receives that `plan_transfers`
 derived, waits for the action's inputs, and runs the chunk's phases. Ranks negotiate nothing, since shapes are known.
 """
 
@@ -79,18 +79,18 @@ class _Pass:
 
 
 _Ended = tuple[Tensor | None, None]  # returned by a backward
-_Key = tuple[str, int, int]  # activation or gradient, the stage that produced it, micro-batch
+_Key = tuple[str, int, int]  # activation or gradient, the stage that made it, micro-batch: the head of a Transfer
 
 
 class Executor:
-    """Runs programs on the chunks of one rank.
+    """Runner of programs on the chunks of one rank.
 
     Args:
         chunks: by stage.
         channels: to the other pipeline ranks.
-        order: in which the phases of an overlapped pair advance, see `overlap.py`.
-        shape: of what passes between stages, `[B, S, H]`.
-        after_phase: called after each phase; dispatchers whose transfers have several hops go on there.
+        order: of the phases of an overlapped pair, see `overlap.py`.
+        shape: `[B, S, H]` of tensors between stages.
+        after_phase: called after each phase; dispatchers of several hops launch the next one there.
     """
 
     def __init__(
@@ -124,19 +124,14 @@ class Executor:
     @torch.no_grad()
     def evaluate(self, program: Program, micro_batches: Sequence[Any]) -> list[Any]:
         """Run a program of forwards only; returns the chunks' results in the order of their forwards."""
-        return _Run(self, program, micro_batches).run()
+        return _Run(self, program, micro_batches, timed=False, watch=None).run()
 
 
 class _Run:
     """The state of one step."""
 
     def __init__(
-        self,
-        executor: Executor,
-        program: Program,
-        micro_batches: Sequence[Any],
-        timed: bool = False,
-        watch: Watch | None = None,
+        self, executor: Executor, program: Program, micro_batches: Sequence[Any], timed: bool, watch: Watch | None
     ) -> None:
         self.executor, self.program, self.micro_batches = executor, program, micro_batches
         self.timed, self.watch = timed, watch
@@ -177,23 +172,23 @@ class _Run:
     def _post(self, boundary: Boundary) -> None:
         channels = self.executor.channels
         for transfer in boundary.sends:  # before the receives, because another rank waits for them
-            tensor = self._made.pop(_key(transfer))
+            tensor = self._made.pop(transfer[:3])
             with self._error_context(_describe_send, transfer), comm_errors("beginning to send"):
                 self._sending.append((transfer, channels.send(tensor, transfer.target)))
         for transfer in boundary.receives:
             with self._error_context(_describe_receive, transfer), comm_errors("beginning to receive"):
-                self._arriving[_key(transfer)] = channels.receive(*self.executor.buffer, transfer.source)
+                self._arriving[transfer[:3]] = channels.receive(*self.executor.buffer, transfer.source)
         while len(self._sending) > SENDS_IN_FLIGHT:
             self._finish_send()
 
     def _await(self, boundary: Boundary, action: Action | Overlap) -> None:
         for transfer in boundary.needs:
-            key = _key(transfer)
+            arriving = self._arriving.pop(transfer[:3])
             with (
                 self._error_context(lambda t: f"{_describe_receive(t)}, to run {action}", transfer),
                 comm_errors("receiving"),
             ):
-                self._made[key] = self._arriving.pop(key).wait()
+                self._made[transfer[:3]] = arriving.wait()
 
     def _finish_send(self) -> None:
         transfer, sent = self._sending.popleft()
@@ -276,10 +271,6 @@ def microbatches_of(schedule: Schedule, rank: int) -> dict[int, int]:
         for part in parts(action):
             served[part.stage] += part.kind == "F"
     return served
-
-
-def _key(transfer: Transfer) -> _Key:
-    return transfer[:3]
 
 
 def _describe_receive(transfer: Transfer) -> str:

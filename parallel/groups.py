@@ -60,10 +60,8 @@ class Groups:
         sets = list(holders)
         assert all(0 <= pp < layout.pp for held in sets for pp in held), (sets, layout)
         world = make.group(range(layout.world_size), "world")
-        along = [
-            make.containing(groups, name)
-            for name, groups in (("pp", layout.pp_groups()), ("edp", layout.edp_groups()), ("ep", layout.ep_groups()))
-        ]
+        lists = {"pp": layout.pp_groups(), "edp": layout.edp_groups(), "ep": layout.ep_groups()}
+        along = [make.group(next(g for g in groups if make.rank in g), name) for name, groups in lists.items()]
         grid = torch.tensor(make.members).view(layout.pp, layout.edp, layout.ep)
         mesh = DeviceMesh.from_group(along, device_type, mesh=grid, mesh_dim_names=("pp", "edp", "ep"))
         here = layout.coordinates(make.rank).pp
@@ -151,18 +149,10 @@ class _Maker:
 
     def group(self, local: Iterable[int], name: str) -> dist.ProcessGroup:
         """Make a group of the grid's ranks `local`, this one among them."""
-        made = dist.new_group(
-            [self.members[rank] for rank in local],
-            timeout=self.timeout,
-            use_local_synchronization=True,
-            group_desc=name,
-        )
+        ranks = [self.members[rank] for rank in local]
+        made = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True, group_desc=name)
         assert isinstance(made, dist.ProcessGroup)
         return made
-
-    def containing(self, groups: Iterable[list[int]], name: str) -> dist.ProcessGroup:
-        """Make the one of `groups` that has this rank."""
-        return self.group(next(candidate for candidate in groups if self.rank in candidate), name)
 
     def channel(self, source: int, target: int) -> dist.ProcessGroup:
         """Make a group of the ranks of two pipeline ranks that have this one's edp and ep coordinates."""

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 from ..weight_gradients import drain
 
-Result = TypeVar("Result")
+Forward = TypeVar("Forward")
+Backward = TypeVar("Backward")
 
 
-class Side(Generic[Result]):
-    """A generator of the pair, and the phase that it has named but not run."""
+class Side:
+    """A generator of the pair, the phase that it has named but not run, and in the end its result."""
 
-    def __init__(self, phases: Generator[str, None, Result], after: Callable[[], None] | None) -> None:
-        self._phases = phases
-        self._after = after
-        self._result: list[Result] = []
+    def __init__(self, phases: Generator[str, None, Any], after: Callable[[], None] | None) -> None:
+        self._phases, self._after = phases, after
         self.upcoming: str | None = None
+        self.result: Any = None
         self.advance()
 
     def advance(self) -> None:
@@ -31,19 +31,9 @@ class Side(Generic[Result]):
         try:
             self.upcoming = next(self._phases)
         except StopIteration as end:
-            self.upcoming = None
-            self._result.append(end.value)
+            self.upcoming, self.result = None, end.value
         if self._after is not None:
             self._after()
-
-    @property
-    def result(self) -> Result:
-        assert self._result, f"phase {self.upcoming} has not run"
-        return self._result[0]
-
-
-Forward = TypeVar("Forward")
-Backward = TypeVar("Backward")
 
 
 def run_pair(
@@ -58,7 +48,7 @@ def run_pair(
     An entry runs its phase if that is the side's upcoming one, and is skipped otherwise. A phase that the order does
     not name runs at the next entry of its side. `W` drains `weight_gradients`. `after` is called after each phase.
     """
-    sides: dict[str, Side[Forward] | Side[Backward]] = {"F": Side(forward, after), "B": Side(backward, after)}
+    sides = {"F": Side(forward, after), "B": Side(backward, after)}
     named = {name: {entry[2:] for entry in order if entry.startswith(f"{name}.")} for name in sides}
     progress = True
     while progress:
@@ -78,4 +68,4 @@ def run_pair(
     for side in sides.values():  # phases that the order leaves over
         while side.upcoming is not None:
             side.advance()
-    return sides["F"].result, sides["B"].result  # type: ignore[return-value]
+    return sides["F"].result, sides["B"].result

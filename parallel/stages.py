@@ -44,10 +44,6 @@ class Split:
     def sizes(self) -> tuple[int, ...]:
         return tuple(map(len, self.layers))
 
-    def stage(self, layer: int) -> int:
-        """The stage that holds `layer`."""
-        return next(stage for stage, layers in enumerate(self.layers) if layer in layers)
-
 
 def sizes_fault(sizes: Sequence[int], num_layers: int, num_stages: int) -> str | None:
     """The faults of an explicit split, with the numbers and an even split that works; None where it fits."""

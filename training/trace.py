@@ -12,9 +12,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ..parallel.groups import Groups
-from ..parallel.schedule.measured import measured_costs
 from ..parallel.schedule.simulate import simulate
 from ..parallel.schedule.timeline import Span, Timeline
+from ..plan.measured import measured_costs
 from ..report.pages.timeline import draw_html
 from ..report.text.numbers import number, share
 from ..report.traffic import HEADER, Sent, traffic_table

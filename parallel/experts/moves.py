@@ -73,8 +73,9 @@ def move_experts(
     sent = 0
     for parameter in parameters:
         states = [shard.view(parameter.shape[0], -1) for shard in optimizer.shards(parameter)]
-        rows = torch.cat([_to_bytes(state, moves.leaving, parameter.device) for state in states], dim=1)
         # Bytes, so that one message carries several formats.
+        leaving = [state[list(moves.leaving)].view(torch.uint8).to(parameter.device) for state in states]
+        rows = torch.cat(leaving, dim=1)
         received = _exchange(rows, moves, group, meter)
         widths = [state.shape[1] * state.itemsize for state in states]
         for state, part in zip(states, received.split(widths, dim=1), strict=True):
@@ -98,11 +99,6 @@ def copy_experts(
 
 def _exchange(rows: Tensor, moves: Moves, group: dist.ProcessGroup, meter: Meter) -> Tensor:
     return Exchange(rows, moves.send_splits, moves.receive_splits, group, meter.group(group), "experts").wait()
-
-
-def _to_bytes(state: Tensor, places: Sequence[int], device: torch.device) -> Tensor:
-    """Rows at `places` of `[E_local, n]`, each as n x itemsize bytes."""
-    return state[list(places)].view(torch.uint8).to(device)
 
 
 def _splits(ranks: Sequence[int], num_ranks: int) -> list[int]:

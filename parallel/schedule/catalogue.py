@@ -126,7 +126,7 @@ def _execute(path: Path) -> ModuleType:
 
 
 def _where(fault: Exception, file: Path | None) -> str:
-    """` (my.py, line 41)`: the innermost line of `file` in the traceback, else empty. A SyntaxError has its own."""
+    """Innermost line of `file` in the traceback as ` (my.py, line 41)`, else empty. A SyntaxError has its own."""
     frames = traceback.extract_tb(fault.__traceback__)
     lines = [frame.lineno for frame in frames if file is not None and Path(frame.filename).resolve() == file.resolve()]
     return f" ({file.name}, line {lines[-1]})" if file is not None and lines else ""

@@ -17,7 +17,7 @@ from .place_weight_gradients import place_weight_gradients
 
 Stream = Literal[0, 1]
 MISSING = -1
-"""Stands for a micro-batch of a full stream that this step does not have."""
+"""Placeholder for a micro-batch of a full stream that this step does not have."""
 
 
 class Streams:

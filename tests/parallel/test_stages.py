@@ -74,7 +74,7 @@ def test_negative_costs_are_refused() -> None:
 def test_explicit_sizes_give_consecutive_layers() -> None:
     split = Split.of_sizes([2, 1, 3], 6, 3)
     assert split.layers == (range(2), range(2, 3), range(3, 6))
-    assert [split.stage(layer) for layer in range(6)] == [0, 0, 1, 2, 2, 2]
+    assert (split.num_stages, split.sizes) == (3, (2, 1, 3))
 
 
 @pytest.mark.parametrize(

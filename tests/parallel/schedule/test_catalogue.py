@@ -50,7 +50,7 @@ def breaks(num_ranks, num_microbatches):
 
 
 def picky(num_ranks, num_microbatches):
-    raise UsageError("picky wants 7 ranks")
+    raise UsageError("picky needs 7 ranks")
 
 
 def nothing(num_ranks, num_microbatches):
@@ -100,7 +100,7 @@ def test_a_users_schedule_is_checked_and_simulated_like_any(own_file: Path) -> N
     [
         ("breaks", r"breaks for 4 ranks and 8 micro-batches failed with IndexError: .* \(own.py, line 34\)$"),
         ("flat", r"schedule flat, rank 0: its stages must be a tuple of numbers, such as \(0,\), not the int 0"),
-        ("picky", "^picky wants 7 ranks$"),
+        ("picky", "^picky needs 7 ranks$"),
         ("nothing", "the function must return a Schedule, not a NoneType"),
         ("other_size", "the function returned one for 4 ranks and 1 micro-batches"),
     ],

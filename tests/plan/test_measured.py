@@ -9,8 +9,8 @@ import pytest
 from counterflow.parallel.schedule.actions import Overlap
 from counterflow.parallel.schedule.catalogue import find_schedule, schedule_names
 from counterflow.parallel.schedule.costs import Costs
-from counterflow.parallel.schedule.measured import measured_costs
 from counterflow.parallel.schedule.simulate import simulate
+from counterflow.plan.measured import measured_costs
 
 
 @pytest.mark.parametrize("name", schedule_names())

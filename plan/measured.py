@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from .actions import Action, Overlap
-from .costs import Costs
-from .timeline import Timeline
+from ..parallel.schedule.actions import Action, Overlap
+from ..parallel.schedule.costs import Costs
+from ..parallel.schedule.timeline import Timeline
 
 
 def measured_costs(timeline: Timeline) -> Costs:
