@@ -15,6 +15,7 @@ SECONDS: dict[str, int] = {}
 
 TOGETHER = {
     "tests/training/test_bad_input.py": "tests/training/test_layouts.py",
+    "tests/training/test_batches.py": "tests/training/test_layouts.py",
     "tests/training/test_resume.py": "tests/training/test_layouts.py",
 }
 """File, and the file whose worker runs it too, because both look at the same runs."""
