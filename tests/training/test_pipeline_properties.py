@@ -152,6 +152,7 @@ def _half(worker: Worker, config: Config) -> Curve:
     return run_steps(make_trainer(mine, 2, 1, ranks), 2, {})
 
 
+@pytest.mark.long(claim="tests/training/test_grids.py::test_two_grids_in_one_world_do_not_touch_each_other")
 def test_two_pipelines_in_one_world_do_not_touch_each_other(pool: Pool, text: Path) -> None:
     config = pipeline(text, "dualpipe", 2)
     together = pool.run(_half, 4, config)
