@@ -28,7 +28,7 @@ def pool() -> Iterator[Pool]:
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[TIERS] = Tiers.of(items)
-    heavy_first(items, config.rootpath)
+    heavy_first(items)
 
 
 @pytest.hookimpl(optionalhook=True)

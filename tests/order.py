@@ -6,7 +6,6 @@ that no worker is left with one of them at the end.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,19 +15,24 @@ SECONDS: dict[str, int] = {}
 
 TOGETHER = {
     "tests/training/test_bad_input.py": "tests/training/test_layouts.py",
+    "tests/training/test_batches.py": "tests/training/test_layouts.py",
     "tests/training/test_resume.py": "tests/training/test_layouts.py",
 }
 """File, and the file whose worker runs it too, because both look at the same runs."""
 
 
-def heavy_first(items: list[pytest.Item], root: Path) -> None:
-    """Sort by the seconds of each item's file, in place; items of a file keep their order."""
-    files = {item.path: item.path.relative_to(root).as_posix() for item in items}
-    leaders = {path: TOGETHER.get(name, name) for path, name in files.items()}
+def heavy_first(items: list[pytest.Item]) -> None:
+    """Sort by the seconds of each item's file, in place; items of equal seconds keep their order."""
     total: dict[str, int] = {}
-    for path, name in files.items():
-        total[leaders[path]] = total.get(leaders[path], 0) + SECONDS.get(name, 0)
-    items.sort(key=lambda item: (-total[leaders[item.path]], leaders[item.path], files[item.path]))
+    for name, seconds in SECONDS.items():
+        leader = TOGETHER.get(name, name)
+        total[leader] = total.get(leader, 0) + seconds
+
+    def seconds_of(item: pytest.Item) -> int:
+        name = item.nodeid.partition("::")[0]
+        return total.get(TOGETHER.get(name, name), 0)
+
+    items.sort(key=seconds_of, reverse=True)
 
 
 def file_scheduling(config: pytest.Config, log: Any) -> Any:

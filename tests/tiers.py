@@ -4,8 +4,8 @@
 
     @pytest.mark.long(claim="test_two_hops_follow_the_single_process")  # a whole test, and the short one of its claim
 
-Every claim keeps a test in `make test`: a test function has a case that is not long, or its mark names another test of
-the same file that has. `tests/house/test_tiers.py` holds this.
+Every claim keeps a test in `make test`: a test function has a case that is not long, or its mark names another test
+that has, of the same file or as `tests/FILE.py::test_name`. `tests/house/test_tiers.py` holds this.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Tiers:
             cases = tiers.short if mark is None else tiers.long
             cases[function] = cases.get(function, 0) + 1
             if mark is not None and "claim" in mark.kwargs:
-                tiers.claims[function] = Function(function.file, mark.kwargs["claim"])
+                file, _, short = mark.kwargs["claim"].rpartition("::")
+                tiers.claims[function] = Function(file or function.file, short)
         return tiers
 
     def without_a_short_test(self) -> list[Function]:

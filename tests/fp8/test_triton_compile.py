@@ -18,14 +18,14 @@ from counterflow.tests.fp8.triton_worker import CASES, Compiled
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
-    """Every case for compute capability 9.0 and 10.0."""
+@pytest.fixture(scope="module", params=[90, pytest.param(100, marks=pytest.mark.long)], ids=["hopper", "blackwell"])
+def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """Every case for compute capability 9.0 or 10.0."""
     cache = str(tmp_path_factory.mktemp("triton"))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=triton_worker.prepare_compiler, initargs=(cache,)) as pool:
         assert not pool.submit(triton_worker.importing_ours_imported_triton).result()
-        waiting = [pool.submit(triton_worker.compiled, case, target) for target in (90, 100) for case in CASES]
+        waiting = [pool.submit(triton_worker.compiled, case, request.param) for case in CASES]
         return [program for future in waiting for program in future.result()]
 
 
@@ -35,7 +35,7 @@ def test_no_kernel_spills(programs: list[Compiled]) -> None:
     for p in programs:
         needs = f"{p.warps:5} {p.registers:9} {p.spilled_bytes:7} {p.shared_bytes:12}"
         print(f"{p.case:44} {p.kernel:19} {p.target:8} {needs}")
-    assert {p.target for p in programs} == {"sm_90a", "sm_100a"}
+    assert len({p.target for p in programs}) == 1 and programs[0].target in ("sm_90a", "sm_100a")
     assert [(p.case, p.target) for p in programs if p.spilled_bytes or p.stack_bytes] == []
     # A multiprocessor has 65,536 registers: at least 512 threads run at once.
     assert [p.case for p in programs if p.registers > 128] == []

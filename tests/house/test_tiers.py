@@ -41,7 +41,7 @@ def test_a_claim_without_a_short_test_is_found() -> None:
     alone, named, half = (Function("tests/test_x.py", name) for name in ("test_alone", "test_named", "test_half"))
     tiers = Tiers(short={half: 1}, long={alone: 2, named: 1, half: 3}, claims={named: half})
     assert tiers.without_a_short_test() == [alone]
-    tiers.claims[alone] = Function("tests/test_y.py", "test_half")
+    tiers.claims[alone] = Function("tests/test_y.py", "test_half")  # another file's test of that name
     assert tiers.without_a_short_test() == [alone]
 
 

@@ -174,6 +174,7 @@ def test_compiled_kernels_are_whole_and_equal_eager(dtype: torch.dtype, monkeypa
     compare_compiled_with_eager(["rms_norm", "swiglu", "weighted swiglu"], dtype)
 
 
+@pytest.mark.long(claim="test_compiled_kernels_are_whole_and_equal_eager")  # g++ takes half a minute
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_kernel_compiled_to_c_equals_eager() -> None:
     compare_compiled_with_eager(["swiglu"], torch.bfloat16)

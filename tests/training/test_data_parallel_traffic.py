@@ -44,7 +44,8 @@ CASES = [
     Case(4, ep=2, more=("precision.recipe=bf16", "memory.recompute=full")),
     pytest.param(Case(2, more=PIPELINE), marks=pytest.mark.long),  # both stages twice
     Case(4, ep=2, more=(*PIPELINE, "precision.recipe=fp8")),
-    Case(4, more=("parallel.pp=2", "parallel.schedule=1f1b")),  # one embedding on the first and the last rank
+    # One embedding on the first and the last rank.
+    pytest.param(Case(4, more=("parallel.pp=2", "parallel.schedule=1f1b")), marks=pytest.mark.long),
     # Both ends of the model on one rank.
     pytest.param(Case(4, ep=2, more=("parallel.pp=2", "parallel.schedule=dualpipev")), marks=pytest.mark.long),
 ]

@@ -86,6 +86,7 @@ def test_v3s_fp32_scales_let_the_layout_show(pool: Pool, text: Path, alone: Curv
     assert worst("layers.3.attention.out") < 1e-4
 
 
+@pytest.mark.long(claim="tests/training/test_pipelines.py::test_orders_of_overlap_and_recompute_give_the_same_bits")
 def test_orders_of_overlap_and_recompute_give_the_same_bits(pool: Pool, text: Path) -> None:
     fixed = ("precision.recipe=fp8", "model.num_hidden_layers=4", "parallel.pp=2", "parallel.schedule=dualpipe")
     given = ["parallel.overlap_order=sequence", "memory.recompute=v3", "memory.recompute=full"]

@@ -64,8 +64,8 @@ def test_replicas_are_bit_equal_after_20_steps(runs: Runs, world: int, ep: int) 
 
 def test_bf16_replicas_are_bit_equal_and_losses_near_the_single_processs(pool: Pool, text: Path) -> None:
     config = tiny(text, "precision.recipe=bf16", "optim.moments=bf16", "memory.recompute=v3")
-    (alone,) = pool.run(train, 1, config, 1, 4)
-    ranks = pool.run(train, 4, config, 2, 4)
+    (alone,) = pool.run(train, 1, config, 1, 2)
+    ranks = pool.run(train, 4, config, 2, 2)
     for name, copies in replicas(ranks).items():
         assert copies[0].dtype == torch.bfloat16
         assert all(torch.equal(copies[0], copy) for copy in copies), f"replicas of {name} drifted apart"
