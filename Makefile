@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python -P
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-long test-all test-gpu layouts audit lint bench clean
+.PHONY: help train test test-long test-all test-gpu layouts audit lint bench floors clean
 
 # An environment that was made when the clone lay elsewhere points to the old place.
 $(shell [ "$$(cat $(INSTALLED) 2>/dev/null)" = "$(CURDIR)" ] || rm -f $(INSTALLED))
@@ -53,6 +53,9 @@ lint: $(INSTALLED) ## check style, format and types
 
 bench: $(INSTALLED) ## measure a training step against other implementations
 	$(RUN) benchmarks/step.py $(ARGS)
+
+floors: $(INSTALLED) ## draw the floors of the package from its imports into docs/floors.svg
+	$(RUN) tests/house/floors.py
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
