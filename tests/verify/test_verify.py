@@ -25,10 +25,10 @@ from counterflow.training import trainer as trainer_module
 from counterflow.training.build import Model, make_groups
 from counterflow.training.trainer import Trainer
 from counterflow.verify import check as verify_check
-from counterflow.verify.check import Attempt, Moved, Outcome, verify_ranks
+from counterflow.verify.check import Attempt, MovedChoices, Outcome, verify_ranks
 from counterflow.verify.compare import BF16_REDUCE, TOLERANCES, Difference, moved_choices, parameter_class
 from counterflow.verify.report import body, heading, to_json
-from counterflow.verify.run import Choices, Seen, Step
+from counterflow.verify.run import ChoiceGaps, RankStep, ReferenceStep
 from counterflow.verify.shrink import Shrunk, shrink
 
 Plant = Callable[[Groups], None]
@@ -199,13 +199,13 @@ def test_the_size_of_a_departure_is_stated(outcome_of: Callable[[Plant], Outcome
     assert 1e-4 < first.error < 1e-3 and first.error == first.largest / first.scale
 
 
-def _counted(rank: int, counts: list[list[int]]) -> Seen:
-    return Seen(rank, {}, {}, {}, {}, {}, torch.tensor(counts))
+def _counted(rank: int, counts: list[list[int]]) -> RankStep:
+    return RankStep(rank, {}, {}, {}, {}, {}, torch.tensor(counts))
 
 
 def test_moved_choices_are_those_of_the_first_layer_that_differs() -> None:
     gaps = {1: [torch.tensor([[1.0, 1e-7], [1e-6, 1.0], [1e-9, 1e-9]])]}
-    alone = Step({}, _counted(0, [[4, 4], [5, 3], [2, 6]]), Choices(gaps))
+    alone = ReferenceStep({}, _counted(0, [[4, 4], [5, 3], [2, 6]]), ChoiceGaps(gaps))
     assert moved_choices(alone, [_counted(0, [[4, 1], [2, 3], [1, 6]]), _counted(1, [[0, 3], [3, 0], [1, 0]])]) is None
     assert moved_choices(alone, [_counted(0, [[4, 4], [3, 5], [8, 0]])]) == (1, 2)
     assert alone.choices.near(1, 2e-6, top_k=4) == 4 + 1, "a group moves all of a token's experts, an expert itself"
@@ -216,7 +216,7 @@ def test_moved_choices_are_those_of_the_first_layer_that_differs() -> None:
 
 @pytest.mark.parametrize(("choices", "near", "tie"), [(2, 2, True), (1, 5, True), (3, 2, False), (1, 0, False)])
 def test_only_choices_within_rounding_are_a_tie(choices: int, near: int, tie: bool) -> None:
-    assert Attempt(1, moved=[Moved(1, 0, choices, near, 1e-8)]).tied is tie
+    assert Attempt(1, moved=[MovedChoices(1, 0, choices, near, 1e-8)]).tied is tie
 
 
 def _tied(worker: Worker, shrunk: Shrunk, ties: int, near: int | None) -> list[Outcome]:
@@ -232,7 +232,7 @@ def _tied(worker: Worker, shrunk: Shrunk, ties: int, near: int | None) -> list[O
                 result.differences.append(Difference(2, "number", "loss_balance", "loss_balance", 1.0, 1.0, 1e-5, (0,)))
                 result.near_balance = 1
             else:
-                result.moved.append(Moved(2, 1, 1, near, 1e-7))
+                result.moved.append(MovedChoices(2, 1, 1, near, 1e-7))
         made.append(result)
         return result
 
