@@ -50,7 +50,7 @@ class Case:
         return _with_precision(self.config, {"recipe": recipe, "backend": "emulated"})
 
     def only(self, kept: frozenset[str]) -> Config:
-        """The configuration with `kept` classes of tensors quantised and FP32 for all else: no other rounding is left."""
+        """The configuration with `kept` classes of tensors quantised and FP32 for all else, without other rounding."""
         precision = self.config.precision
         off = {name: HIGH for name in CLASSES if name not in kept}
         # A pattern that is given already would keep its place, before patterns that it should override.

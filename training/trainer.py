@@ -83,10 +83,10 @@ class Trainer:
         self._programs: dict[tuple[int, bool], tuple[Schedule, Program]] = {}
         self._flops = flops_per_token(config.model, config.batch.sequence_length)
 
-    def step(self, timed: Callable[[PipelineRun], None] | None = None) -> StepMetrics:
+    def step(self, trace: Callable[[PipelineRun], None] | None = None) -> StepMetrics:
         """Train on the next global batch. Raises NonFiniteError, before any weight moves, if a number is not finite.
 
-        `timed` is given the pipeline's run: a GPU then finishes each action before the next, so that spans are true.
+        `trace` is given the pipeline's run: a GPU then finishes each action before the next, so that spans are true.
         """
         started = time.perf_counter()
         config, before = self.config, self.progress
@@ -96,22 +96,22 @@ class Trainer:
         speed = config.balance.bias_update_speed.at(before.tokens) if config.model.has_router_bias else 0.0
         weights = loss_weights(config, before, sequences)
 
-        if timed is not None:
+        if trace is not None:
             self.optimizer.finish_gathers()  # so that the times are the pipeline's alone
-        run = self.forward_backward(micro_batches, weights, timed=timed is not None)
+        run = self.forward_backward(micro_batches, weights, timed=trace is not None)
         totals = self._totals(run.outputs)
         norm = self.optimizer.reduce_gradients()
         if not math.isfinite(norm) or not bool(totals.losses.isfinite().all()):  # equal on all ranks: all stop
-            again = partial(self._gradients, micro_batches, weights)
-            raise explain_non_finite(before.step + 1, self.model, self.groups, again)
+            run_again = partial(self._gradients, micro_batches, weights)
+            raise explain_non_finite(before.step + 1, self.model, self.groups, run_again)
         self.optimizer.step(lr, norm, blocking=not config.optim.overlap_gather)
         for layer, router in self.model.routers():
             if router.bias is not None:
                 update_bias(router.bias, totals.counts[layer], speed)
         self.experts.measure(totals.counts, before.step + 1)
         self.progress = before.advanced(sequences, config.batch.sequence_length)
-        if timed is not None:
-            timed(run)
+        if trace is not None:
+            trace(run)
         return self._metrics(before, totals, norm, lr, speed, started)
 
     def forward_backward(
