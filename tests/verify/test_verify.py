@@ -32,7 +32,7 @@ from counterflow.verify.run import ChoiceGaps, RankStep, ReferenceStep
 from counterflow.verify.shrink import Shrunk, shrink
 
 Plant = Callable[[Groups], None]
-"""Puts a fault on some of the ranks."""
+"""Function that plants a fault on some of the ranks."""
 PIPELINE = ("parallel.pp=2", "parallel.ep=2", "parallel.dp=2", "model.num_hidden_layers=2")
 
 
@@ -42,7 +42,7 @@ def small(*overrides: str, nproc: int | None = None, steps: int = 2) -> tuple[Co
 
 
 def verified(worker: Worker, shrunk: Shrunk, plant: Plant | None = None) -> list[Outcome]:
-    """For `pool.run`: verify, with a fault on those ranks and in those trainers where `plant` puts one."""
+    """Verify on one rank of the pool, with the faults that `plant` puts on ranks and in trainers."""
     groups = make_groups(shrunk.config, shrunk.layout, "cpu")
     before = ShardedOptimizer._accumulate, Trainer.step, trainer_module.update_bias, Model._holders
     try:
@@ -91,7 +91,7 @@ def test_v2s_router_with_its_losses_and_drops_agrees(pool: Pool) -> None:
 
 
 def _scaled_mirror(groups: Groups) -> None:
-    """The gradients that pipeline rank 1 has of a tensor of the second layer are too large, before they are summed."""
+    """Enlarge the gradients of one tensor of the second layer on pipeline rank 1, before they are summed."""
     accumulate = ShardedOptimizer._accumulate
 
     def planted(self: ShardedOptimizer, parameter: torch.Tensor, bucket: int, slot: int) -> None:
@@ -105,7 +105,7 @@ def _scaled_mirror(groups: Groups) -> None:
 
 
 def _mtp_counted_twice(groups: Groups) -> None:
-    """Every pipeline rank adds its MTP loss's weight."""
+    """Let every pipeline rank add its MTP loss's weight."""
     forward_backward = Trainer.forward_backward
     step = Trainer.step
 
@@ -122,7 +122,7 @@ def _mtp_counted_twice(groups: Groups) -> None:
 
 
 def _local_counts(groups: Groups) -> None:
-    """A rank moves its biases by its own idea of the load."""
+    """Let a rank move its biases by its own part of the load."""
     update = trainer_module.update_bias
 
     def planted(bias: torch.Tensor, counts: torch.Tensor, speed: float) -> None:
@@ -132,7 +132,7 @@ def _local_counts(groups: Groups) -> None:
 
 
 def _experts_over_one_stage(groups: Groups) -> None:
-    """The mirrored copies of a stage sum the gradients of their experts each by itself: a group too small."""
+    """Let each mirrored copy of a stage sum the gradients of its experts alone: the group is too small."""
     holders = Model._holders
 
     def planted(self: Model, name: str, stage: int) -> tuple[int, ...]:
@@ -144,7 +144,7 @@ def _experts_over_one_stage(groups: Groups) -> None:
 
 
 def _stale_copy(groups: Groups) -> None:
-    """Rank 3 keeps a router of before the step."""
+    """Let rank 3 keep a router's weights from before the step."""
     step = Trainer.step
 
     def planted(self: Trainer) -> Any:
@@ -220,7 +220,7 @@ def test_only_choices_within_rounding_are_a_tie(choices: int, near: int, tie: bo
 
 
 def _tied(worker: Worker, shrunk: Shrunk, ties: int, near: int | None) -> list[Outcome]:
-    """The first `ties` seeds have a choice that came out otherwise; without `near` it is one for the balance loss."""
+    """Make choices of the first `ties` seeds differ; without `near` they are choices for the balance loss."""
     made: list[Attempt] = []
     attempt = verify_check._attempt
 
