@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 
 from ..configs.config import Config
+from ..training.parameter_classes import parameter_class
 from .run import OwnedRows, RankStep, ReferenceStep, SingleProcess
 
 EXACT = 0.0
 LOSSES = ("loss", "loss_mtp", "loss_balance", "loss_device", "loss_communication")
 
 CLASSES = ("embedding", "attention", "router", "experts", "shared experts", "dense", "norms", "head", "MTP")
+KINDS = {
+    **{name: name for name in ("embedding", "attention", "router", "norms", "head")},
+    "attention_out": "attention",
+    **dict.fromkeys(("experts_up", "experts_down"), "experts"),
+    **dict.fromkeys(("shared_up", "shared_down"), "shared experts"),
+    **dict.fromkeys(("dense_up", "dense_down"), "dense"),
+}
+"""Kind of each class of `training/parameter_classes.py` outside MTP modules."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +111,9 @@ class Difference:
         return not self.error <= self.bound  # NaN departs too
 
 
-def parameter_class(name: str) -> str:
-    """Class of a global tensor, one of CLASSES, by its name."""
-    if name in ("embedding", "head"):
-        return name
-    if name.startswith("mtp."):
-        return "MTP"
-    leaf = name.rpartition(".")[2]
-    if leaf.endswith("norm"):
-        return "norms"
-    for part, kind in ((".attention.", "attention"), (".experts.", "experts"), (".shared.", "shared experts")):
-        if part in name:
-            return kind
-    return "router" if ".gate" in name else "dense"
+def parameter_kind(name: str) -> str:
+    """Kind of a global tensor, one of CLASSES, by its name: coarser than its class, and MTP modules are one kind."""
+    return "MTP" if name.startswith("mtp.") else KINDS[parameter_class(name)]
 
 
 def compare_numbers(
@@ -182,7 +181,7 @@ def compare_copies(step: int, ranks: Sequence[RankStep]) -> Iterator[Difference]
                 yield difference(step, "copy", name, copy, expected.to(copy.dtype), EXACT, (rank,))
                 break
         else:
-            yield Difference(step, "copy", name, parameter_class(name), 0.0, float(expected.abs().max()), EXACT, at)
+            yield Difference(step, "copy", name, parameter_kind(name), 0.0, float(expected.abs().max()), EXACT, at)
 
 
 def moved_choices(expected: ReferenceStep, ranks: Sequence[RankStep]) -> tuple[int, int] | None:
@@ -244,7 +243,7 @@ def difference(
     """Largest difference of the elements of two tensors, with the largest value of the expected one."""
     largest = math.inf if found is None else _off(found, expected)
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    return Difference(step, quantity, name, parameter_class(name), largest, scale, bound, ranks)
+    return Difference(step, quantity, name, parameter_kind(name), largest, scale, bound, ranks)
 
 
 def _off(found: Tensor, expected: Tensor) -> float:

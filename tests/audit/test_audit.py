@@ -21,7 +21,7 @@ import torch
 
 from counterflow.audit.attribution import attribute
 from counterflow.audit.case import Case, make_case
-from counterflow.audit.probe import Gradients, Point, Probe, compare, moved_share, parameter_class
+from counterflow.audit.probe import Gradients, Point, Probe, compare, moved_share
 from counterflow.audit.result import AuditStep, Look, Result, mean_loss, most_hurt
 from counterflow.audit.run import Audit, audit_of
 from counterflow.configs.load import load_config
@@ -32,6 +32,7 @@ from counterflow.launcher.bootstrap import bootstrap
 from counterflow.launcher.environment import WorkerEnvironment
 from counterflow.parallel.layout import Layout
 from counterflow.training.build import make_groups
+from counterflow.training.parameter_classes import parameter_class
 from counterflow.training.trainer import Trainer
 
 UNUSED = Path("unused")

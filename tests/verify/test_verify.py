@@ -26,7 +26,7 @@ from counterflow.training.build import Model, make_groups
 from counterflow.training.trainer import Trainer
 from counterflow.verify import check as verify_check
 from counterflow.verify.check import Attempt, MovedChoices, Outcome, verify_ranks
-from counterflow.verify.compare import BF16_REDUCE, TOLERANCES, Difference, moved_choices, parameter_class
+from counterflow.verify.compare import BF16_REDUCE, TOLERANCES, Difference, moved_choices, parameter_kind
 from counterflow.verify.report import body, heading, to_json
 from counterflow.verify.run import ChoiceGaps, RankStep, ReferenceStep
 from counterflow.verify.shrink import Shrunk, shrink
@@ -330,7 +330,7 @@ def test_what_is_missing_or_nan_departs() -> None:
     ],
 )
 def test_parameter_classes(name: str, kind: str) -> None:
-    assert parameter_class(name) == kind
+    assert parameter_kind(name) == kind
 
 
 def test_the_command_line_from_end_to_end(tmp_path: Path) -> None:
