@@ -157,12 +157,12 @@ def _build_chunk(
     stage: int,
 ) -> Transformer:
     per_rank = config.model.n_routed_experts // groups.layout.ep
-    mine = groups.coordinates.ep * per_rank
+    first_expert = groups.coordinates.ep * per_rank
     with torch.device("meta"):
         chunk = Transformer(
             config.model,
             dispatcher,
-            range(mine, mine + per_rank),
+            range(first_expert, first_expert + per_rank),
             recompute=config.memory.recompute,
             kernels=Kernels.make(config.run.compile),
             part=Part(split.layers[stage], first=stage == 0, last=stage == split.num_stages - 1),

@@ -68,9 +68,9 @@ def write_config(run_dir: Path, config: Config) -> list[str]:
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
         ]
-    aside = path.with_suffix(".yaml.part")
-    aside.write_text(to_yaml(config))
-    aside.replace(path)
+    partial = path.with_suffix(".yaml.part")
+    partial.write_text(to_yaml(config))
+    partial.replace(path)
     return changes
 
 

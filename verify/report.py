@@ -45,10 +45,12 @@ def heading(config: Config, shrunk: Shrunk) -> str:
     steps = shrunk.config.train.steps
     assert steps is not None, "a shrunk run has a number of steps"
     rows: list[tuple[str, ...]] = [("shrunk", "yours", "here", "")]
-    yours = grid_of(config)
-    all_ranks = "auto" if yours.edp is None else str(yours.ranks)
+    configured = grid_of(config)
+    all_ranks = "auto" if configured.edp is None else str(configured.ranks)
     rows.append(("ranks", all_ranks, str(ranks), ""))
-    rows += [(key, _shown(mine), _shown(here), why) for key, mine, here, why in shrunk.changes if key != "train.steps"]
+    rows += [
+        (key, _shown(value), _shown(here), why) for key, value, here, why in shrunk.changes if key != "train.steps"
+    ]
     against = "against one" if ranks > 1 else "against plain autograd"
     sizes = f"{count(ranks, 'process', 'es')} on the CPU {against}, {count(steps, 'step')}"
     lines = [

@@ -45,6 +45,7 @@ class Change(NamedTuple):
 
     key: str
     yours: Any
+    """Value in the configuration."""
     here: Any
     why: str = ""
 
@@ -86,7 +87,7 @@ def shrink(config: Config, nproc: int | None = None, steps: int = 2) -> Shrunk:
     _shrink_experts(config, grid, edits)
     _shrink_batch(config, grid, edits)
     _make_constant(config, edits)
-    edits.set("optim.bucket_mb", min(config.optim.bucket_mb, BUCKET_MB), "several buckets, as yours has")
+    edits.set("optim.bucket_mb", min(config.optim.bucket_mb, BUCKET_MB), "several buckets, as configured")
     edits.set("train.steps", steps)
     edits.quietly("train.tokens", None)
     if config.run.compile:
