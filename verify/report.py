@@ -138,7 +138,7 @@ def _kept(config: Config, shrunk: Shrunk) -> list[str]:
         words.append(f"overlap order {order if isinstance(order, str) else 'of your own'}")
     words += [f"edp {shrunk.layout.edp}"] * (grid_of(config).edp == shrunk.layout.edp)
     words.append(f"MTP depth {model.num_nextn_predict_layers}")
-    words += [f"{model.num_experts_per_tok} experts a token"] * ("model.num_experts_per_tok" not in changed)
+    words += [f"{model.num_experts_per_tok} experts per token"] * ("model.num_experts_per_tok" not in changed)
     words += [f"{model.topk_group} of {model.n_group} groups"] * (model.n_group > 1)
     words += [f"recompute {config.memory.recompute}", f"{config.precision.recipe}, moments {config.optim.moments}"]
     return words
