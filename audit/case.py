@@ -1,4 +1,4 @@
-"""What an audit compares: a configuration in FP8, and the same in the other precisions, all in one process."""
+"""Case of an audit: a configuration in FP8, and the same in the other precisions, all in one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..training.preflight import RunPlan, prepare_run
 HIGH = {"format": "high"}
 
 BYTES_A_PARAMETER = 60
-"""Of two trainers (weights, gradients, FP32 masters and sums, moments) and three models with FP32 sums, about."""
+"""Bytes per parameter, about: two trainers (weights, gradients, FP32 masters and sums, moments), three models with FP32
+sums."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,27 @@ class Case:
     against: Literal["bf16", "fp32"]
     folder: Path
     changes: tuple[str, ...]
-    """What of the configuration is another here than in training, in words."""
+    """Changes to the configuration of training, in words."""
 
     @property
     def config(self) -> Config:
-        """The one with FP8."""
+        """The configuration with FP8."""
         return self.plan.config
 
     @property
     def parameters(self) -> int:
-        """MTP modules included."""
+        """Number of parameters, MTP modules included."""
         return _parameters(self.config)
 
     def plain(self, recipe: Literal["bf16", "fp32"]) -> Config:
-        """The same without FP8."""
+        """The configuration without FP8."""
         return _with_precision(self.config, {"recipe": recipe, "backend": "emulated"})
 
     def only(self, kept: frozenset[str]) -> Config:
-        """The same with `kept` classes of tensors quantised, and FP32 for all else: no other rounding is left."""
+        """The configuration with `kept` classes of tensors quantised and FP32 for all else, without other rounding."""
         precision = self.config.precision
         off = {name: HIGH for name in CLASSES if name not in kept}
-        # A pattern that is given already would stay in its place, before those that it should override.
+        # A pattern that is given already would keep its place, before patterns that it should override.
         given = {pattern: format for pattern, format in precision.classes.items() if pattern not in off}
         return _with_precision(self.config, {**dict(precision), "high": "fp32", "classes": given | off})
 
@@ -78,17 +79,17 @@ def make_case(
         if given is not None and given < 1:
             raise UsageError(f"{name} is {given}: it must be at least 1")
     _check_memory(config)
-    config, changes = _alone(config)
+    config, changes = _single_process(config)
     plan = prepare_run(config, 1, 1, cache, fresh=True)
     total = steps or plan.total_steps
     where = folder or Path(config.run.dir).expanduser() / f"{config.run.name}-audit"
     return Case(plan, total, min(every or max(1, total // 10), total), against, where, changes)
 
 
-def _alone(config: Config) -> tuple[Config, tuple[str, ...]]:
-    """The configuration for a single process in which every quantisation is seen, and what is another in it.
+def _single_process(config: Config) -> tuple[Config, tuple[str, ...]]:
+    """The configuration for a single process in which every quantisation can be observed, and the changes made.
 
-    The layout makes no difference to the maths, and the backend none but that of rounding.
+    The layout makes no difference to the maths, and the backend only one of rounding.
     """
     tree, changes = plain(config), []
     parallel = config.parallel
@@ -120,7 +121,7 @@ def _parameters(config: Config) -> int:
 
 
 def _memory_gib() -> float | None:
-    """Of the machine; None where it does not say."""
+    """Memory of the machine in GiB; None where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (ValueError, OSError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -21,25 +20,9 @@ from ..plan.pipeline import make_schedule
 from ..plan.steps import steps_from
 from ..training.build import build_executor, build_model
 from ..training.objective import dropping_of, loss_weights
+from ..training.parameter_classes import PARAMETERS, parameter_class
 from ..training.trainer import Trainer
 from .result import Deviation
-
-PARAMETERS = (
-    ("embedding", "embedding"),
-    ("head", "head"),
-    ("attention_out", "*.attention.out"),
-    ("norms", "*norm"),
-    ("attention", "*.attention.*"),
-    ("router", "*.mlp.gate"),
-    ("experts_down", "*.mlp.experts.*.w2"),
-    ("experts_up", "*.mlp.experts.*"),
-    ("shared_down", "*.mlp.shared.w2"),
-    ("shared_up", "*.mlp.shared.*"),
-    ("dense_down", "*.mlp.w2"),
-    ("dense_up", "*.mlp.*"),
-    ("mtp", "mtp.*.project"),
-)
-"""Classes of parameters and patterns of the names in each; the first that fits counts."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +197,3 @@ def compare(gradients: Gradients, reference: Gradients) -> dict[str, DeviationSu
         for into in (parameter_class(name), "all"):
             sums[into].add(gradient, reference.tensors[name])
     return {name: each for name, each in sums.items() if each.squares}
-
-
-def parameter_class(name: str) -> str:
-    """The class of the parameter with this global name."""
-    return next(found for found, pattern in PARAMETERS if fnmatchcase(name, pattern))

@@ -105,7 +105,7 @@ class Deviations(Record):
     bf16: dict[str, Deviation]
 
 
-class Moved(Record):
+class MovedShares(Record):
     """Shares of the choices of experts that FP32 does not make."""
 
     fp8: float
@@ -138,7 +138,7 @@ class Look(Record):
 
     step: int
     gradients: Deviations
-    moved: Moved
+    moved: MovedShares
     classes: dict[str, TensorClass]
     classes_for_weights: dict[str, TensorClass]
     """Operands of the product for weight gradients, which tile the other dimension."""

@@ -23,7 +23,7 @@ from ..training.non_finite import NonFiniteError
 from ..training.trainer import Trainer
 from .case import Case
 from .probe import Point, Probe, compare, moved_share
-from .result import AuditStep, Deviations, Look, MeanLoss, Moved, Record, RunStep, TensorClass, both_losses
+from .result import AuditStep, Deviations, Look, MeanLoss, MovedShares, Record, RunStep, TensorClass, both_losses
 
 T = TypeVar("T")
 Kind = TypeVar("Kind", AuditStep, Look)
@@ -127,7 +127,7 @@ class Audit:
         return Look(
             step=self.done,
             gradients=Deviations(fp8=fp8_deviations, bf16=bf16_deviations),
-            moved=Moved(fp8=moved_share(fp8.choices, fp32.choices), bf16=moved_share(bf16.choices, fp32.choices)),
+            moved=MovedShares(fp8=moved_share(fp8.choices, fp32.choices), bf16=moved_share(bf16.choices, fp32.choices)),
             classes=_classes(statistics.first),
             classes_for_weights=_classes(statistics.for_weights),
         )

@@ -1,4 +1,4 @@
-"""Which backend computes on a rank's device: NVIDIA's Transformer Engine, or PyTorch with emulated FP8."""
+"""Backend that computes on a rank's device: NVIDIA's Transformer Engine, or PyTorch with emulated FP8."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 def choose_recipe(config: Config, device: torch.device) -> Recipe:
-    """What the model's layers are told on `device`, with the backend that `precision.backend` asks for.
+    """Recipe of the model's layers on `device`, with the backend of `precision.backend`.
 
-    `auto` takes Transformer Engine on a GPU where it can do all of it, and says in the log why not elsewhere. Raises
-    UsageError where `te` cannot be had, with the version, the architecture or the key in the way.
+    `auto` takes Transformer Engine on a GPU where Transformer Engine can do everything configured; elsewhere the log
+    says why not. Raises UsageError where `te` is set and cannot be used, naming the version, architecture or key.
     """
     precision, recipe = config.precision, config.precision.make()
     if precision.backend == "emulated" or (precision.backend == "auto" and device.type == "cpu"):
@@ -49,7 +49,7 @@ def choose_recipe(config: Config, device: torch.device) -> Recipe:
 
 
 def backend_faults(config: Config) -> list[str]:
-    """What keeps `precision.backend: te` from being had, as far as it can be known before any rank has its GPU."""
+    """Reasons why `precision.backend: te` cannot be used, as far as they show before any rank has its GPU."""
     if config.precision.backend != "te":
         return []
     faults = [*_width_faults(config, HOPPER_ALIGNMENT)]
@@ -71,7 +71,7 @@ def _width_faults(config: Config, unit: int) -> Iterator[str]:
 
 
 def quantised_widths(model: ModelConfig, formats: Formats) -> dict[str, int]:
-    """The widths of the matrices that `formats` quantise, by how the configuration gives them."""
+    """Widths of the matrices that `formats` quantise, by their keys in the configuration."""
 
     def quantised(*patterns: str) -> bool:
         return any(formats.get(f"{kind}.weight") for kind in KINDS if kind.startswith(patterns))

@@ -1,4 +1,4 @@
-"""From a configuration and a place in the grid to the chunks of a rank, their optimizer and their executor."""
+"""Chunks, optimizer and executor of a rank, built from a configuration and a place in the grid."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from .schedules import links_of_run
 
 @dataclass(frozen=True)
 class Model:
-    """The chunks of this rank by stage, and who else holds what is in them.
+    """The chunks of this rank by stage, and the ranks that share their parameters.
 
     The first and the last stage on one rank share one embedding.
     """
 
     chunks: Mapping[int, Transformer]
     schedule: Schedule
-    """Any of the run's schedules, for its placement."""
+    """One of the run's schedules, for its stages, which all schedules of a run share."""
     recipe: Recipe
-    """What is quantised, and what was seen of it."""
+    """Quantised classes of tensors, and the monitor that observes them."""
     dispatcher: RoutedDispatcher
-    """Of all chunks."""
+    """Dispatcher of all chunks."""
 
     def placed(self) -> list[LocalParameter]:
         """Every parameter of this rank once: the embedding, then stage by stage."""
@@ -95,7 +95,7 @@ class Model:
                 yield name, bias, self.schedule.holders(stage)
 
     def accumulations(self, served: Mapping[int, int]) -> dict[nn.Parameter, int]:
-        """How many gradients each parameter gets in a step in which stage s serves `served[s]` micro-batches."""
+        """Number of gradients that each parameter gets in a step in which stage s serves `served[s]` micro-batches."""
         expected: dict[nn.Parameter, int] = {}
         for stage, chunk in self.chunks.items():
             depths = len(chunk.mtp)
@@ -111,7 +111,7 @@ class Model:
 
 
 def embedding_holders(schedule: Schedule, with_mtp: bool) -> tuple[int, ...]:
-    """The pipeline ranks with an embedding: those of the first stage, and with MTP those of the last."""
+    """Pipeline ranks with an embedding: the ranks of the first stage, and with MTP those of the last too."""
     last = schedule.holders(schedule.num_stages - 1) if with_mtp else ()
     return tuple(sorted({*schedule.holders(0), *last}))
 
@@ -157,12 +157,12 @@ def _build_chunk(
     stage: int,
 ) -> Transformer:
     per_rank = config.model.n_routed_experts // groups.layout.ep
-    mine = groups.coordinates.ep * per_rank
+    first_expert = groups.coordinates.ep * per_rank
     with torch.device("meta"):
         chunk = Transformer(
             config.model,
             dispatcher,
-            range(mine, mine + per_rank),
+            range(first_expert, first_expert + per_rank),
             recompute=config.memory.recompute,
             kernels=Kernels.make(config.run.compile),
             part=Part(split.layers[stage], first=stage == 0, last=stage == split.num_stages - 1),
@@ -193,7 +193,7 @@ def build_optimizer(config: Config, model: Model, groups: Groups) -> ShardedOpti
 
 
 def build_executor(config: Config, model: Model, groups: Groups, device: torch.device) -> Executor:
-    """What runs the schedule on `model`'s chunks."""
+    """The executor of `model`'s chunks."""
     batch = config.batch
     return Executor(
         model.chunks,

@@ -1,4 +1,4 @@
-"""Which dispatcher a run gets, and what its tokens look like on the way."""
+"""Dispatcher of a run, and the format of its tokens on the way."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def dispatcher_name(config: Config, layout: Layout, device_type: str = "cpu") -> str:
-    """The dispatcher that `comm.dispatcher` means in this layout, on this kind of device."""
+    """Name of the dispatcher that `comm.dispatcher` stands for in this layout, on this kind of device."""
     asked = config.comm.dispatcher
     if asked != "auto":
         return asked
@@ -40,7 +40,7 @@ def dispatcher_name(config: Config, layout: Layout, device_type: str = "cpu") ->
 
 
 def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
-    """What the run would have DeepEP carry."""
+    """The run's traffic, as DeepEP has to carry it."""
     from ..comm.deepep.library import Job
     from ..parallel.optimizer.bucket import DTYPES
 
@@ -57,7 +57,7 @@ def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
 
 
 def deepep_faults_of(config: Config, layout: Layout, device_type: str) -> list[str]:
-    """Why DeepEP cannot carry this run, each with what would work; empty if it can."""
+    """Reasons why DeepEP cannot carry this run, each with a remedy; empty if it can."""
     if layout.ep == 1:
         return ["DeepEP moves tokens between ranks, and with parallel.ep 1 none moves; comm.dispatcher flat works"]
     from ..comm.deepep.library import deepep_faults
@@ -66,7 +66,7 @@ def deepep_faults_of(config: Config, layout: Layout, device_type: str) -> list[s
 
 
 def dispatch_faults(config: Config, layout: Layout) -> list[str]:
-    """What keeps a dispatcher that was asked for from being had, as far as this process can know."""
+    """Reasons why the configured dispatcher cannot be used, as far as they show in this process."""
     if config.comm.dispatcher != "deepep":
         return []
     import torch
@@ -78,12 +78,12 @@ def dispatch_faults(config: Config, layout: Layout) -> list[str]:
 
 
 def nodes_of_experts(layout: Layout) -> int:
-    """On how many nodes the experts of a layer lie, for the rank where these are most."""
+    """Number of nodes that the experts of a layer lie on, for the rank with the most."""
     return max(len({layout.node(rank) for rank in group}) for group in layout.ep_groups())
 
 
 def describe_dispatch(config: Config, layout: Layout, device_type: str = "cpu") -> str:
-    """In words, for the header of a run."""
+    """Dispatcher, ranks and wire format in words, for the header of a run."""
     name, nodes = dispatcher_name(config, layout, device_type), nodes_of_experts(layout)
     where = f"{count(layout.ep, 'rank')} on {count(nodes, 'node')}"
     return f"{name}, {where}; tokens travel in {wire_format(config).upper()}"
@@ -102,9 +102,9 @@ def wire_format(config: Config) -> str:
 def make_dispatcher(
     config: Config, groups: Groups, recipe: Recipe, device: torch.device, nodes: Sequence[int] | None = None
 ) -> RoutedDispatcher:
-    """The dispatcher of a rank, for all its layers. Raises UsageError where it cannot be had.
+    """Make the dispatcher of a rank, for all its layers. Raises UsageError where it cannot be used here.
 
-    With `nodes`, that of a process by itself which adds up as ranks on these nodes would, see `OneProcessDispatcher`.
+    With `nodes` it is for a single process that sums as ranks on these nodes would, see `OneProcessDispatcher`.
     """
     from ..comm.flat import FlatDispatcher
     from ..comm.one_process import OneProcessDispatcher
@@ -139,14 +139,17 @@ def nodes_of_group(layout: Layout, rank: int) -> list[int]:
 
 
 def partial_sums_of(config: Config, layout: Layout) -> list[int] | None:
-    """What `make_dispatcher` is given for a single process to add up as this layout does; None if as any other."""
+    """The `nodes` of `make_dispatcher` for a single process that sums as this layout; None if all layouts sum alike."""
     if dispatcher_name(config, layout) == "flat":
         return None
     return nodes_of_group(layout, 0)
 
 
 def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> WireFormat:
-    """What travels: in FP8, what the recipe's experts make of it; a class in another format is quantised besides."""
+    """Make the wire format of the run.
+
+    In FP8 it quantises as the recipe's experts do; a class in another format is quantised again at its layer.
+    """
     from ..comm.wire import FP8Wire, PlainWire, pack_on_gpu
     from ..fp8.recipe import Quantizer
 
@@ -161,7 +164,7 @@ def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> WireF
 
 
 def routing_notes(config: Config, layout: Layout) -> tuple[str, ...]:
-    """What node-limited routing does not achieve in this layout; empty where it does or nothing crosses nodes."""
+    """Notes where the layout defeats node-limited routing; empty where it works or no token crosses nodes."""
     model, nodes = config.model, nodes_of_experts(layout)
     if nodes == 1 or not model.limits_groups:
         return ()
@@ -170,13 +173,13 @@ def routing_notes(config: Config, layout: Layout) -> tuple[str, ...]:
         return ()
     return (
         f"a token's experts can lie on {reach} of {nodes} nodes, though it is routed to {model.topk_group} groups "
-        f"(model.topk_group): {model.n_group} groups on {layout.ep} ranks of {layout.gpus_per_node} a node do not lie "
-        "on one node each",
+        f"(model.topk_group): {model.n_group} groups on {layout.ep} ranks, {layout.gpus_per_node} per node, do not "
+        "lie on one node each",
     )
 
 
 def nodes_a_token_reaches(config: Config, layout: Layout) -> int:
-    """The most nodes that the experts of one token of a node-limited router can lie on, whichever its groups."""
+    """Largest number of nodes that the experts of one token of a node-limited router can lie on."""
     model = config.model
     worst = 0
     for group in layout.ep_groups():

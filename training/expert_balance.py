@@ -1,7 +1,7 @@
-"""Keeps the ranks of an expert parallel group evenly loaded: measures, places experts anew, moves them.
+"""Balance of the load over the ranks of an expert parallel group: measured loads, new placements, moves of experts.
 
-Between two steps, every `parallel.expert_placement.every` of them. All ranks see the same loads, so all arrive at the
-same placement without a word. L MoE layers (MTP modules last), E experts.
+Experts move between two steps, every `parallel.expert_placement.every` steps. All ranks have the same loads, so all
+compute the same placement without communication. L MoE layers (MTP modules last), E experts.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertBalance:
-    """Where the experts of a run are, and the loads that decide where they will be."""
+    """Placement of the experts of a run, and the loads that decide the next placement."""
 
     def __init__(
         self, config: Config, groups: Groups, model: Model, optimizer: ShardedOptimizer, device: torch.device
     ) -> None:
-        asked, architecture = config.parallel.expert_placement, config.model
+        placing, architecture = config.parallel.expert_placement, config.model
         layers, experts = architecture.num_moe_layers, architecture.n_routed_experts
         self._groups, self._model, self._optimizer = groups, model, optimizer
         self._num_groups = architecture.n_group if architecture.limits_groups else 1
         self._num_nodes = nodes_of_a_group(groups.layout)
-        self._every = asked.every if groups.layout.ep > 1 and layers else None
-        self._gain, self._replicas = asked.gain, asked.evaluation_replicas
-        self._window = asked.every or config.checkpoint.every  # steps that loads are summed over
+        self._every = placing.every if groups.layout.ep > 1 and layers else None
+        self._gain, self._replicas = placing.gain, placing.evaluation_replicas
+        self._window = placing.every or config.checkpoint.every  # steps that loads are summed over
         self._loads = torch.zeros(layers, experts, dtype=torch.int64, device=device)
         self._steps = 0
         self.placements: list[Placement] = [contiguous(experts)] * layers
-        """The expert at each place, a layer."""
+        """Expert at each place, per layer."""
 
     @property
     def rank_of_expert(self) -> Tensor:
@@ -64,7 +64,7 @@ class ExpertBalance:
         return torch.div(places.view(self._loads.shape), each, rounding_mode="floor")
 
     def measure(self, counts: Tensor, step: int) -> None:
-        """Take in the tokens `[L, E]` that each expert was sent in step `step`, by all ranks together."""
+        """Add the tokens `[L, E]` that all ranks sent to each expert in step `step`."""
         if (step - 1) % self._window == 0:
             self._loads.zero_()
             self._steps = 0
@@ -72,9 +72,9 @@ class ExpertBalance:
         self._steps += 1
 
     def rebalance(self, step: int) -> None:
-        """Before the gradients of the step after `step`: move experts, if it is time and if it helps.
+        """Move experts before the gradients of the step after `step`, if it is time and if it helps.
 
-        Not at the end of `step`, so that what a checkpoint of it holds is what its gradients and evaluations had.
+        At the end of `step` would be too early: a checkpoint of `step` holds the placement of its gradients.
         """
         if self._every is None or not step or step % self._every:
             return
@@ -100,7 +100,7 @@ class ExpertBalance:
 
     @contextmanager
     def for_evaluation(self) -> Iterator[None]:
-        """Within it experts have the replicas that `evaluation_replicas` asks for, by the loads measured so far."""
+        """Give experts the replicas of `evaluation_replicas`, by the loads measured so far, inside the context."""
         if self._replicas is None:
             yield
             return
@@ -115,7 +115,7 @@ class ExpertBalance:
             yield
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint's progress says of loads and placement."""
+        """Loads and placement, for a checkpoint's progress record."""
         loads = {"steps": self._steps, "tokens": self._loads.tolist()}
         if all(placement == contiguous(len(placement)) for placement in self.placements):
             return {LOADS: loads}
@@ -127,9 +127,9 @@ class ExpertBalance:
         return {LOADS: loads, PLACEMENT: placement}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's progress; called before its tensors are read, which experts' names then fit.
+        """Continue from a checkpoint's progress record. Called before its tensors are read, so that experts' names fit.
 
-        A placement is for one number of ranks and nodes: in another layout the experts are in their order again.
+        A placement is for one number of ranks and nodes: in another layout experts are in their order again.
         """
         loads = progress.get(LOADS, {"steps": 0, "tokens": self._loads.new_zeros(self._loads.shape).tolist()})
         self._steps = loads["steps"]
@@ -152,7 +152,7 @@ class ExpertBalance:
         self._apply(placements, move=False)
 
     def _apply(self, placements: list[Placement], move: bool) -> int:
-        """Make `placements` the present ones; returns the bytes that all ranks sent, if weights and state `move`."""
+        """Apply `placements`; returns the bytes that all ranks sent, where weights and optimizer state `move`."""
         group, sent = self._groups.ep, 0
         for number, layer in self._model.mixtures():
             before, after = self.placements[number], placements[number]
@@ -177,7 +177,7 @@ class ExpertBalance:
 
 
 def _over_the_mean(loads: list[list[int]], placements: list[Placement], ranks: int) -> list[float]:
-    """How even each layer is: the load of its busiest rank over the mean."""
+    """Load of the busiest rank over the mean, per layer."""
     return [imbalance(loads_of_ranks(layer, at, ranks)) for layer, at in zip(loads, placements, strict=True)]
 
 

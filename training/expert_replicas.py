@@ -1,4 +1,4 @@
-"""Experts held several times for a while: as inference engines do it, on the weights of a training run."""
+"""Replicas of experts for a while, as inference engines have them, on the weights of a training run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def replicated(
     groups: Groups,
     dispatcher: RoutedDispatcher,
 ) -> Iterator[None]:
-    """Within it `layer` holds expert `replicas[p]` at place p of `[P]`, in copies of its weights; there is no backward.
+    """Let `layer` hold a copy of expert `replicas[p]` at place p of `[P]` inside the context. There is no backward.
 
-    Every rank of an expert parallel group enters it. Each expert's tokens take its replicas in turn, and travel by one
-    all-to-all on the wire of `dispatcher`. P / ep copies of an expert's weights a rank come on top of its parameters.
+    Every rank of an expert parallel group enters the context. Each expert's tokens take its replicas in turn, and
+    travel by one all-to-all on the wire of `dispatcher`. A rank holds P / ep copies besides its parameters.
     """
     rank, ranks = groups.ep.rank(), groups.ep.size()
     experts, own_dispatcher = layer.experts, layer.dispatcher
@@ -45,7 +45,7 @@ def replicated(
 
 
 def _copied(linear: GroupedLinear, present: Placement, replicas: Sequence[int], groups: Groups) -> GroupedLinear:
-    """The same layer with the weights of other experts."""
+    """A copy of the layer with the weights of other experts."""
     weight = copy_experts(linear.weight, present, replicas, groups.ep, groups.meter)
     num, out_features, in_features = weight.shape
     with torch.device("meta"):  # its own weight is never allocated

@@ -1,7 +1,7 @@
-"""Times the parts that pipeline stages are made of, on this machine at a configuration's widths.
+"""Times of the parts of pipeline stages, on this machine at a configuration's widths.
 
-One process stands for one rank: it holds the experts that a rank holds and computes on the rows that an even router
-sends it. No tokens travel.
+One process stands for one rank: it holds as many experts as a rank, and computes on as many rows as an even router
+sends to a rank. No tokens travel.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .backend import choose_recipe
 
 ROUNDS = 5
 ENOUGH_SECONDS = 20.0
-"""After so long no further round begins."""
+"""Seconds after which no further round begins."""
 
 Part = Callable[[], None]
-"""Runs one part forward and backward."""
+"""Function that runs one part forward and backward."""
 
 
 def measure_parts(config: Config, device: torch.device) -> str:
-    """`parallel.stage_costs` as YAML that a config can take in: milliseconds a micro-batch, forward and backward.
+    """Measure `parallel.stage_costs`, as YAML for a config: milliseconds per micro-batch, forward and backward.
 
     The parts run in turn, so that a slow moment of the machine meets all of them. Raises UsageError where the parts do
-    not fit this machine's memory.
+    not fit into the memory of `device`.
     """
     _refuse_too_large(config, device)
     batch = config.batch
@@ -76,7 +76,7 @@ def _as_yaml(config: Config, ms: dict[str, float], device: torch.device, times: 
 
 
 def _time(part: Part, device: torch.device) -> float:
-    """Seconds of one run."""
+    """Seconds that one run of a part takes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -147,16 +147,16 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
 
 
 class NoTravel:
-    """Counts that need not travel."""
+    """Counts that are complete without travel."""
 
     def complete(self) -> None:
-        """They are here."""
+        """Return at once."""
 
 
 class EvenShare:
-    """The rows that one rank of an expert parallel group gets from an even router, taken from its own tokens.
+    """Dispatcher that gives a rank as many rows as an even router sends it, taken from the rank's own tokens.
 
-    T tokens with K experts each make T K rows on every rank; row r is token r mod T's and the experts' rows follow each
+    T tokens with K experts each make T K rows on every rank. Row r is of token r mod T. The experts' rows follow each
     other in equal numbers.
     """
 
@@ -188,7 +188,10 @@ class EvenShare:
 
 
 def _refuse_too_large(config: Config, device: torch.device) -> None:
-    """Weights with their gradients, and the activations of the largest layer with theirs."""
+    """Raise UsageError where the parts need more memory than is free.
+
+    They need weights and the activations of the largest layer, each with gradients.
+    """
     model, counts, batch = config.model, count_parameters(config.model), config.batch
     width = DTYPES[config.precision.format].itemsize
     idle = (1 - 1 / config.parallel.ep) * counts.routed_experts * counts.expert
@@ -196,19 +199,19 @@ def _refuse_too_large(config: Config, device: torch.device) -> None:
     tokens = batch.micro_sequences * batch.sequence_length
     heads = model.num_attention_heads * (3 * model.qk_head_dim + 2 * model.v_head_dim)
     rows = model.num_experts_per_tok * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
-    a_token = 12 * model.hidden_size + heads + max(rows, 3 * model.intermediate_size)
-    needed = 2 * (weights * width + tokens * a_token * width) + 2 * counts.head * 4 + LOGITS_BYTES
+    per_token = 12 * model.hidden_size + heads + max(rows, 3 * model.intermediate_size)
+    needed = 2 * (weights * width + tokens * per_token * width) + 2 * counts.head * 4 + LOGITS_BYTES
     free = _free_memory(device)
     if free is not None and needed > free:
         raise UsageError(
             f"measuring this model's layers takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free "
-            f"on {device.type}: set a larger parallel.ep (fewer experts a rank), or a smaller batch.micro_sequences or "
-            "batch.sequence_length"
+            f"on {device.type}: set a larger parallel.ep (fewer experts per rank), or a smaller batch.micro_sequences "
+            "or batch.sequence_length"
         )
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had; None where the system does not say."""
+    """Free bytes; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

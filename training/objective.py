@@ -1,4 +1,4 @@
-"""What a step asks of the routers: weights of their losses, and which tokens they may drop."""
+"""Objective of a step: weights of its losses, and the tokens that routers may drop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..seeds import seed_of
 
 
 def loss_weights(config: Config, before: Progress, sequences: int) -> Weights:
-    """What makes means over a global batch of `sequences` of the sums that micro-batches give, times their weights."""
+    """Weights that turn the sums of micro-batches into weighted means over a global batch of `sequences`."""
     balance, tokens = config.balance, sequences * config.batch.sequence_length
     depth = max(1, config.model.num_nextn_predict_layers)
     return Weights(
@@ -26,9 +26,9 @@ def loss_weights(config: Config, before: Progress, sequences: int) -> Weights:
 
 
 def dropping_of(config: Config, batch: Batch, device: torch.device | str = "cpu") -> Dropping | None:
-    """Which tokens of a training micro-batch may be dropped; None where `balance.capacity_factor` drops none.
+    """Rule that drops tokens of a training micro-batch; None where `balance.capacity_factor` drops none.
 
-    A sequence is exempt by its number in the run alone, so by the same choice in every layout and after every resume.
+    A sequence is exempt by its number in the run alone, so equally in every layout and after every resume.
     """
     balance = config.balance
     if balance.capacity_factor is None:
@@ -38,5 +38,5 @@ def dropping_of(config: Config, batch: Batch, device: torch.device | str = "cpu"
 
 
 def is_exempt(seed: int, number: int, share: float) -> bool:
-    """Whether training sequence `number` is one of the `share` of which no token is dropped."""
+    """Whether training sequence `number` is among the `share` that loses no token."""
     return seed_of("exempt from token dropping", seed, number) < share * 2**63

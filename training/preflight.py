@@ -1,6 +1,6 @@
-"""What can be known to fail before a process is started or a file is written.
+"""Checks of a run before a process is started or a file is written.
 
-Each check raises UsageError with the numbers that clash and what would work; all that fail are reported together.
+Each check raises UsageError with the numbers that clash and with a remedy; all failures are reported together.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .schedules import distinct_forms, sizes_of_run
 T = TypeVar("T")
 
 MUCH_BUBBLE = 0.2
-"""Share of a step that pipeline ranks may be idle before the user is told."""
+"""Share of a step that pipeline ranks may be idle without a note."""
 
 MORE_BUBBLE = 0.05
-"""How much more of it they may be idle at the start of a ramp than at the full batch."""
+"""Share that they may be idle without a note at the start of a ramp, above that of the full batch."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run that can start: its layout, its folder and the checkpoint it goes on from.
+    """A run that can start: its layout, its folder and the checkpoint that it continues from.
 
-    `notes` are sentences for the user on what will work, but not as well as it could.
+    `notes` are sentences for the user on settings that work less well than others would.
     """
 
     config: Config
@@ -114,15 +114,12 @@ def _layout(config: Config, world_size: int, ranks_per_node: int) -> Layout:
     try:
         return Layout.resolve(world_size, asked.pp, asked.ep, asked.dp, per_node)
     except UsageError as error:
-        # Who forgot --nproc has one process, and is told of it.
+        # With one process the usual mistake is a missing --nproc, so mention it.
         raise UsageError(f"{error} (--nproc N starts N ranks)" if world_size == 1 else str(error)) from None
 
 
 def _schedule_faults(config: Config, layout: Layout) -> list[str]:
-    """Numbers of micro-batches, from those of the whole run, that the schedule cannot serve.
-
-    Of a ramp's many numbers those with a form of their own are tried.
-    """
+    """Numbers of micro-batches of the run that the schedule cannot serve, among those of `distinct_forms`."""
     counts = {config.batch.microbatches(size, layout.dp): size for size in sizes_of_run(config)}
     parallel, ends = config.parallel, (min(counts), max(counts))
     for count in distinct_forms(counts, layout.pp):
@@ -137,7 +134,7 @@ def _schedule_faults(config: Config, layout: Layout) -> list[str]:
 
 
 def bubble_notes(config: Config, layout: Layout) -> tuple[str, ...]:
-    """What too few micro-batches for the pipeline cost, simulated with predicted costs; empty where it is little."""
+    """Notes on the idle time from few micro-batches, simulated with predicted costs; empty where it is short."""
     sizes = sizes_of_run(config)
     fewest, most = (config.batch.microbatches(size, layout.dp) for size in (sizes[0], sizes[-1]))
     costs = stage_costs(config, make_split(config))
@@ -157,7 +154,7 @@ def bubble_notes(config: Config, layout: Layout) -> tuple[str, ...]:
 
 
 def placement_notes(config: Config, layout: Layout) -> tuple[str, ...]:
-    """What moving experts cannot do in this layout."""
+    """Notes on the limits of moving experts in this layout."""
     every = config.parallel.expert_placement.every
     if every is None:
         return ()
@@ -172,7 +169,7 @@ def placement_notes(config: Config, layout: Layout) -> tuple[str, ...]:
 
 
 def _folder_faults(run_dir: Path) -> list[str]:
-    """A run folder that could not be made or written to."""
+    """Reasons why the run folder cannot be made or written to."""
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
         return [f"run.dir cannot hold this run: {existing} is a file"]

@@ -40,7 +40,7 @@ def run_training(plan: RunPlan, groups: Groups, device: torch.device) -> None:
             logger.warning("the text is not the one this run was started on: losses will not continue exactly")
     with ExitStack() as stack:
         stack.callback(trainer.close)
-        watch = stack.enter_context(_Watch(plan, groups, peak)) if groups.rank == 0 else None
+        recorder = stack.enter_context(_Recorder(plan, groups, peak)) if groups.rank == 0 else None
         metrics: StepMetrics | None = None
         while trainer.progress.step < plan.total_steps:
             timed = config.parallel.pp > 1 and trainer.progress.step + 1 == config.log.trace_step
@@ -50,10 +50,10 @@ def run_training(plan: RunPlan, groups: Groups, device: torch.device) -> None:
             step, last = metrics.step, metrics.step == plan.total_steps
             if last or step % config.train.evaluate_every == 0:
                 metrics = metrics.model_copy(update=trainer.validate())
-            if watch is not None:
-                watch.step(metrics)
+            if recorder is not None:
+                recorder.step(metrics)
                 if trace is not None:
-                    watch.trace(trace, plan.run_dir / "traces" / f"step-{step}.html", metrics)
+                    recorder.trace(trace, plan.run_dir / "traces" / f"step-{step}.html", metrics)
             if last or step % config.checkpoint.every == 0:
                 path = trainer.save(plan.run_dir / "checkpoints")
                 logger.info("checkpoint %s written", path)
@@ -61,7 +61,7 @@ def run_training(plan: RunPlan, groups: Groups, device: torch.device) -> None:
 
 
 def summarise(plan: RunPlan) -> RunSummary:
-    """The result of a finished run, from what it recorded."""
+    """The result of a finished run, from its records."""
     steps = list(read_metrics(plan.run_dir)) if (plan.run_dir / METRICS_FILE).exists() else []
     if not steps:
         raise UsageError(f"{plan.run_dir} has a checkpoint but no {METRICS_FILE}: start again with --fresh")
@@ -79,8 +79,8 @@ def summarise(plan: RunPlan) -> RunSummary:
     )
 
 
-class _Watch(ExitStack):
-    """What rank 0 shows and writes."""
+class _Recorder(ExitStack):
+    """Display and metrics files of a run, on rank 0."""
 
     def __init__(self, plan: RunPlan, groups: Groups, peak: Peak) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class _Watch(ExitStack):
 
 
 def _peak(config: Config, device: torch.device) -> Peak:
-    """The peak MFU is measured against. All ranks of a node measure at the same time, because they share its cores."""
+    """Peak that MFU refers to. All ranks of a node measure at the same time, because they share its cores."""
     if config.log.peak_tflops == "auto":
         return peak_tflops(device, DTYPES[config.precision.format])
     return Peak(config.log.peak_tflops, "set by log.peak_tflops")

@@ -1,4 +1,4 @@
-"""The folder of a run: made, gone on with, or moved aside."""
+"""Folder of a run: made, continued, or moved aside."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def move_aside(run_dir: Path) -> Path | None:
 def locked(run_dir: Path, patience: float = 5.0) -> Iterator[None]:
     """Keep other processes from training into `run_dir`; for one rank of a run, as long as it trains.
 
-    The lock lies beside the folder, which may be moved aside, and goes with its process, however that ends.
-    A run that was just killed may take a moment to go: the lock is waited for `patience` seconds.
-    Raises UsageError if another run holds it.
+    The lock file lies beside the folder, which may be moved aside. The lock ends with its process, however that ends.
+    A run that was just killed may take a moment to end, so this waits `patience` seconds. Raises UsageError if another
+    run holds the lock.
     """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with run_dir.with_name(f".{run_dir.name}.lock").open("w") as lock:
@@ -55,7 +55,7 @@ def locked(run_dir: Path, patience: float = 5.0) -> Iterator[None]:
 
 
 def write_config(run_dir: Path, config: Config) -> list[str]:
-    """Write `config.yaml`, fully resolved; returns what differs from the one an earlier start of this run wrote."""
+    """Write `config.yaml`, fully resolved; returns the values that an earlier start of this run had otherwise."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,7 +66,7 @@ def write_config(run_dir: Path, config: Config) -> list[str]:
         defaults = plain(Config(train=TrainConfig(steps=1)))
         found = differences(yaml.safe_load(path.read_text()), plain(config), defaults)
         changes = [f"{key} {before} -> {now}" for key, (before, now) in found.items()]
-    aside = path.with_suffix(".yaml.part")
-    aside.write_text(to_yaml(config))
-    aside.replace(path)
+    partial = path.with_suffix(".yaml.part")
+    partial.write_text(to_yaml(config))
+    partial.replace(path)
     return changes

@@ -83,10 +83,10 @@ class Trainer:
         self._programs: dict[tuple[int, bool], tuple[Schedule, Program]] = {}
         self._flops = flops_per_token(config.model, config.batch.sequence_length)
 
-    def step(self, timed: Callable[[PipelineRun], None] | None = None) -> StepMetrics:
+    def step(self, trace: Callable[[PipelineRun], None] | None = None) -> StepMetrics:
         """Train on the next global batch. Raises NonFiniteError, before any weight moves, if a number is not finite.
 
-        `timed` is given the pipeline's run: a GPU then finishes each action before the next, so that spans are true.
+        `trace` is given the pipeline's run: a GPU then finishes each action before the next, so that spans are true.
         """
         started = time.perf_counter()
         config, before = self.config, self.progress
@@ -96,22 +96,22 @@ class Trainer:
         speed = config.balance.bias_update_speed.at(before.tokens) if config.model.has_router_bias else 0.0
         weights = loss_weights(config, before, sequences)
 
-        if timed is not None:
+        if trace is not None:
             self.optimizer.finish_gathers()  # so that the times are the pipeline's alone
-        run = self.forward_backward(micro_batches, weights, timed=timed is not None)
+        run = self.forward_backward(micro_batches, weights, timed=trace is not None)
         totals = self._totals(run.outputs)
         norm = self.optimizer.reduce_gradients()
         if not math.isfinite(norm) or not bool(totals.losses.isfinite().all()):  # equal on all ranks: all stop
-            again = partial(self._gradients, micro_batches, weights)
-            raise explain_non_finite(before.step + 1, self.model, self.groups, again)
+            run_again = partial(self._gradients, micro_batches, weights)
+            raise explain_non_finite(before.step + 1, self.model, self.groups, run_again)
         self.optimizer.step(lr, norm, blocking=not config.optim.overlap_gather)
         for layer, router in self.model.routers():
             if router.bias is not None:
                 update_bias(router.bias, totals.counts[layer], speed)
         self.experts.measure(totals.counts, before.step + 1)
         self.progress = before.advanced(sequences, config.batch.sequence_length)
-        if timed is not None:
-            timed(run)
+        if trace is not None:
+            trace(run)
         return self._metrics(before, totals, norm, lr, speed, started)
 
     def forward_backward(
@@ -138,7 +138,7 @@ class Trainer:
         return self.optimizer.gradients()
 
     def validate(self) -> dict[str, float]:
-        """`validation_loss`, and `validation_loss_ema` of the averaged weights where there are any."""
+        """`validation_loss`, and `validation_loss_ema` of the averaged weights if there are any."""
         losses = {"validation_loss": self.evaluate()}
         if self.optimizer.ema is not None and self.config.train.evaluate_ema:
             with self.optimizer.averaged():
@@ -146,7 +146,7 @@ class Trainer:
         return losses
 
     def evaluate(self) -> float:
-        """Mean next-token loss, in nats a token, over the held-out sequences."""
+        """Mean next-token loss over the held-out sequences, in nats per token."""
         self.optimizer.finish_gathers()
         for chunk in self.model.chunks.values():
             chunk.eval()
@@ -171,7 +171,7 @@ class Trainer:
         return float(sums[0] / sums[1])
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint of this point into `folder`; every rank calls it."""
+        """Write a checkpoint of this point into `folder`. Every rank calls it."""
         optimizer = self.optimizer
         record = {**vars(self.progress), "optimizer_steps": optimizer.steps, "data_digest": self.data.digest}
         record |= self.experts.record()
@@ -188,7 +188,7 @@ class Trainer:
         )
 
     def restore(self, path: Path) -> dict[str, Any]:
-        """Go on from checkpoint `path`, whatever layout wrote it; returns its progress record."""
+        """Continue from checkpoint `path`, whatever layout wrote it; returns its progress record."""
         model = self.config.model.model_dump(mode="json")
         manifest = read_manifest(path)
         check_same_model(manifest, model, path)
@@ -208,7 +208,7 @@ class Trainer:
             self._loader = None
 
     def _restore_average(self, updates: int | None, path: Path) -> None:
-        """Go on with the average of a checkpoint, which has seen `updates` steps; None where it has no average."""
+        """Continue with the average of a checkpoint after `updates` steps of it; None where it has no average."""
         ema = self.optimizer.ema
         if ema is None:
             if updates is not None:
@@ -238,20 +238,20 @@ class Trainer:
             if not training:
                 schedule = forward_only(schedule)
             program = Program.of(schedule, self.groups.coordinates.pp, training)
-            # A ramp passes through many sizes of the batch, and none comes back.
+            # A ramp passes through many sizes of the batch once, so only the last one is kept.
             self._programs = {key: kept for key, kept in self._programs.items() if key[1] != training}
             self._programs[num_microbatches, training] = schedule, program
         return self._programs[num_microbatches, training]
 
     def _on_device(self, batch: Batch, weights: Weights | None = None) -> MicroBatch:
-        """To train on with `weights`, or without them to evaluate: then no MTP module runs and no token is dropped."""
+        """Micro-batch to train on with `weights`, or to evaluate without: no MTP module runs, no token is dropped."""
         tokens, valid = batch.tokens.to(self.device), batch.valid.to(self.device)
         if weights is None:
             return MicroBatch(tokens, valid, mtp=False)
         return MicroBatch(tokens, valid, weights, dropping=dropping_of(self.config, batch, self.device))
 
     def _state(self) -> dict[str, DTensor]:
-        """Everything a checkpoint holds; filling these tensors changes this trainer."""
+        """All tensors of a checkpoint; filling them changes this trainer."""
         biases = {
             f"weights.{name}": DTensor.from_local(
                 bias, self.groups.replicas("dp", holders), [Replicate()], run_check=False

@@ -21,7 +21,7 @@ import torch
 
 from counterflow.audit.attribution import attribute
 from counterflow.audit.case import Case, make_case
-from counterflow.audit.probe import Gradients, Point, Probe, compare, moved_share, parameter_class
+from counterflow.audit.probe import Gradients, Point, Probe, compare, moved_share
 from counterflow.audit.result import AuditStep, Look, Result, mean_loss, most_hurt
 from counterflow.audit.run import Audit, audit_of
 from counterflow.configs.load import load_config
@@ -32,6 +32,7 @@ from counterflow.launcher.bootstrap import bootstrap
 from counterflow.launcher.environment import WorkerEnvironment
 from counterflow.parallel.layout import Layout
 from counterflow.training.build import make_groups
+from counterflow.training.parameter_classes import parameter_class
 from counterflow.training.trainer import Trainer
 
 UNUSED = Path("unused")
@@ -101,7 +102,7 @@ def trained(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def audited(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command prints with --json for a few steps and classes, the text of its page, and its folder."""
+    """Result that the command prints with --json for a few steps and classes, its page, and its folder."""
     folder = tmp_path_factory.mktemp("audited")
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -143,7 +144,7 @@ def test_losses_stay_together_over_60_steps_and_fall_below_the_unigram_entropy(t
 
 
 def test_each_run_is_the_one_that_train_makes(trained: dict[str, Any], small: Path) -> None:
-    """Two at a time on two threads, each is bit for bit what it is alone."""
+    """Runs on two threads at a time equal runs on one, bit for bit."""
     with bootstrap(WorkerEnvironment(), "cpu") as process:
         for recipe in ("fp8", "bf16"):
             case = make_case(load_config(str(small)), None, None, "bf16", None, UNUSED)
@@ -160,13 +161,13 @@ def test_gradients_are_those_of_the_next_step(small: Path, tmp_path: Path) -> No
         trainer = made.trainers["fp8"]
         point = Point.of(trainer)
         probe = Probe(made.case.config, made.groups, made.device)
-        found, again = probe.gradients(point), probe.gradients(point, Statistics())
+        found, observed = probe.gradients(point), probe.gradients(point, Statistics())
         trainer.step()
         expected = {name: tensor.to_local() for name, tensor in trainer.optimizer.reduced_gradients().items()}
     assert found.tensors.keys() == expected.keys()
     for name, gradient in found.tensors.items():
         assert torch.equal(gradient, expected[name].view_as(gradient)), name
-        assert torch.equal(gradient, again.tensors[name]), name  # being watched changes nothing
+        assert torch.equal(gradient, observed.tensors[name]), name  # an observer changes nothing
 
 
 def test_an_audit_that_was_stopped_goes_on_as_if_it_had_not_been(small: Path, tmp_path: Path) -> None:
@@ -187,9 +188,9 @@ def test_an_audit_that_was_stopped_goes_on_as_if_it_had_not_been(small: Path, tm
 
 
 def test_difference_is_the_relative_norm_and_the_cosine() -> None:
-    ours = {"head": torch.tensor([[3.0, 4.0]]), "layers.0.mlp.w2": torch.tensor([[1.0]])}
+    own = {"head": torch.tensor([[3.0, 4.0]]), "layers.0.mlp.w2": torch.tensor([[1.0]])}
     exact = {"head": torch.tensor([[3.0, 3.0]]), "layers.0.mlp.w2": torch.tensor([[-1.0]])}
-    found = compare(Gradients(ours, {}), Gradients(exact, {}))
+    found = compare(Gradients(own, {}), Gradients(exact, {}))
     assert list(found) == ["head", "dense_down", "all"]
     assert found["head"].error == pytest.approx(1 / 18**0.5)
     assert found["head"].cosine == pytest.approx(21 / (5 * 18**0.5))
@@ -230,7 +231,7 @@ def test_a_look_compares_with_fp32(trained: dict[str, Any]) -> None:
 
 
 def test_attribution_adds_up(audited: dict[str, Any]) -> None:
-    """Roundings are independent of each other: squared errors of the roles add up to that of all, about."""
+    """Squared errors of the roles add up to that of all, about, because roundings are independent of each other."""
     found = audited["result"]["attribution"]
     roles = [found["entries"][f"*.{role}"]["alone"]["all"] for role in ("input", "weight", "gradient", "cache")]
     assert sum(error**2 for error in roles) ** 0.5 == pytest.approx(found["together"]["all"], rel=0.3)
@@ -241,8 +242,10 @@ def test_attribution_adds_up(audited: dict[str, Any]) -> None:
 
 
 def test_attribution_names_the_class_that_was_made_bad(trained: dict[str, Any], small: Path) -> None:
-    """Of the inputs of feed-forward layers, those of the experts' down projection in E5M2, which rounds twice as
-    coarsely as E4M3. (What enters attention spreads further than what enters an expert, in whatever format.)"""
+    """The class made bad: inputs of the experts' down projection in E5M2, which rounds twice as coarsely as E4M3.
+
+    Only inputs of feed-forward layers take part: inputs of attention spread further, in whatever format.
+    """
     bad = 'precision.classes={"experts_down.input": {format: e5m2}}'
     inputs = frozenset(f"{kind}.input" for kind in KINDS if kind.endswith(("_up", "_down")))
     found = {}
@@ -276,8 +279,10 @@ def test_with_the_same_routing_bf16_is_nearer_to_fp32_than_fp8_in_every_class(
 
 
 def test_square_tiles_for_gradients_are_worse(trained: dict[str, Any], small: Path) -> None:
-    """V3's negative result (appendix B.2) on the weights after 60 steps: more of the gradients is lost in tiles of
-    128 x 128, where tokens share a scale, and small tokens lose the most."""
+    """V3's negative result (appendix B.2) on the weights after 60 steps.
+
+    Gradients lose more in tiles of 128 x 128, where tokens share a scale, and small tokens lose the most.
+    """
     seen = {}
     with opened(trained, small) as made:
         point = Point.of(made.trainers["fp8"])

@@ -90,7 +90,7 @@ def test_each_loss_reaches_what_it_should(alone: dict[str, dict[str, Tensor]]) -
 
 def _ones(worker: Worker, config: Config, ep: int) -> float:
     trainer = make_trainer(config, worker.world_size, ep)
-    trainer.optimizer.zero_gradients()
+    trainer.optimizer.begin_step()
     layout = trainer.groups.layout
     for name, parameter in trainer.model.parameters():
         copies = layout.edp if ".experts." in name else layout.dp

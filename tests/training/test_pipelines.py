@@ -145,7 +145,7 @@ def test_copies_of_a_parameter_are_bit_equal_at_the_end(runs: PipelineRuns, case
 def _ones(worker: Worker, config: Config, ep: int) -> tuple[float, int, int]:
     """Norm of the whole model's gradients, all of them one; elements of state and of parameters on this rank."""
     trainer = make_trainer(config, worker.world_size, ep)
-    trainer.optimizer.zero_gradients()
+    trainer.optimizer.begin_step()
     layout = trainer.groups.layout
     copies = {
         id(item.parameter): len(item.holders) * (layout.edp if item.replicas == "edp" else layout.dp)

@@ -96,8 +96,8 @@ def _check_pipeline(config: Config, shrunk: Shrunk) -> None:
     whole = pipeline_of(config, config.parallel.pp).schedule(3 * config.parallel.pp)
     assert whole is not None
     assert schedule.name == whole.name
-    here, yours = Structure.of(schedule), Structure.of(whole)
-    assert (here.forms, here.stages_per_rank) == (yours.forms, yours.stages_per_rank)
+    here, configured = Structure.of(schedule), Structure.of(whole)
+    assert (here.forms, here.stages_per_rank) == (configured.forms, configured.stages_per_rank)
     assert make_split(small).num_stages == schedule.num_stages
     assert 0 < model.first_k_dense_replace < model.num_hidden_layers
     assert model.num_experts_per_tok < model.n_routed_experts // model.n_group * model.topk_group
@@ -153,7 +153,7 @@ def test_initial_weights_keep_the_spread_of_what_they_make() -> None:
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_configs_shrink_and_leave_a_single_process_the_same_model(name: str) -> None:
     shrunk = shrink(loaded(name))
-    alone = shrunk.alone()
+    alone = shrunk.single_process()
     assert alone.model == shrunk.config.model and alone.batch == shrunk.config.batch
     assert (alone.parallel.pp, alone.parallel.ep, alone.parallel.dp) == (1, 1, 1)
     assert {change.key for change in shrunk.changes} >= {"model.hidden_size", "batch.sequence_length"}

@@ -25,14 +25,14 @@ from counterflow.training import trainer as trainer_module
 from counterflow.training.build import Model, make_groups
 from counterflow.training.trainer import Trainer
 from counterflow.verify import check as verify_check
-from counterflow.verify.check import Attempt, Moved, Outcome, verify_ranks
-from counterflow.verify.compare import BF16_REDUCE, TOLERANCES, Difference, moved_choices, parameter_class
+from counterflow.verify.check import Attempt, MovedChoices, Outcome, verify_ranks
+from counterflow.verify.compare import BF16_REDUCE, TOLERANCES, Difference, moved_choices, parameter_kind
 from counterflow.verify.report import body, heading, to_json
-from counterflow.verify.run import Choices, Seen, Step
+from counterflow.verify.run import ChoiceGaps, RankStep, ReferenceStep
 from counterflow.verify.shrink import Shrunk, shrink
 
 Plant = Callable[[Groups], None]
-"""Puts a fault on some of the ranks."""
+"""Function that plants a fault on some of the ranks."""
 PIPELINE = ("parallel.pp=2", "parallel.ep=2", "parallel.dp=2", "model.num_hidden_layers=2")
 
 
@@ -42,7 +42,7 @@ def small(*overrides: str, nproc: int | None = None, steps: int = 2) -> tuple[Co
 
 
 def verified(worker: Worker, shrunk: Shrunk, plant: Plant | None = None) -> list[Outcome]:
-    """For `pool.run`: verify, with a fault on those ranks and in those trainers where `plant` puts one."""
+    """Verify on one rank of the pool, with the faults that `plant` puts on ranks and in trainers."""
     groups = make_groups(shrunk.config, shrunk.layout, "cpu")
     before = ShardedOptimizer._accumulate, Trainer.step, trainer_module.update_bias, Model._holders
     try:
@@ -91,7 +91,7 @@ def test_v2s_router_with_its_losses_and_drops_agrees(pool: Pool) -> None:
 
 
 def _scaled_mirror(groups: Groups) -> None:
-    """The gradients that pipeline rank 1 has of a tensor of the second layer are too large, before they are summed."""
+    """Enlarge the gradients of one tensor of the second layer on pipeline rank 1, before they are summed."""
     accumulate = ShardedOptimizer._accumulate
 
     def planted(self: ShardedOptimizer, parameter: torch.Tensor, bucket: int, slot: int) -> None:
@@ -105,7 +105,7 @@ def _scaled_mirror(groups: Groups) -> None:
 
 
 def _mtp_counted_twice(groups: Groups) -> None:
-    """Every pipeline rank adds its MTP loss's weight."""
+    """Let every pipeline rank add its MTP loss's weight."""
     forward_backward = Trainer.forward_backward
     step = Trainer.step
 
@@ -122,7 +122,7 @@ def _mtp_counted_twice(groups: Groups) -> None:
 
 
 def _local_counts(groups: Groups) -> None:
-    """A rank moves its biases by its own idea of the load."""
+    """Let a rank move its biases by its own part of the load."""
     update = trainer_module.update_bias
 
     def planted(bias: torch.Tensor, counts: torch.Tensor, speed: float) -> None:
@@ -132,7 +132,7 @@ def _local_counts(groups: Groups) -> None:
 
 
 def _experts_over_one_stage(groups: Groups) -> None:
-    """The mirrored copies of a stage sum the gradients of their experts each by itself: a group too small."""
+    """Let each mirrored copy of a stage sum the gradients of its experts alone: the group is too small."""
     holders = Model._holders
 
     def planted(self: Model, name: str, stage: int) -> tuple[int, ...]:
@@ -144,7 +144,7 @@ def _experts_over_one_stage(groups: Groups) -> None:
 
 
 def _stale_copy(groups: Groups) -> None:
-    """Rank 3 keeps a router of before the step."""
+    """Let rank 3 keep a router's weights from before the step."""
     step = Trainer.step
 
     def planted(self: Trainer) -> Any:
@@ -199,13 +199,13 @@ def test_the_size_of_a_departure_is_stated(outcome_of: Callable[[Plant], Outcome
     assert 1e-4 < first.error < 1e-3 and first.error == first.largest / first.scale
 
 
-def _counted(rank: int, counts: list[list[int]]) -> Seen:
-    return Seen(rank, {}, {}, {}, {}, {}, torch.tensor(counts))
+def _counted(rank: int, counts: list[list[int]]) -> RankStep:
+    return RankStep(rank, {}, {}, {}, {}, {}, torch.tensor(counts))
 
 
 def test_moved_choices_are_those_of_the_first_layer_that_differs() -> None:
     gaps = {1: [torch.tensor([[1.0, 1e-7], [1e-6, 1.0], [1e-9, 1e-9]])]}
-    alone = Step({}, _counted(0, [[4, 4], [5, 3], [2, 6]]), Choices(gaps))
+    alone = ReferenceStep({}, _counted(0, [[4, 4], [5, 3], [2, 6]]), ChoiceGaps(gaps))
     assert moved_choices(alone, [_counted(0, [[4, 1], [2, 3], [1, 6]]), _counted(1, [[0, 3], [3, 0], [1, 0]])]) is None
     assert moved_choices(alone, [_counted(0, [[4, 4], [3, 5], [8, 0]])]) == (1, 2)
     assert alone.choices.near(1, 2e-6, top_k=4) == 4 + 1, "a group moves all of a token's experts, an expert itself"
@@ -216,11 +216,11 @@ def test_moved_choices_are_those_of_the_first_layer_that_differs() -> None:
 
 @pytest.mark.parametrize(("choices", "near", "tie"), [(2, 2, True), (1, 5, True), (3, 2, False), (1, 0, False)])
 def test_only_choices_within_rounding_are_a_tie(choices: int, near: int, tie: bool) -> None:
-    assert Attempt(1, moved=[Moved(1, 0, choices, near, 1e-8)]).tied is tie
+    assert Attempt(1, moved=[MovedChoices(1, 0, choices, near, 1e-8)]).tied is tie
 
 
 def _tied(worker: Worker, shrunk: Shrunk, ties: int, near: int | None) -> list[Outcome]:
-    """The first `ties` seeds have a choice that came out otherwise; without `near` it is one for the balance loss."""
+    """Make choices of the first `ties` seeds differ; without `near` they are choices for the balance loss."""
     made: list[Attempt] = []
     attempt = verify_check._attempt
 
@@ -232,7 +232,7 @@ def _tied(worker: Worker, shrunk: Shrunk, ties: int, near: int | None) -> list[O
                 result.differences.append(Difference(2, "number", "loss_balance", "loss_balance", 1.0, 1.0, 1e-5, (0,)))
                 result.near_balance = 1
             else:
-                result.moved.append(Moved(2, 1, 1, near, 1e-7))
+                result.moved.append(MovedChoices(2, 1, 1, near, 1e-7))
         made.append(result)
         return result
 
@@ -330,7 +330,7 @@ def test_what_is_missing_or_nan_departs() -> None:
     ],
 )
 def test_parameter_classes(name: str, kind: str) -> None:
-    assert parameter_class(name) == kind
+    assert parameter_kind(name) == kind
 
 
 def test_the_command_line_from_end_to_end(tmp_path: Path) -> None:
