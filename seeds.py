@@ -1,4 +1,4 @@
-"""Seeds of all random numbers: each is named by its purpose, so that no layout and no order of execution changes it."""
+"""Seeds of all random numbers, each named by its purpose: no layout and no order of execution changes one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 
 def seed_of(*purpose: object) -> int:
-    """A 63-bit seed named by what it is for, independent of rank, layout and order."""
+    """Return a 63-bit seed that depends on the words of its purpose alone, not on rank, layout or order."""
     text = "/".join(map(str, purpose))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def named_permutation(length: int, *name: str | int) -> NDArray[np.int64]:
-    """A random order of range(length), int64 [length], that depends on `length` and `name` alone.
+    """Return a random order of range(length), int64 [length], that depends on `length` and `name` alone.
 
-    Sorts the raw words of a counter-based generator. NumPy keeps a bit generator's words the same for ever, which it
-    does not promise of `Generator.permutation`: a run resumed under another NumPy must see the same data.
+    Sorts the raw words of a counter-based generator. NumPy keeps the words of a bit generator the same in every
+    version, but not the results of `Generator.permutation`. A run resumed under another NumPy must see the same data.
     """
     digest = hashlib.blake2b(json.dumps(name).encode(), digest_size=16).digest()
     generator = np.random.Philox(key=int.from_bytes(digest, "little"))

@@ -1,8 +1,8 @@
-"""What every section of the configuration is made of.
+"""Building blocks of the configuration: sections, keys, schedules and errors.
 
-Each folder owns its section as a `Section` in its own `config.py`, and each key is defined once,
-by `key(...)`: type, default, unit and one line of help stand together. `configs/config.py`
-composes the sections; `counterflow config CONFIG --explain` prints the help.
+Each folder owns its section as a `Section` in its own `config.py`. Each key is defined once, by `key(...)`: type,
+default, unit and one line of help stand together. `configs/config.py` composes the sections, and
+`counterflow config CONFIG --explain` prints the help.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pydantic.config import JsonDict
 
 
 class UsageError(ValueError):
-    """The user's input cannot work as given; the launcher prints the message and exits with 2."""
+    """Input of the user that cannot work as given; the launcher prints the message and exits with 2."""
 
 
 class Clash(NamedTuple):
     """Values of a section that do not go together.
 
-    `keys` are those involved, as dotted paths below the section, the one to blame first. `message` is what is wrong
-    with its value, and reads on after the key: Clash(("ep", "dp"), "3 does not divide dp 8").
+    `keys` are the dotted paths, below the section, of all keys involved; the faulty one comes first. `message` is what
+    is wrong with the value of that key, and continues the key: Clash(("ep", "dp"), "3 does not divide dp 8").
     """
 
     keys: tuple[str, ...]
@@ -31,7 +31,7 @@ class Clash(NamedTuple):
 
 
 class SectionFaults(ValueError):
-    """What a section's check of its keys against each other found; the loader gives each clash a line of its own."""
+    """Clashes between the keys of a section; the loader gives each clash a line of its own."""
 
     def __init__(self, clashes: Sequence[Clash]) -> None:
         self.clashes = tuple(clashes)
@@ -39,7 +39,7 @@ class SectionFaults(ValueError):
 
 
 class Section(BaseModel):
-    """A section of the configuration: immutable, and a key it does not define is a fault."""
+    """A section of the configuration: immutable, and a fault if given a key that is not defined."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -48,6 +48,21 @@ def key(default: Any, help: str, unit: str | None = None, **constraints: Any) ->
     """Define a configuration key: its default, one line of help, its unit and its bounds."""
     extra: JsonDict | None = {"unit": unit} if unit else None
     return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+def nearest_multiples(wanted: int, unit: int, least: int = 1) -> str:
+    """The multiples of `unit` next to `wanted`, one on each side, none below `least`: "64 or 72"."""
+    lowest = -(-max(least, 1) // unit) * unit
+    around = ((wanted - 1) // unit * unit, (wanted // unit + 1) * unit)
+    return " or ".join(str(value) for value in sorted({max(value, lowest) for value in around}))
+
+
+def nearest_divisors(wanted: int, number: int) -> str:
+    """The divisors of `number` next to `wanted`, one on each side where there is one: "2 or 4"."""
+    divisors = [value for value in range(1, number + 1) if number % value == 0]
+    below = [value for value in divisors if value < wanted]
+    above = [value for value in divisors if value > wanted]
+    return " or ".join(str(value) for value in (*below[-1:], *above[:1]))
 
 
 class Phase(Section):
@@ -70,7 +85,7 @@ class Phase(Section):
         return self
 
     def at(self, tokens_into_phase: float) -> float:
-        """The value after `tokens_into_phase` tokens of this phase."""
+        """Value after `tokens_into_phase` tokens of this phase."""
         if self.value is not None:
             return self.value
         assert self.start is not None and self.end is not None and self.tokens is not None
@@ -83,7 +98,7 @@ class Phase(Section):
 class TokenSchedule(Section):
     """A value as a function of the tokens seen so far: a number, or a list of phases.
 
-    In YAML a bare number or a bare list of phases is enough. After the last phase the value it ended with stays.
+    In YAML a bare number or a bare list of phases is enough. After the last phase its final value stays.
     """
 
     phases: tuple[Phase, ...] = key(..., "phases in order", min_length=1)
@@ -110,7 +125,7 @@ class TokenSchedule(Section):
         return self
 
     def at(self, tokens: float) -> float:
-        """The value after `tokens` tokens of training."""
+        """Value after `tokens` tokens of training."""
         for phase in self.phases:
             if phase.tokens is None or tokens < phase.tokens:
                 return phase.at(tokens)

@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..plan.pipeline import align
 from ..report.text.lines import WIDTH
 from ..report.text.numbers import count, format_count
+from ..report.text.table import align
 from .case import Case
 from .result import Result, most_hurt, worst_first
 

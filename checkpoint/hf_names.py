@@ -1,7 +1,7 @@
-"""Our names of global tensors and Hugging Face's DeepSeek-V3 names: one table, read both ways.
+"""Table of our names of global tensors and Hugging Face's DeepSeek-V3 names, for both directions.
 
-The only names it does not cover are the MTP modules' copies of the embedding and of the output head, which Hugging
-Face's files repeat and we share (`shared_copies`).
+The table leaves out only the MTP modules' copies of the embedding and of the output head: Hugging Face's files repeat
+these tensors, and our models share them (`shared_copies`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OUTSIDE = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight
 
 
 def to_hugging_face(name: str, num_hidden_layers: int) -> str:
-    """Hugging Face's name of our global tensor `name`; MTP module k is their layer num_hidden_layers + k.
+    """Return Hugging Face's name of our global tensor `name`; MTP module k is their layer num_hidden_layers + k.
 
     Raises KeyError for a name that is not ours.
     """
@@ -57,7 +57,7 @@ def to_hugging_face(name: str, num_hidden_layers: int) -> str:
 
 
 def from_hugging_face(name: str, num_hidden_layers: int) -> str:
-    """Our name of Hugging Face's tensor `name`. Raises KeyError for a name that has no counterpart of ours."""
+    """Return our name of Hugging Face's tensor `name`. Raises KeyError for a name that has no counterpart of ours."""
     outside, block, expert, mtp = (_reversed(table) for table in (_OUTSIDE, _BLOCK, _EXPERT, _MTP))
     if name in outside:
         return outside[name]
@@ -71,7 +71,7 @@ def from_hugging_face(name: str, num_hidden_layers: int) -> str:
 
 
 def shared_copies(num_hidden_layers: int, mtp_depth: int) -> dict[str, str]:
-    """Hugging Face's repeated tensors of the MTP modules, and the tensor of theirs that each one repeats."""
+    """Map Hugging Face's names of the MTP modules' repeated tensors to the names of the tensors that they repeat."""
     copies = {}
     for layer in range(num_hidden_layers, num_hidden_layers + mtp_depth):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = _OUTSIDE["embedding"]
@@ -79,7 +79,7 @@ def shared_copies(num_hidden_layers: int, mtp_depth: int) -> dict[str, str]:
     return copies
 
 
-_NUMBER = "(0|[1-9][0-9]*)"  # as we write it: a name has one spelling
+_NUMBER = "(0|[1-9][0-9]*)"  # without leading zeros, so that a tensor has one name
 
 
 def _split(name: str) -> tuple[str, int, str]:

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself, readable without torch: which model, how far, which tensors and files.
+"""Manifest of a checkpoint, readable without torch: its model, its progress, its tensors and files.
 
-A checkpoint is a folder `step-N`. Its `manifest.json` is written last, and the folder gets its name only then, so
-a folder of that name without a manifest, or with files of another size than it lists, has been damaged since.
+A checkpoint is a folder `step-N`. Its `manifest.json` is written last, and only then the folder gets its name. So a
+folder of that name is damaged if it has no manifest, or files of other sizes than the manifest lists.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ..settings import UsageError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-INDEX = ".metadata"  # in which torch.distributed.checkpoint says where each tensor's parts are
+INDEX = ".metadata"  # torch.distributed.checkpoint's index of each tensor's parts
 
-# May change between writing and reading: they shape no tensor, and training stages do change them (V3 §4.3).
+# Keys that may change between writing and reading: they shape no tensor, and training stages change them (V3 §4.3).
 FREE_MODEL_KEYS = frozenset({"max_position_embeddings", "rope_scaling", "initializer_range"})
 
 
-# What the first checkpoints, which do not say so, were written by.
+# Router of the first checkpoints, which do not record one.
 FIRST_ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One global tensor: its shape, format, and a checksum of its bits that no sharding changes."""
+    """Shape and format of a global tensor, and a checksum of its bits that no sharding changes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -46,17 +46,17 @@ class Manifest:
     files: dict[str, int]
     """Size in bytes of every other file in the folder."""
     index_digest: str
-    """Of the file without which the others cannot be read; tensors have checksums of their own."""
+    """Digest of the index file, without which the others cannot be read; tensors have checksums of their own."""
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The text of the file, which ends with a digest of all that is in it."""
+        """Return the text of the file, which ends with a digest of all other content."""
         content = asdict(self)
         return json.dumps({**content, "digest": _digest(content)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises UsageError for another format; anything else that it raises is damage."""
+        """Read the text of the file. Raises UsageError for another format; any other error means damage."""
         raw = json.loads(text)
         if raw["format"] != FORMAT:
             raise UsageError(f"has format {raw['format']}; this version reads format {FORMAT}")
@@ -71,7 +71,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def complete_steps(folder: Path) -> dict[int, Path]:
-    """Checkpoints in a run's `checkpoints/` folder by step, in ascending order; unfinished ones are not seen."""
+    """Checkpoints in a run's `checkpoints/` folder by step, in ascending order, without unfinished ones."""
     found = {}
     if folder.is_dir():
         for path in folder.iterdir():
@@ -81,9 +81,9 @@ def complete_steps(folder: Path) -> dict[int, Path]:
 
 
 def remedy(path: Path) -> str:
-    """What to do about a checkpoint that cannot be read."""
+    """Advice for a checkpoint that cannot be read."""
     others = [other.name for other in complete_steps(path.parent).values() if other != path]
-    return f"delete {path} to go on from {others[-1]}" if others else f"delete {path} to start again"
+    return f"delete {path} to continue from {others[-1]}" if others else f"delete {path} to start again"
 
 
 def digest_of(path: Path) -> str:

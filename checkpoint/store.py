@@ -1,7 +1,7 @@
-"""Writing and reading checkpoints: sharded, atomic, and the same whatever the layout.
+"""Saving and loading of checkpoints: sharded, atomic, and the same in every layout.
 
 The tensors are DTensors under global names, so torch.distributed.checkpoint reshards them between layouts. A
-checkpoint is written to a hidden folder, synced to disk and renamed: it is complete or it is not there.
+checkpoint is written to a hidden folder, synced to disk and renamed. So a checkpoint is either complete or absent.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def save(
     group: dist.ProcessGroup,
     keep: int = 0,
 ) -> Path:
-    """Write checkpoint `step-N` into `folder`; every rank of `group` calls it with its own part of the tensors.
+    """Write checkpoint `step-N` into `folder`; every rank of `group` calls this with its own part of the tensors.
 
-    `model` describes the architecture, `progress` is returned by `load`. Older checkpoints beyond the newest `keep`
-    are removed once the new one is complete (0 keeps all).
+    `model` describes the architecture, `progress` is returned by `load`. All but the newest `keep` checkpoints are
+    removed once the new one is complete (0 keeps all).
     """
     final, aside = folder / f"step-{step}", folder / f".step-{step}.unfinished"
     first = dist.get_rank(group) == 0
@@ -87,9 +87,9 @@ def load(
 ) -> dict[str, Any]:
     """Fill `tensors` from checkpoint `path`, written in any layout, and return its progress.
 
-    Tensors whose names begin with `optional` are filled in only if both sides have such; else they are left alone.
-    Raises UsageError if it is torn, of another model, lacks or has extra tensors, or if what was read does not have
-    the checksums that were written.
+    Tensors whose names begin with `optional` are filled only if both the checkpoint and `tensors` have such tensors.
+    Raises UsageError if the checkpoint is torn, is of another model, lacks tensors or has extra ones, or if the
+    tensors read do not have the checksums that were written.
     """
     manifest = read_manifest(path)
     check_same_model(manifest, model, path)
@@ -100,7 +100,7 @@ def load(
         elif not any(name.startswith(optional) for name in tensors):
             written = _without(written, optional)
     wanted = _gather({name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}, group)
-    _refuse(path, None if wanted is None else _find_strangers(written, wanted), group)
+    _refuse(path, None if wanted is None else _find_mismatch(written, wanted), group)
     try:
         dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), process_group=group)
     except CheckpointException as error:
@@ -108,7 +108,7 @@ def load(
         if isinstance(cause, (OSError, MemoryError, torch.OutOfMemoryError)) and not isinstance(
             cause, FileNotFoundError
         ):
-            # The machine's trouble, not the checkpoint's: nobody should be told to delete it.
+            # A fault of the machine, not of the checkpoint, so deleting the checkpoint is no remedy.
             raise RuntimeError(f"checkpoint {path} could not be read: {_cause(error)}") from None
         raise UsageError(f"checkpoint {path} is torn: {_cause(error)}; {remedy(path)}") from None
     read = _collect_records(tensors, group)
@@ -128,10 +128,10 @@ def _refuse(path: Path, fault: str | None, group: dist.ProcessGroup) -> None:
         raise UsageError(f"checkpoint {path} {verdict[0]}")
 
 
-def _find_strangers(
+def _find_mismatch(
     written: Mapping[str, TensorRecord], parts: list[dict[str, tuple[tuple[int, ...], str]]]
 ) -> str | None:
-    """What keeps the written tensors from being those of this run: names, shapes or formats."""
+    """Differences of the written tensors from those of this run in names, shapes or formats; None without any."""
     wanted = {name: form for part in parts for name, form in part.items()}
     lines = []
     for names, fault in (
@@ -143,9 +143,9 @@ def _find_strangers(
     for name in sorted(wanted.keys() & written.keys()):
         record, (shape, dtype) = written[name], wanted[name]
         if (record.shape, record.dtype) != (shape, dtype):
-            there, here = f"{record.dtype} {list(record.shape)}", f"{dtype} {list(shape)}"
+            in_it, here = f"{record.dtype} {list(record.shape)}", f"{dtype} {list(shape)}"
             hint = "; did optim.moments change?" if record.shape == shape else ""
-            lines.append(f"  {name} is {there} in it and {here} here{hint}")
+            lines.append(f"  {name} is {in_it} in it and {here} here{hint}")
             break
     return "\n".join(["does not hold the state of this run:", *lines]) if lines else None
 
@@ -154,17 +154,17 @@ def _find_damage(written: Mapping[str, TensorRecord], read: Mapping[str, TensorR
     damaged = sorted(name for name, record in written.items() if record != read[name])
     if not damaged:
         return None
-    return f"is damaged: {len(damaged)} tensors are not what was written, such as {damaged[0]}; {remedy(path)}"
+    return f"is damaged: {len(damaged)} tensors are not as they were written, such as {damaged[0]}; {remedy(path)}"
 
 
 def _cause(error: CheckpointException) -> str:
-    """The first rank's reason; `CheckpointException` itself prints every rank's stack, and is no Exception."""
+    """Reason of the first failed rank; `CheckpointException` itself prints every rank's stack, and is no Exception."""
     cause, _ = error.failures[min(error.failures)]
     return f"{type(cause).__name__}: {cause}".splitlines()[0]
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint so that being killed half-way leaves no torn one behind."""
+    """Delete a checkpoint; a process killed half-way leaves no torn one behind."""
     aside = path.with_name(f".{path.name}.removed")
     path.rename(aside)
     shutil.rmtree(aside)
@@ -172,8 +172,8 @@ def _remove(path: Path) -> None:
 
 def _collect_records(tensors: Mapping[str, DTensor], group: dist.ProcessGroup) -> dict[str, TensorRecord] | None:
     """Records of all global tensors on the first rank, None elsewhere; asserts that every element is held once."""
-    mine = {name: (tuple(t.shape), str(t.dtype), *_partial_checksum(t)) for name, t in tensors.items()}
-    parts = _gather(mine, group)
+    own = {name: (tuple(t.shape), str(t.dtype), *_partial_checksum(t)) for name, t in tensors.items()}
+    parts = _gather(own, group)
     if parts is None:
         return None
     elements: dict[str, int] = {}
@@ -181,8 +181,8 @@ def _collect_records(tensors: Mapping[str, DTensor], group: dist.ProcessGroup) -
     for part in parts:
         for name, (shape, dtype, count, checksum) in part.items():
             elements[name] = elements.get(name, 0) + count
-            before = records[name].checksum if name in records else 0
-            records[name] = TensorRecord(shape, dtype, (before + checksum) % 2**64)
+            sum_so_far = records[name].checksum if name in records else 0
+            records[name] = TensorRecord(shape, dtype, (sum_so_far + checksum) % 2**64)
     for name, record in records.items():
         assert elements[name] == torch.Size(record.shape).numel(), (
             f"{name}: {elements[name]} elements of {record.shape}"
@@ -190,19 +190,19 @@ def _collect_records(tensors: Mapping[str, DTensor], group: dist.ProcessGroup) -
     return records
 
 
-def _gather(mine: T, group: dist.ProcessGroup) -> list[T] | None:
-    """Every rank's object on the first rank, None elsewhere."""
+def _gather(own: T, group: dist.ProcessGroup) -> list[T] | None:
+    """Return the objects of all ranks on the first rank, None elsewhere."""
     parts: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
-    dist.gather_object(mine, parts, group=group, group_dst=0)
+    dist.gather_object(own, parts, group=group, group_dst=0)
     return parts
 
 
 @torch.no_grad()
 def _partial_checksum(tensor: DTensor) -> tuple[int, int]:
-    """How many elements this rank answers for, and their part of the tensor's checksum.
+    """Number of elements that this rank counts, and their part of the tensor's checksum.
 
-    The checksum is the sum over all elements of bits * (2 * index + 1) mod 2^64: parts add up in any order, so it
-    does not depend on the sharding, and exchanging two different elements changes it.
+    The checksum is the sum over all elements of bits * (2 * index + 1) mod 2^64. Parts add up in any order, so the
+    checksum does not depend on the sharding; exchanging two different elements changes the checksum.
     """
     placement, mesh = tensor.placements[0], tensor.device_mesh
     local = tensor.to_local().contiguous().view(-1)
@@ -219,7 +219,7 @@ def _partial_checksum(tensor: DTensor) -> tuple[int, int]:
     for start in range(0, bits.numel(), _SUM_CHUNK):
         piece = bits[start : start + _SUM_CHUNK].long()
         index = torch.arange(offset + start, offset + start + piece.numel(), device=piece.device)
-        total += int((piece * (2 * index + 1)).sum())  # int64 arithmetic wraps, which is what mod 2^64 wants
+        total += int((piece * (2 * index + 1)).sum())  # int64 arithmetic wraps, as mod 2^64 does
     return local.numel(), total % 2**64
 
 

@@ -1,68 +1,67 @@
-"""What sections of a configuration ask of each other: every pair of values that does not go together."""
+"""Rules between sections of a configuration: every pair of values that does not go together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..comm.config import CommConfig
+from ..fp8.config import PrecisionConfig
+from ..model.config import ModelConfig
+from ..parallel.config import ParallelConfig
 from ..parallel.schedule.catalogue import find_schedule, schedule_names
 from ..parallel.schedule.choose import example, option_faults, schedule_name
 from ..parallel.stages import sizes_fault
-from ..settings import Clash, UsageError
-from ..training.dispatch import wire_clashes
-
-if TYPE_CHECKING:
-    from .config import Config
+from ..settings import Clash, UsageError, nearest_divisors, nearest_multiples
+from .sections import BalanceConfig, BatchConfig
 
 
-def find_clashes(config: Config) -> list[Clash]:
-    """All of them, each with the numbers and the nearest that work."""
+def find_clashes(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    batch: BatchConfig,
+    balance: BalanceConfig,
+    precision: PrecisionConfig,
+    comm: CommConfig,
+) -> list[Clash]:
+    """Return all clashes between these sections, each with the numbers and the nearest that work."""
     return [
-        *_length_clashes(config),
-        *_expert_clashes(config),
-        *_router_clashes(config),
-        *_width_clashes(config),
-        *_batch_clashes(config),
-        *_schedule_clashes(config),
-        *wire_clashes(config),
+        *_length_clashes(model, batch),
+        *_expert_clashes(model, parallel),
+        *_router_clashes(model, balance),
+        *_width_clashes(model, precision),
+        *_batch_clashes(parallel, batch),
+        *_schedule_clashes(model, parallel),
+        *_wire_clashes(precision, comm),
     ]
 
 
-def _nearest(wanted: int, possible: list[int]) -> str:
-    """The possible values next to `wanted`, one on each side where there is one."""
-    below = [value for value in possible if value < wanted]
-    above = [value for value in possible if value > wanted]
-    return " or ".join(str(value) for value in (*below[-1:], *above[:1]))
-
-
-def _length_clashes(config: Config) -> Iterator[Clash]:
-    length, longest = config.batch.sequence_length, config.model.max_position_embeddings
+def _length_clashes(model: ModelConfig, batch: BatchConfig) -> Iterator[Clash]:
+    length, longest = batch.sequence_length, model.max_position_embeddings
     if length > longest:
         keys = ("batch.sequence_length", "model.max_position_embeddings")
         yield Clash(keys, f"{length} is above model.max_position_embeddings {longest}")
 
 
-def _expert_clashes(config: Config) -> Iterator[Clash]:
-    experts, ep, dp = config.model.n_routed_experts, config.parallel.ep, config.parallel.dp
+def _expert_clashes(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Clash]:
+    experts, ep, dp = model.n_routed_experts, parallel.ep, parallel.dp
     if experts % ep:
-        near = _nearest(ep, [degree for degree in range(1, experts + 1) if experts % degree == 0])
+        near = nearest_divisors(ep, experts)
         message = f"{ep} does not divide model.n_routed_experts {experts} (nearest: {near})"
         yield Clash(("parallel.ep", "model.n_routed_experts"), message)
-    replicas = config.parallel.expert_placement.evaluation_replicas
+    replicas = parallel.expert_placement.evaluation_replicas
     if replicas is not None and experts % ep == 0 and (replicas < experts or replicas % ep):
-        near = _nearest(replicas, [experts + more * ep for more in range(max(0, replicas - experts) // ep + 2)])
+        near = nearest_multiples(replicas, ep, experts)
         message = f"{replicas} is not a multiple of parallel.ep {ep} from {experts} experts on (nearest: {near})"
         keys = ("parallel.expert_placement.evaluation_replicas", "parallel.ep", "model.n_routed_experts")
         yield Clash(keys, message)
     if dp != "auto" and (dp < 1 or dp % ep):
-        near = _nearest(dp, [max(multiple, 1) * ep for multiple in (dp // ep, dp // ep + 1)])
-        message = f"{dp} is not a positive multiple of parallel.ep {ep} (nearest: {near})"
+        message = f"{dp} is not a positive multiple of parallel.ep {ep} (nearest: {nearest_multiples(dp, ep)})"
         yield Clash(("parallel.dp", "parallel.ep"), message)
 
 
-def _router_clashes(config: Config) -> Iterator[Clash]:
+def _router_clashes(model: ModelConfig, balance: BalanceConfig) -> Iterator[Clash]:
     """Settings of `balance` that the model's router cannot follow."""
-    model, balance = config.model, config.balance
     groups = [number for number in range(2, model.n_routed_experts + 1) if model.n_routed_experts % number == 0]
     for name in ("device_loss", "communication_loss", "capacity_factor"):
         value = getattr(balance, name)
@@ -82,43 +81,29 @@ def _router_clashes(config: Config) -> Iterator[Clash]:
         yield Clash(("balance.bias_update_speed", "model.topk_method"), message)
 
 
-def _width_clashes(config: Config) -> Iterator[Clash]:
-    """torch's grouped GEMM takes rows of whole 16 bytes."""
-    format = config.precision.format
+def _width_clashes(model: ModelConfig, precision: PrecisionConfig) -> Iterator[Clash]:
+    """Widths of experts whose rows are not whole 16 bytes, as torch's grouped GEMM takes them."""
+    format = precision.format
     unit = 8 if format == "bf16" else 4
     for name in ("hidden_size", "moe_intermediate_size"):
-        width = getattr(config.model, name)
+        width = getattr(model, name)
         if width % unit:
-            near = _nearest(width, [max(1, width // unit) * unit, (width // unit + 1) * unit])
+            near = nearest_multiples(width, unit)
             message = f"{width} is not a multiple of {unit}, as experts in {format} need (nearest: {near})"
             yield Clash((f"model.{name}", "precision.recipe"), message)
 
 
-def _batch_clashes(config: Config) -> Iterator[Clash]:
-    """Global batches that no whole number of micro-batches makes up; with dp auto, `prepare_run` knows."""
-    dp = config.parallel.dp
-    if dp == "auto" or dp < 1:
+def _batch_clashes(parallel: ParallelConfig, batch: BatchConfig) -> Iterator[Clash]:
+    """Global batches that no whole number of micro-batches makes up; dp auto waits for the number of ranks."""
+    if parallel.dp == "auto" or parallel.dp < 1:
         return
-    unit = dp * config.batch.micro_sequences
-    for name, size in batch_sizes(config).items():
-        if size % unit:
-            near = _nearest(size, [multiple * unit for multiple in (size // unit, size // unit + 1) if multiple])
-            message = f"{size} is not a multiple of {unit}, parallel.dp x batch.micro_sequences (nearest: {near})"
-            yield Clash((f"batch.{name}", "parallel.dp", "batch.micro_sequences"), message)
+    for name, message in batch.faults(parallel.dp).items():
+        yield Clash((f"batch.{name}", "parallel.dp", "batch.micro_sequences"), message)
 
 
-def batch_sizes(config: Config) -> dict[str, int]:
-    """The keys of `batch` whose values, in sequences, micro-batches on every rank have to make up."""
-    batch = config.batch
-    sizes = {"global_sequences": batch.global_sequences}
-    if batch.ramp is not None:
-        sizes |= {"ramp.start": batch.ramp.start, "ramp.increment": batch.ramp.increment}
-    return sizes
-
-
-def _schedule_clashes(config: Config) -> Iterator[Clash]:
-    """A schedule that the pipeline's ranks cannot follow, and stages that the model's layers cannot make up."""
-    parallel, layers = config.parallel, config.model.num_hidden_layers
+def _schedule_clashes(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Clash]:
+    """A schedule that the pipeline's ranks cannot follow; stages that the model's layers cannot make up."""
+    layers = model.num_hidden_layers
     name = schedule_name(parallel.schedule, parallel.pp)
     try:
         function = find_schedule(name)
@@ -133,7 +118,8 @@ def _schedule_clashes(config: Config) -> Iterator[Clash]:
         return
     keys = ("parallel.pp", "parallel.schedule", "parallel.schedule_options", "model.num_hidden_layers")
     if parallel.pp > layers:  # and no schedule is made for a number of ranks that may be anything
-        yield Clash(keys, f"{parallel.pp} is above the {layers} of model.num_hidden_layers{_ranks_that_work(config)}")
+        works = _ranks_that_work(parallel, layers)
+        yield Clash(keys, f"{parallel.pp} is above the {layers} of model.num_hidden_layers{works}")
         return
     try:
         stages = example(parallel.schedule, parallel.pp, parallel.schedule_options).num_stages
@@ -141,7 +127,7 @@ def _schedule_clashes(config: Config) -> Iterator[Clash]:
         yield Clash(keys[:3], str(error))
         return
     if stages > layers:
-        works = _ranks_that_work(config)
+        works = _ranks_that_work(parallel, layers)
         message = f"{parallel.pp} makes {stages} stages in schedule {name}, but model.num_hidden_layers is {layers}"
         yield Clash(keys, message + works)
     elif parallel.split != "balanced":
@@ -150,10 +136,11 @@ def _schedule_clashes(config: Config) -> Iterator[Clash]:
             yield Clash(("parallel.split", *keys), wrong)
 
 
-def _ranks_that_work(config: Config) -> str:
-    """The largest smaller number of pipeline ranks whose stages the model's layers can make up, and the schedules that
-    make fewer stages of the ranks there are."""
-    parallel, layers = config.parallel, config.model.num_hidden_layers
+def _ranks_that_work(parallel: ParallelConfig, layers: int) -> str:
+    """Remedy for more stages than layers, in parentheses: fewer pipeline ranks, or schedules of fewer stages.
+
+    The ranks named are the largest smaller number whose stages the layers can make up.
+    """
 
     def fits(name: str, ranks: int, options: dict[str, Any]) -> bool:
         try:
@@ -167,3 +154,16 @@ def _ranks_that_work(config: Config) -> str:
     works = [] if ranks is None else [f"nearest: {ranks}"]
     works += [f"or schedule {' or '.join(others)}"] if others else []
     return f" ({', '.join(works)})" if works else ""
+
+
+def _wire_clashes(precision: PrecisionConfig, comm: CommConfig) -> Iterator[Clash]:
+    """A wire, or a dispatcher, that does not carry the activations."""
+    if precision.format != "fp32":
+        return
+    key = "high" if precision.recipe == "fp8" else "recipe"
+    if comm.dispatcher == "deepep":
+        message = f"carries BF16 and FP8, and activations are FP32 with precision.{key} fp32"
+        yield Clash(("comm.dispatcher", f"precision.{key}"), f"deepep {message} (auto, flat and two-hop carry them)")
+    if comm.wire == "bf16":
+        message = f"would round activations, which are FP32 with precision.{key} fp32 (auto or fp8 work)"
+        yield Clash(("comm.wire", f"precision.{key}"), f"bf16 {message}")

@@ -1,11 +1,8 @@
-"""The whole configuration: the sections of all folders, and the launcher's own."""
+"""The whole configuration: the sections of all folders, put together and checked against each other."""
 
 from __future__ import annotations
 
-import re
-from typing import Literal
-
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from ..checkpoint.config import CheckpointConfig
 from ..comm.config import CommConfig
@@ -13,121 +10,13 @@ from ..data.config import DataConfig
 from ..fp8.config import PrecisionConfig
 from ..model.config import ModelConfig
 from ..parallel.config import OptimConfig, ParallelConfig
-from ..settings import Clash, Section, SectionFaults, TokenSchedule, key
+from ..settings import Section, SectionFaults, key
 from .clashes import find_clashes
-from .sections import LogConfig
-
-
-class RunConfig(Section):
-    """Name, folder, seed and device of a run."""
-
-    name: str = key("run", "name of the run; its folder is DIR/NAME; when not given, the name of the config file")
-    dir: str = key("runs", "folder that holds run folders")
-    seed: int = key(1234, "seed of initial weights and data order", ge=0)
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "device; auto is cuda where there is a GPU")
-    compile: bool = key(False, "fuse the RMSNorm and SwiGLU kernels with torch.compile; needs a C++ compiler on CPUs")
-
-    @field_validator("name")
-    @classmethod
-    def _is_one_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(
-                f"is {name!r}; as a folder it starts with a letter or digit and holds only those, '.', '_' and '-'"
-            )
-        return name
-
-
-class BatchRamp(Section):
-    """Growth of the global batch at the start of training."""
-
-    start: int = key(..., "sequences of the first global batch", unit="sequences", ge=1)
-    tokens: float = key(..., "tokens over which the batch grows to its full size, linearly", unit="tokens", gt=0)
-    increment: int = key(..., "the batch grows in multiples of this, whatever the layout", unit="sequences", ge=1)
-
-
-class BatchConfig(Section):
-    """Sequences of a step."""
-
-    sequence_length: int = key(4096, "tokens of a sequence", unit="tokens", ge=1)
-    global_sequences: int = key(15360, "sequences of a global batch", unit="sequences", ge=1)
-    micro_sequences: int = key(1, "sequences of a micro-batch on one rank", unit="sequences", ge=1)
-    ramp: BatchRamp | None = key(None, "growth of the global batch at the start; null for none")
-
-    @model_validator(mode="after")
-    def _ramp_ends_at_the_full_batch(self) -> BatchConfig:
-        if self.ramp is None:
-            return self
-        start, full, increment = self.ramp.start, self.global_sequences, self.ramp.increment
-        clashes = []
-        if start > full:
-            clashes.append(Clash(("ramp.start", "global_sequences"), f"{start} is above global_sequences {full}"))
-        for name, size in (("ramp.start", start), ("global_sequences", full)):
-            if size % increment:
-                message = f"{size} is not a multiple of ramp.increment {increment}"
-                clashes.append(Clash((name, "ramp.increment"), message))
-        if clashes:
-            raise SectionFaults(clashes)
-        return self
-
-    def sequences_at(self, tokens: float) -> int:
-        """Sequences of the global batch after `tokens` tokens of training."""
-        if self.ramp is None or tokens >= self.ramp.tokens:
-            return self.global_sequences
-        grown = (self.global_sequences - self.ramp.start) * tokens / self.ramp.tokens
-        return self.ramp.start + int(grown // self.ramp.increment) * self.ramp.increment
-
-
-class BalanceConfig(Section):
-    """Balance of the load over experts."""
-
-    bias_update_speed: TokenSchedule = key(
-        TokenSchedule.model_validate(0.001), "step of the router bias after each batch (V3 §2.1.2); 0 freezes it"
-    )
-    expert_loss: float = key(
-        1e-4, "weight alpha of the sequence-wise balance loss over experts (V3 eq. 17; V2's alpha1)", ge=0
-    )
-    device_loss: float = key(0.0, "weight alpha2 of the balance loss over groups of experts (V2 §2.2.3)", ge=0)
-    communication_loss: float = key(
-        0.0, "weight alpha3 of the balance loss of what is sent to groups of experts (V2 §2.2.3)", ge=0
-    )
-    capacity_factor: float | None = key(
-        None,
-        "share of its even load that a group of experts computes of a training sequence, the tokens of lowest affinity "
-        "being dropped (V2: 1.0); null drops none",
-        gt=0,
-    )
-    keep_sequences: float = key(
-        0.1, "share of the training sequences that capacity_factor spares (V2: 0.1)", ge=0, le=1
-    )
-
-
-class MemoryConfig(Section):
-    """What a rank holds in memory during a step."""
-
-    recompute: Literal["none", "v3", "full"] = key(
-        "none", "activations computed again in the backward: v3 is RMSNorms, MLA up-projections and SwiGLU (V3 §3.2.3)"
-    )
-
-
-class TrainConfig(Section):
-    """Length of training, and its evaluations."""
-
-    steps: int | None = key(None, "stop after this many steps", unit="steps", ge=1)
-    tokens: float | None = key(None, "stop at the first step that reaches this many tokens", unit="tokens", gt=0)
-    mtp_weight: TokenSchedule = key(TokenSchedule.model_validate(0.3), "weight lambda of the MTP loss (V3 §2.2)")
-    evaluate_every: int = key(100, "steps between evaluations; the last step always evaluates", unit="steps", ge=1)
-    evaluate_sequences: int = key(64, "held-out sequences of an evaluation", unit="sequences", ge=1)
-    evaluate_ema: bool = key(True, "evaluate the averaged weights as well, where optim.ema_decay keeps them")
-
-    @model_validator(mode="after")
-    def _has_an_end(self) -> TrainConfig:
-        if self.steps is None and self.tokens is None:
-            raise ValueError("give `steps` or `tokens`: a run needs an end")
-        return self
+from .sections import BalanceConfig, BatchConfig, LogConfig, MemoryConfig, RunConfig, TrainConfig
 
 
 class Config(Section):
-    """A run, completely described."""
+    """Complete description of a run."""
 
     run: RunConfig = key(RunConfig(), "name, folder, seed and device")
     model: ModelConfig = key(ModelConfig(), "architecture")
@@ -140,12 +29,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
     train: TrainConfig = key(..., "length of training, and its evaluations")
     balance: BalanceConfig = key(BalanceConfig(), "balance of the load over experts")
-    memory: MemoryConfig = key(MemoryConfig(), "what a rank holds in memory during a step")
-    log: LogConfig = key(LogConfig(), "what is written during a run")
+    memory: MemoryConfig = key(MemoryConfig(), "memory of a rank during a step")
+    log: LogConfig = key(LogConfig(), "output during a run")
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
-        clashes = find_clashes(self)
+        clashes = find_clashes(self.model, self.parallel, self.batch, self.balance, self.precision, self.comm)
         if clashes:
             raise SectionFaults(clashes)
         return self

@@ -1,4 +1,4 @@
-"""Checks a configuration and says in words what is wrong, every fault at the line that caused it."""
+"""Check of a configuration: every fault in words, at the line that caused it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _BOUNDS = {
 
 
 def validate(tree: Located) -> tuple[Config | None, list[Fault]]:
-    """The configuration that `tree` describes, or every fault in it.
+    """Return the configuration that `tree` describes, or every fault in the tree.
 
-    A section with a bad key never gets as far as its checks of one key against another, nor do the checks across
-    sections. So the bad keys are taken out and the rest is checked again, until nothing new turns up. Faults between
-    keys count only where every key involved is as the user wrote it.
+    A bad key keeps its section from being checked for clashes between keys, and so the checks across sections too. So
+    the bad keys are taken out and the rest is checked again, until no new fault appears. Faults between keys count
+    only where every key involved is as the user wrote it.
     """
     faults: list[Fault] = []
     hidden: set[Path] = set()
     while True:
         values = _plain(tree, Config, hidden)
         if ("train",) in hidden:
-            values["train"] = {"steps": 1}  # the one section that has to be given: without it the rest is not checked
+            values["train"] = {"steps": 1}  # the one section that must be given: without it the rest is not checked
         try:
             config = Config.model_validate(values, strict=True)
         except ValidationError as error:
@@ -72,27 +72,27 @@ def _plain(located: Located, annotation: Any, hidden: set[Path], path: Path = ()
 
 
 class _Report:
-    """Turns one validation's errors into faults, and notes in `hidden` the keys that later validations leave out."""
+    """Faults from the errors of one validation; the keys that later validations leave out are added to `hidden`."""
 
     def __init__(self, tree: Located, hidden: set[Path]) -> None:
         self.tree, self.hidden = tree, hidden
         self.taken_out = frozenset(hidden)
 
-    def read(self, error: ValidationError) -> list[Fault]:
+    def read(self, invalid: ValidationError) -> list[Fault]:
         faults: list[Fault] = []
-        errors = [_Error(self.tree, details) for details in error.errors(include_url=False)]
-        errors = [one for one in errors if not (one.kind == "too_short" and one.covers(errors))]
-        errors.sort(key=lambda one: one.kind == "missing")  # after the misspelt key that was meant to be it
-        for path in dict.fromkeys(one.path for one in errors):
-            faults += self._of_one_key([one for one in errors if one.path == path])
+        errors = [_Error(self.tree, details) for details in invalid.errors(include_url=False)]
+        errors = [error for error in errors if not (error.kind == "too_short" and error.covers(errors))]
+        errors.sort(key=lambda error: error.kind == "missing")  # a misspelt key explains a missing one, so it is first
+        for path in dict.fromkeys(error.path for error in errors):
+            faults += self._of_one_key([error for error in errors if error.path == path])
         return faults
 
     def _of_one_key(self, errors: list[_Error]) -> list[Fault]:
-        # The members of a union each complain. One that accepts the type but not the value knows best.
+        # Each member of a union has its error. The most exact is that of a member that accepts the type, not the value.
         first = next((error for error in errors if error.kind in _BOUNDS), errors[0])
         if isinstance(first.cause, SectionFaults):
             return self._between_keys(first.path, first.cause)
-        if self.taken_out:  # then this only follows from what was taken out; without its section the rest is sound
+        if self.taken_out:  # an error that follows from the keys taken out; without its section the rest can be checked
             self._hide(first.path[:-1] or first.path)
             return []
         meant_by_another = first.path in self.hidden
@@ -111,8 +111,8 @@ class _Report:
         faults = []
         for keys, message in cause.clashes:
             paths: list[Path] = [(*section, *name.split(".")) for name in keys]
-            if not any(path[: len(out)] == out for path in paths for out in self.taken_out):
-                # Of the keys involved, the line of the one that was written last: on the command line, above a base.
+            if not any(path[: len(bad)] == bad for path in paths for bad in self.taken_out):
+                # The line is that of the key that was written last: on the command line, or in the file above a base.
                 written = [found for path in paths if (found := self.tree.find(path))] or [self.tree.nearest(paths[0])]
                 location = min((found.location for found in written), key=lambda location: location.level)
                 faults.append(Fault(location, dotted(paths[0]), message))
@@ -126,7 +126,7 @@ class _Report:
 
 
 class _Error:
-    """One of pydantic's errors, in terms of what the user wrote."""
+    """An error of pydantic, with the key and the value as the user wrote them."""
 
     def __init__(self, tree: Located, details: Any) -> None:
         self.kind: str = details["type"]
@@ -150,11 +150,11 @@ class _Error:
         return Fault(self.written.location, dotted(self.path), message)
 
     def help(self) -> str:
-        """One-line help of the key that is missing."""
+        """Help of the missing key."""
         return self.section.model_fields[str(self.location[-1])].description or ""
 
     def message(self, alone: bool) -> str:
-        """What is wrong with the value; `alone` says that no other alternative of the key's type complained."""
+        """Message on the value; `alone` where the key's type has no other alternative with an error."""
         if self.cause is not None:
             return str(self.cause)
         shown = self._shown()
@@ -190,7 +190,7 @@ class _Error:
 
 
 def _as_written(tree: Located, path: Path) -> Path:
-    """`path` without the parts that a schedule's short forms leave out: `lr: 1` has no `phases`."""
+    """Return `path` without the parts that a schedule's short forms leave out: `lr: 1` has no `phases`."""
     written: list[str | int] = []
     here = tree
     for index, part in enumerate(path):
@@ -207,5 +207,5 @@ def _as_written(tree: Located, path: Path) -> Path:
 
 
 def dotted(path: Path) -> str:
-    """`optim.lr[2].value`."""
+    """Return a path in the form `optim.lr[2].value`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")

@@ -1,12 +1,12 @@
-"""Reads the architecture out of a Hugging Face config.json of a DeepSeek-V3-class model (`model: {from: …}`).
+"""Architecture from a Hugging Face config.json of a DeepSeek-V3-class model (`model: {from: …}`).
 
-DeepSeek-V2 and V2-Lite are the same network with another router, and are read too. Files of transformers 4
-(`rope_theta`, `rope_scaling`) and of transformers 5 (`rope_parameters`) both are. Every key of the file is either
-taken, or known not to matter for pretraining, or checked to say what this model does; a key in none of these lists is
-a fault, because it may change the network.
+DeepSeek-V2 and V2-Lite are the same network with another router, and are read too. So are files of transformers 4
+(`rope_theta`, `rope_scaling`) and of transformers 5 (`rope_parameters`). Every key of the file is either taken, or
+irrelevant to pretraining, or checked against the one value that this model supports. A key in none of these lists is a
+fault, because it may change the network.
 
-`initializer_range` is known and not taken: the published files say 0.02, which is not what V3 was trained with
-(0.006, V3 §4.2). Nor is anything of the recipe (`aux_loss_alpha`, …): that is `train`'s.
+`initializer_range` is not taken: the published files have 0.02, but V3 was trained with 0.006 (V3 §4.2). Keys of the
+recipe (`aux_loss_alpha`, …) are not taken either: the recipe is in `balance` and `train`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MUST_BE: dict[str, Scalar] = {
     "mlp_bias": False,
 }
 _KINDS = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
-# What transformers' DeepseekV2Config has where its defaults are not those of DeepseekV3Config, which are ours.
+# Defaults of transformers' DeepseekV2Config that differ from those of DeepseekV3Config, which are ours.
 _V2_DEFAULTS: dict[str, Scalar] = {
     "vocab_size": 102400,
     "hidden_size": 4096,
@@ -62,11 +62,11 @@ _YARN = set(RopeScaling.model_fields) - {"type"}
 
 
 def read_architecture(path: Path, shown: str, asked: Location, faults: list[Fault]) -> dict[str, Located]:
-    """The keys of the `model` section that the file at `path` determines, all of them.
+    """Return all keys of the `model` section that the file at `path` determines.
 
-    A key that the file leaves out has the default of transformers' configuration of its `model_type`; that of
-    DeepseekV3Config is also ours. `shown` is the file's name in messages, `asked` the location that named it; what
-    cannot be taken over is added to `faults`.
+    A key that the file leaves out has the default of transformers' configuration of its `model_type`; the default of
+    DeepseekV3Config is also ours. `shown` is the file's name in messages, `asked` the location that named the file.
+    Keys that cannot be taken over are added to `faults`.
     """
     if path.is_dir():
         path, shown = path / "config.json", f"{shown.rstrip('/')}/config.json"
@@ -76,10 +76,10 @@ def read_architecture(path: Path, shown: str, asked: Location, faults: list[Faul
     except OSError as error:
         faults.append(Fault(asked, "model.from", f"cannot read {shown}: {error.strerror}"))
         return {}
-    except ValueError as error:  # JSON's and UTF-8's errors both are
+    except ValueError as error:  # of JSON or of UTF-8
         faults.append(Fault(asked, "model.from", f"{shown} is not JSON: {error}"))
         return {}
-    # JSON is YAML but for tabs, and there are none inside its strings: so lines are known here too.
+    # JSON is YAML except for tabs, of which its strings have none. As YAML, faults get their lines.
     tree = parse_yaml(text.replace("\t", " "), Location(shown, 1, asked.level), faults)
     if tree is None or not isinstance(tree.value, dict):
         faults.append(Fault(asked, "model.from", f"{shown} holds no JSON object"))
@@ -88,7 +88,7 @@ def read_architecture(path: Path, shown: str, asked: Location, faults: list[Faul
 
 
 class _Architecture:
-    """One config.json on its way into the `model` section."""
+    """Reader of one config.json."""
 
     def __init__(self, tree: Located, faults: list[Fault]) -> None:
         self.entries, self.location, self.faults = tree.mapping, tree.location, faults
@@ -123,7 +123,7 @@ class _Architecture:
         return {name: taken.get(name) or Located(default, self.location) for name, default in self.defaults.items()}
 
     def _kind(self) -> str | None:
-        """Which of the models known the file is of; None, and a fault, where it is of none."""
+        """Return the `model_type` of a supported model; None, and a fault, for another model's file."""
         kind, networks = self.entries.get("model_type"), self.entries.get("architectures")
         names = [item.value for item in networks.value] if networks and isinstance(networks.value, list) else []
         for known, network in _KINDS.items():
@@ -136,7 +136,7 @@ class _Architecture:
         return None
 
     def _check_v2(self) -> None:
-        """What V2's files leave open, or what its two implementations read differently."""
+        """Add faults for keys that V2's files leave open, or that its two implementations read differently."""
         if "num_experts_per_tok" not in self.entries:
             self._fault(self.location, "num_experts_per_tok", "is missing, and DeepseekV2Config has no default for it")
         normalised = self.entries.get("norm_topk_prob")
@@ -149,7 +149,7 @@ class _Architecture:
             )
 
     def _derived(self) -> dict[str, int | None]:
-        """Keys that repeat what others say, with what they must be; None where it cannot be told."""
+        """Values of keys that follow from other keys; None where a value is not known."""
 
         def number(name: str) -> int | None:
             entry = self.entries.get(name)
@@ -165,10 +165,10 @@ class _Architecture:
         if entry is None or entry.value is None or entry.value == expected:
             return
         wanted = str(expected).lower() if isinstance(expected, bool) else repr(expected)
-        self._fault(entry.location, name, f"is {entry.text or repr(entry.value)}; this model only knows {wanted}")
+        self._fault(entry.location, name, f"is {entry.text or repr(entry.value)}; this model only supports {wanted}")
 
     def _rope(self) -> dict[str, Located]:
-        """rope_theta and rope_scaling, from either generation of files."""
+        """Return rope_theta and rope_scaling, from either generation of files."""
         entries = self.entries
         given = entries.get("rope_parameters")
         if given is None or given.value is None:
@@ -186,18 +186,18 @@ class _Architecture:
         elif kind.value == "yarn":
             rope["rope_scaling"] = Located(self._yarn(given.location, inner), given.location)
         elif kind.value != "default":
-            self._fault(kind.location, "rope_scaling.type", f"is {kind.value!r}; this model only knows 'yarn'")
+            self._fault(kind.location, "rope_scaling.type", f"is {kind.value!r}; this model only supports 'yarn'")
         return rope
 
     def _yarn(self, location: Location, inner: dict[str, Located]) -> dict[str, Located]:
-        """YaRN's keys; those left out get the meaning that transformers gives to their absence."""
+        """Return YaRN's keys; a key left out gets the value that transformers gives to its absence."""
         for name, entry in inner.items():
             if name == "attention_factor" and entry.value is not None:
                 self._fault(
                     entry.location, "rope_scaling.attention_factor", "is not supported: use mscale, mscale_all_dim"
                 )
             elif name == "truncate" and entry.value is not True:
-                self._fault(entry.location, "rope_scaling.truncate", f"is {entry.text}; this model only knows true")
+                self._fault(entry.location, "rope_scaling.truncate", f"is {entry.text}; this model only supports true")
             elif name not in _YARN | {"type", "rope_type", "rope_theta", "attention_factor", "truncate"}:
                 self._unknown(name, entry, "rope_scaling.", _YARN)
         mscale, all_dim = (inner[name].value if name in inner else None for name in ("mscale", "mscale_all_dim"))

@@ -1,11 +1,10 @@
-"""Loads a configuration: a YAML file on top of its bases, `--set` on top of that, checked as a whole.
+"""Loading of a configuration: a YAML file on top of its bases, `--set` on top of the file, checked as a whole.
 
-`load_config` either returns a complete `Config` or raises `ConfigError` with every fault it could find.
+`load_config` either returns a complete `Config` or raises `ConfigError` with all faults.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from .source import Source, find, run_name, show
 
 
 class ConfigError(UsageError):
-    """A configuration that cannot work. `faults` holds everything wrong with it, in the order of the files."""
+    """A configuration that cannot work. `faults` holds all its faults, in the order of the files."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(sorted(dict.fromkeys(faults), key=_position))
@@ -27,28 +26,15 @@ class ConfigError(UsageError):
 
 
 def _position(fault: Fault) -> tuple[bool, int, str, int]:
-    """The config itself first, by line; then its bases; the command line last."""
+    """Order of faults: the config itself by line, then its bases, the command line last."""
     location = fault.location
     return location.level < 0, location.level, location.source, location.line or 0
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add CONFIG and --set, as every command that reads a configuration takes them."""
-    parser.add_argument("config", metavar="CONFIG", help="path of a YAML file, or the name of a shipped config")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set a key, such as optim.lr=1e-4 or parallel.dp=auto; the value is YAML; may be given again",
-    )
 
 
 def load_config(config: str, overrides: Sequence[str] = ()) -> Config:
     """Load CONFIG, a path or the name of a shipped config, with `overrides` of the form "a.b=value" on top.
 
-    Raises UsageError where there is no such file and ConfigError (one too) with all faults of its contents.
+    Raises UsageError where there is no such file, and ConfigError, a UsageError too, with all faults of the contents.
     """
     source = find(config)
     faults: list[Fault] = []
@@ -64,12 +50,12 @@ def load_config(config: str, overrides: Sequence[str] = ()) -> Config:
 
 
 class _Unreadable(Exception):
-    """A file that is needed cannot be read; without it every other complaint could be false."""
+    """A file is needed and cannot be read; without the file every other fault could be false."""
 
 
-def _read_layers(source: Source, below: tuple[Source, ...], faults: list[Fault]) -> Located:
-    """The file on top of its bases; `below` are the files whose base, directly or not, it is."""
-    top = Location(source.shown, 1, level=len(below))
+def _read_layers(source: Source, above: tuple[Source, ...], faults: list[Fault]) -> Located:
+    """Read a file and merge it on top of its bases; `above` are the files that it is a base of, directly or not."""
+    top = Location(source.shown, 1, level=len(above))
     tree = parse_yaml(source.text, top, faults)
     if tree is None:
         raise _Unreadable
@@ -80,24 +66,27 @@ def _read_layers(source: Source, below: tuple[Source, ...], faults: list[Fault])
     base = tree.mapping.get("base")
     if base is None:
         return layer
-    chain = (*below, source)
+    chain = (*above, source)
     try:
         if not isinstance(base.value, str):
             raise UsageError("expects the path of a YAML file or the name of a shipped config")
-        under = find(base.value, source.folder)
-        if under.identity in [file.identity for file in chain]:
-            raise UsageError("makes a circle: " + " -> ".join([*(file.shown for file in chain), under.shown]))
+        base_file = find(base.value, source.folder)
+        if base_file.identity in [file.identity for file in chain]:
+            raise UsageError("makes a circle: " + " -> ".join([*(file.shown for file in chain), base_file.shown]))
     except UsageError as error:
         faults.append(Fault(base.location, "base", str(error)))
         raise _Unreadable from None
-    return merge(_read_layers(under, chain, faults), layer)
+    return merge(_read_layers(base_file, chain, faults), layer)
 
 
 def _without_commands(layer: Located, folder: Path, faults: list[Fault]) -> Located:
-    """A file's own keys: without `base`, with `model: from` replaced by what it reads, with empty sections dropped."""
+    """Return a file's own keys, without `base` and with `model: from` replaced by the keys read.
+
+    A section that is null, such as `log:` with nothing but comments below, becomes one without keys.
+    """
     sections = {name: entry for name, entry in layer.mapping.items() if name != "base"}
     for name, entry in sections.items():
-        if entry.value is None:  # `log:` with nothing but comments below it
+        if entry.value is None:
             sections[name] = Located({}, entry.location)
     model = sections.get("model")
     origin = model.mapping.get("from") if model else None
@@ -115,7 +104,7 @@ def _without_commands(layer: Located, folder: Path, faults: list[Fault]) -> Loca
 
 
 def _read_overrides(overrides: Sequence[str], faults: list[Fault]) -> Located:
-    """All `--set a.b=value` as one layer, a later one over an earlier one."""
+    """Return all `--set a.b=value` as one layer, later ones over earlier ones."""
     tree = Located({}, Location("--set", level=-1))
     for override in overrides:
         location = Location(f"--set {override}", level=-1)
@@ -137,7 +126,7 @@ def _read_overrides(overrides: Sequence[str], faults: list[Fault]) -> Located:
 
 
 def _with_run_name(tree: Located, source: Source) -> Located:
-    """`run.name` is the name of the config where nothing else is given."""
+    """Return the tree with the name of the config as `run.name` where no other is given."""
     run = tree.mapping.get("run")
     if run is not None and not isinstance(run.value, dict):
         return tree

@@ -1,7 +1,7 @@
-"""YAML text as plain values that remember where they were written.
+"""YAML text as plain values with their locations.
 
-The reader takes YAML's scalars as YAML 1.2 and JSON define them. YAML 1.1, PyYAML's default, would read `1e-4` and
-`28.1e9` as text, `no` as false and `012` as ten; and it would let a second `lr:` silently replace the first.
+Scalars are read as YAML 1.2 and JSON define them. YAML 1.1, PyYAML's default, reads `1e-4` and `28.1e9` as text, `no`
+as false and `012` as ten. PyYAML also lets a second `lr:` silently replace the first.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Location:
-    """Where something was written: a line of a file, or a `--set` of the command line, which has no lines.
+    """Location of a value in the user's input: a line of a file, or a `--set`, which has no lines.
 
-    `level` counts the files that stand above it: 0 for the config itself, 1 for its base; -1 for the command line.
+    `level` is the number of files above this one: 0 for the config itself, 1 for its base; -1 for the command line.
     """
 
     source: str
@@ -32,7 +32,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with a configuration; as text `file.yaml:12: model.hidden_size: what is wrong`."""
+    """A fault of a configuration; as text `file.yaml:12: model.hidden_size: what is wrong`."""
 
     location: Location
     key: str
@@ -44,7 +44,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Located:
-    """A value and the location of its key. `text` is a scalar as it was written, None where it stood in quotes."""
+    """A value and the location of its key. `text` is a scalar as it was written, None for one in quotes."""
 
     value: Scalar | dict[str, Located] | list[Located]
     location: Location
@@ -52,23 +52,23 @@ class Located:
 
     @property
     def mapping(self) -> dict[str, Located]:
-        """The entries of a mapping; empty for anything else."""
+        """Entries of a mapping; none for a scalar or a list."""
         return self.value if isinstance(self.value, dict) else {}
 
     def find(self, path: Path) -> Located | None:
-        """The value at `path`, None where it was not written."""
-        here = self
+        """Return the value at `path`, None where none was written."""
+        found = self
         for part in path:
-            if isinstance(here.value, dict) and part in here.value:
-                here = here.value[str(part)]
-            elif isinstance(here.value, list) and isinstance(part, int) and part < len(here.value):
-                here = here.value[part]
+            if isinstance(found.value, dict) and part in found.value:
+                found = found.value[str(part)]
+            elif isinstance(found.value, list) and isinstance(part, int) and part < len(found.value):
+                found = found.value[part]
             else:
                 return None
-        return here
+        return found
 
     def nearest(self, path: Path) -> Located:
-        """The deepest value on `path` that was written."""
+        """Return the deepest value on `path` that was written."""
         return next(found for end in range(len(path), -1, -1) if (found := self.find(path[:end])) is not None)
 
 
@@ -96,14 +96,15 @@ for _name, _pattern, _first in _SCALARS:
 def parse_yaml(text: str, top: Location, faults: list[Fault]) -> Located | None:
     """Read one YAML document (JSON is YAML). Problems are added to `faults`; None where nothing could be read.
 
-    `top` is the text's first line; where it has no line, as on the command line, every value is located right there.
+    `top` is the location of the text's first line. If `top` has no line, as on the command line, every value is at
+    `top`.
     """
     try:
         node = _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = _location(top, mark)
-        faults.append(Fault(where, "", f"cannot be read as YAML: {_explain(error)}"))
+        location = _location(top, mark)
+        faults.append(Fault(location, "", f"cannot be read as YAML: {_explain(error)}"))
         return None
     except yaml.YAMLError as error:
         faults.append(Fault(_location(top, None), "", f"cannot be read as YAML: {' '.join(str(error).split())}"))
@@ -125,7 +126,7 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
 
 
 class _Builder:
-    """Turns PyYAML's nodes into `Located` values, and its duplicate keys and odd tags into faults."""
+    """Builder of `Located` values from PyYAML's nodes; duplicate keys and unknown tags become faults."""
 
     def __init__(self, top: Location, faults: list[Fault]) -> None:
         self.top, self.faults = top, faults
@@ -185,10 +186,10 @@ class _Builder:
 
 
 def merge(under: Located, over: Located) -> Located:
-    """`over` on top of `under`: mappings merge key by key; anything else, lists included, is replaced whole.
+    """Merge `over` on top of `under`: mappings key by key; anything else, lists included, is replaced whole.
 
-    A merged mapping is placed where the topmost file has it: a complaint about a section as a whole names a line, not
-    whichever --set happened to touch it.
+    A merged mapping has its location in the topmost file. So a fault of a section as a whole names a line, not a --set
+    of one of its keys.
     """
     if not (isinstance(under.value, dict) and isinstance(over.value, dict)):
         return over

@@ -1,4 +1,4 @@
-"""What the configuration's models say about a path: its type in words, the keys of a section, likely misspellings."""
+"""Types and keys of the configuration in words: the type at a path, the keys of a section, likely misspellings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from ..settings import Phase, Section, TokenSchedule
 from .located_yaml import Path
+from .moved_keys import MOVED_KEYS
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union; any other type alone."""
+    """Return the members of a union; for any other type, the type alone."""
     if get_origin(annotation) is Annotated:
         return alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -31,7 +32,7 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def item_of(annotation: Any) -> Any:
-    """Type of the items of a list, None for what is no list."""
+    """Type of the items of a list type, None for other types."""
     for kind in alternatives(annotation):
         if get_origin(kind) in (tuple, list):
             return get_args(kind)[0]
@@ -39,7 +40,7 @@ def item_of(annotation: Any) -> Any:
 
 
 def value_of(annotation: Any) -> Any:
-    """Type of the values of a mapping, None for what is no mapping."""
+    """Type of the values of a mapping type, None for other types."""
     for kind in alternatives(annotation):
         if get_origin(kind) is dict:
             return get_args(kind)[1]
@@ -47,12 +48,12 @@ def value_of(annotation: Any) -> Any:
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
-    """The values a type spells out."""
+    """Values of the literals of a type."""
     return tuple(value for kind in alternatives(annotation) if get_origin(kind) is Literal for value in get_args(kind))
 
 
 def in_words(annotation: Any) -> str:
-    """What a type accepts, for a sentence that begins with "expects"."""
+    """Return the values that a type accepts in words, for a sentence that begins with "expects"."""
     words: list[str] = []
     for kind in alternatives(annotation):
         if get_origin(kind) is Literal:
@@ -73,12 +74,12 @@ def in_words(annotation: Any) -> str:
 
 
 def listed(words: list[str]) -> str:
-    """`a, b or c`."""
+    """Join words in the form `a, b or c`."""
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def resolve(root: type[Section], location: Path) -> tuple[Path, Any]:
-    """The keys of a pydantic error's location, without its names of union members, and the type at its end."""
+    """Return the keys of a pydantic error's location, without names of union members, and the type at its end."""
     path: list[str | int] = []
     annotation: Any = root
     for part in location:
@@ -96,7 +97,7 @@ def resolve(root: type[Section], location: Path) -> tuple[Path, Any]:
 
 
 def all_keys(section: type[Section], above: str = "") -> Iterator[str]:
-    """Every key of a section and of the sections in it, as dotted paths."""
+    """Yield every key of a section and of the sections in it, as dotted paths."""
     for name, field in section.model_fields.items():
         yield above + name
         inner = section_of(field.annotation)
@@ -105,7 +106,13 @@ def all_keys(section: type[Section], above: str = "") -> Iterator[str]:
 
 
 def unknown_key(root: type[Section], section: type[Section], above: str, name: str) -> tuple[str, str | None]:
-    """What to say of a key that `section`, found at `above`, does not have, and the key of it that was likely meant."""
+    """Return the message on a key that `section`, found at `above`, does not have, and the key likely meant.
+
+    A key of an earlier version gets the name that it has now.
+    """
+    full_name = f"{above}.{name}" if above else name
+    if full_name in MOVED_KEYS:
+        return f"is now {MOVED_KEYS[full_name]}", None
     own = list(section.model_fields)
     everywhere = list(all_keys(root))
     if name in everywhere and "." in name:

@@ -1,4 +1,4 @@
-"""Finds the file that a CONFIG or a `base:` names."""
+"""Files that a CONFIG or a `base:` names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..settings import UsageError
 
 @dataclass(frozen=True)
 class Source:
-    """The text of a YAML file. `shown` is its name in messages, `folder` what its relative paths start from."""
+    """The text of a YAML file. `shown` is its name in messages; its relative paths start from `folder`."""
 
     text: str
     shown: str
@@ -34,9 +34,9 @@ def shipped() -> list[str]:
 
 
 def find(name: str, folder: Path = Path()) -> Source:
-    """The file that `name` means: a path, relative to `folder`, or the name of a shipped config.
+    """Return the file that `name` means: a path, relative to `folder`, or the name of a shipped config.
 
-    What ends in .yaml or .yml or holds a slash is a path. Raises UsageError where there is no such file.
+    A name that ends in .yaml or .yml, or has a slash, is a path. Raises UsageError where there is no such file.
     """
     is_path = name.endswith((".yaml", ".yml")) or "/" in name or os.sep in name
     if not is_path and name in shipped():
@@ -55,14 +55,14 @@ def find(name: str, folder: Path = Path()) -> Source:
 
 
 def show(path: Path) -> str:
-    """A path as short as it can be read from here."""
+    """Return the shortest form of a path, absolute or relative to the current folder."""
     short = os.path.normpath(path)
     inside = os.path.relpath(short)
     return short if inside.startswith(os.pardir) else inside
 
 
 def run_name(stem: str) -> str:
-    """The name of a run made from the name of its config file: one that can be a folder."""
+    """Make the name of a run, which can be a folder's, from the name of its config file."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-") or "run"
 
 
@@ -71,9 +71,9 @@ def _not_found(name: str, path: Path, is_path: bool) -> str:
     near = difflib.get_close_matches(Path(name).stem if is_path else name, names, n=1, cutoff=0.5)
     meant = f" (did you mean {near[0]}?)" if near else ""
     if path.is_dir():
-        what = f"{show(path)} is a folder, not a config"
+        problem = f"{show(path)} is a folder, not a config"
     elif is_path:
-        what = f"there is no file {show(path)}"
+        problem = f"there is no file {show(path)}"
     else:
-        what = f"no config is called {name!r}"
-    return f"{what}{meant}; shipped: {', '.join(names)}; or give the path of a .yaml file"
+        problem = f"no config is called {name!r}"
+    return f"{problem}{meant}; shipped: {', '.join(names)}; or give the path of a .yaml file"

@@ -1,4 +1,4 @@
-"""Prints a configuration: as plain data, as YAML that loads again, as YAML with its help beside it."""
+"""Printed forms of a configuration: plain data, YAML that loads again, YAML with help."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOTES_AT = 40
 
 
 def plain(value: Any) -> Any:
-    """A configuration, or part of one, as dicts, lists and scalars; schedules in their short form."""
+    """Return a configuration, or part of one, as dicts, lists and scalars, with schedules in their short form."""
     if isinstance(value, TokenSchedule):
         only = value.phases[0]
         if len(value.phases) == 1 and only.value is not None and only.tokens is None:
@@ -40,16 +40,16 @@ def plain(value: Any) -> Any:
 def _given(section: Section) -> dict[str, Any]:
     """The keys whose values are not the defaults."""
     fields = type(section).model_fields.items()
-    return {name: plain(here) for name, field in fields if (here := getattr(section, name)) != field.default}
+    return {name: plain(value) for name, field in fields if (value := getattr(section, name)) != field.default}
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML; loading it gives an equal configuration."""
+    """Return the whole configuration as YAML; loading the text gives an equal configuration."""
     return "\n".join(line for name, section in plain(config).items() for line in _entry(name, section, "")) + "\n"
 
 
 def explain(config: Config) -> str:
-    """The whole configuration as YAML with each key's help, unit and default, in 80 columns."""
+    """Return the whole configuration as YAML with each key's help, unit and default, in 80 columns."""
     lines = []
     for name in Config.model_fields:
         section = getattr(config, name)
@@ -58,7 +58,7 @@ def explain(config: Config) -> str:
 
 
 def number(value: float) -> str:
-    """A float as YAML 1.1 and 1.2 both read it, large and small ones in engineering notation: 28.1e+9."""
+    """Write a float so that YAML 1.1 and 1.2 both read it, large and small ones in engineering notation: 28.1e+9."""
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return repr(value)
     digits = Decimal(repr(value)).normalize()
@@ -104,7 +104,7 @@ def _unit(field: FieldInfo) -> str:
 
 
 def _notes(field: FieldInfo, value: Any) -> str:
-    """Unit and default of a key, as said behind its value."""
+    """Unit and default of a key, for a comment behind its value."""
     if field.default is PydanticUndefined:
         default = "required"
     elif field.default == value:
@@ -117,7 +117,7 @@ def _notes(field: FieldInfo, value: Any) -> str:
 
 
 def _noted(line: str, notes: str) -> str:
-    """`line` with `notes` behind it, in their column where there is room."""
+    """Return `line` with `notes` behind it, in their column where there is room."""
     noted = f"{line:<{_NOTES_AT}}  # {notes}"
     if len(noted) > _WIDTH:
         noted = f"{line}  # {notes}"
@@ -134,7 +134,7 @@ def _first_line(section: type[Section]) -> str:
 
 
 def _entry(name: str, value: Any, indent: str) -> list[str]:
-    """A key with its value, in block style; what is inside a list, in flow style."""
+    """Lines of a key with its value, in block style; items of a list are in flow style."""
     if isinstance(value, dict) and value:
         inner = [line for key, item in value.items() for line in _entry(key, item, indent + "  ")]
         return [f"{indent}{_quoted(name)}:", *inner]
@@ -157,7 +157,7 @@ def _inline(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Text as a YAML scalar, in quotes wherever a reader could take it for something else."""
+    """Return text as a YAML scalar, in quotes where a reader could take it for another type."""
     simple = re.fullmatch(r"[A-Za-z_/][\w./~+ -]*", text, re.ASCII) and not text.endswith(" ")
     if simple and text.lower() not in ("yes", "no", "on", "off", "y", "n"):  # words that YAML 1.1 takes for booleans
         faults: list[Fault] = []

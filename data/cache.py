@@ -1,10 +1,14 @@
 """Tokenised text on disk: built once, read through a memory map.
 
-A cache entry is a folder `CACHE/tokens-FINGERPRINT/` with, for `train` and `validation`, `SPLIT.tokens` (the ids of
-all documents, each followed by its end of document, little-endian uint16) and `SPLIT.offsets` (where each document
-starts, and the end, little-endian int64), and `meta.json`. It appears by one rename when it is complete. Any number
-of processes may build the same entry at once: the first to finish wins and the others read its files. A folder there
-whose name starts with a dot belongs to a build under way, or to one that was killed and may be deleted.
+A cache entry is a folder `CACHE/tokens-FINGERPRINT/` with these files, SPLIT being `train` or `validation`:
+
+- `SPLIT.tokens`: the ids of all documents, each followed by its end of document, little-endian uint16
+- `SPLIT.offsets`: the start of each document, and the end, little-endian int64
+- `meta.json`: see `Meta`
+
+The folder appears by one rename when it is complete. Any number of processes may build the same entry at once: the
+first to finish wins and the others read its files. A folder in CACHE whose name starts with a dot belongs to a build in
+progress, or to a build that was killed; the latter may be deleted.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ Split = Literal["train", "validation"]
 
 @dataclass(frozen=True)
 class Meta:
-    """What `meta.json` holds. `digest` names the tokens and their order; `unigram_entropy` is the held-out text's."""
+    """Content of `meta.json`. `digest` names the tokens and their order; `unigram_entropy` is the held-out text's."""
 
     tokens: dict[str, int]
     documents: dict[str, int]
@@ -53,16 +57,16 @@ class TokenStore:
 
     def tokens(self, split: Split) -> NDArray[np.uint16]:
         """Read-only memory map of the split's ids, uint16 [T]."""
-        # A plain array over the map: np.memmap's own indexing costs several times as much a slice.
+        # A plain array over the map: np.memmap's own indexing costs several times as much per slice.
         return np.asarray(np.memmap(self.folder / f"{split}.tokens", dtype=_TOKEN_DTYPE, mode="r"))
 
     def offsets(self, split: Split) -> NDArray[np.int64]:
-        """Where each document starts, and the end: int64 [documents + 1]."""
+        """Starts of the documents, and the end: int64 [documents + 1]."""
         return np.fromfile(self.folder / f"{split}.offsets", dtype=_OFFSET_DTYPE).astype(np.int64, copy=False)
 
 
 def open_store(source: Source, tokenizer: ByteTokenizer, validation_fraction: float, cache_dir: Path) -> TokenStore:
-    """The tokenised `source` from `cache_dir`, built now if it is not there.
+    """Return the tokenised `source` from `cache_dir`, which is built now if absent.
 
     Raises UsageError where the source cannot be read or split, or the cache folder cannot be used.
     """
@@ -78,7 +82,7 @@ def open_store(source: Source, tokenizer: ByteTokenizer, validation_fraction: fl
 
 
 def _fingerprint(source: Source, tokenizer: ByteTokenizer, validation_fraction: float) -> str:
-    """Hexadecimal name of everything the cached files depend on; files count by path, size and time."""
+    """Hexadecimal name of all that the cached files depend on; files count by path, size and time."""
     settings = [_FORMAT, source.kind, str(source.root), tokenizer.version, validation_fraction]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for file in source.files:
@@ -111,7 +115,7 @@ def _build(source: Source, tokenizer: ByteTokenizer, validation_fraction: float,
         try:
             os.rename(aside, target)
         except OSError:
-            if not target.exists():  # else another process finished first, with the same files
+            if not target.exists():  # else another process has finished first, with the same files
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -140,7 +144,7 @@ def _write_split(
 
 
 def _flush(file: Any) -> None:
-    """Bring a file to the disk: a rename may otherwise outlive, in a crash, the bytes it makes visible."""
+    """Bring a file to the disk. After a crash the rename may otherwise be on the disk without the bytes."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from ..settings import UsageError
 from .config import DataConfig
 
-# The standard library without what is not text to learn from, or differs between installations of one
+# Parts of the standard library that are no text to learn from, or that differ between installations of one
 # version: installed packages, byte code, compiled and per-machine files, generated character tables, and
-# tests, which distributions ship in part, apart or not at all.
+# tests, which distributions ship in part, separately or not at all.
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "lib-dynload", "encodings", "test", "tests", "idle_test"}
 )
@@ -44,7 +44,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Document:
-    """A named text, read when it is asked for."""
+    """A named text, read on demand."""
 
     name: str
     read: Callable[[], bytes]
@@ -52,14 +52,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a corpus, sorted by name. Empty files are left out."""
+    """Files of a corpus, sorted by name, without empty ones."""
 
     kind: str
     root: Path
     files: tuple[TextFile, ...]
 
     def documents(self) -> Iterator[Document]:
-        """Every document in the order of the files: a file each, but each topic of Python's manual its own."""
+        """Yield the documents in the order of the files: one per file, and one per topic of Python's manual."""
         for file in self.files:
             topics = _manual_topics(file.read()) if self.kind == "builtin" and file.name == _TOPICS else {}
             if topics:
@@ -70,7 +70,7 @@ class Source:
 
 
 def open_source(config: DataConfig) -> Source:
-    """List the files of the configured source; UsageError where there is nothing to read."""
+    """List the files of the configured source. Raises UsageError where there is nothing to read."""
     if config.source == "builtin":
         return standard_library()
     assert config.path is not None, "DataConfig checks that source: folder has a path"
@@ -78,7 +78,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def folder(root: Path, patterns: Sequence[str]) -> Source:
-    """Files under `root` whose name matches one of `patterns`; hidden files and folders are passed over."""
+    """List the files under `root` whose name matches one of `patterns`, without hidden files and folders."""
     root = Path(os.path.abspath(root))
     wanted = ", ".join(patterns)
     if not root.is_dir():
@@ -95,10 +95,10 @@ def folder(root: Path, patterns: Sequence[str]) -> Source:
 
 
 def standard_library(root: Path | None = None) -> Source:
-    """Sources and documentation of the running Python's standard library (`root` overrides where it is).
+    """List sources and documentation of the running Python's standard library, or of the one in `root`.
 
     Takes *.py, *.txt and *.rst. Left out: installed packages, tests, generated tables (`encodings`,
-    `html/entities.py`, `stringprep.py`) and what describes one machine (`_sysconfigdata*`, `config-*`).
+    `html/entities.py`, `stringprep.py`) and descriptions of one machine (`_sysconfigdata*`, `config-*`).
     """
     root = root or Path(sysconfig.get_path("stdlib"))
 
@@ -124,10 +124,10 @@ def standard_library(root: Path | None = None) -> Source:
 
 
 def hold_out(names: Collection[str], fraction: float) -> frozenset[str]:
-    """The names held out for validation: about `fraction` of them, by a hash of each name alone.
+    """Return the names held out for validation: about `fraction` of them, by a hash of each name alone.
 
-    So other files coming or going never move a file between training and validation, but for one case: where
-    no hash falls under `fraction` the lowest is held out (and where all do, the highest is trained on).
+    So adding or removing other files does not move a file between training and validation, with one exception: where
+    no hash falls under `fraction` the lowest is held out, and where all do, the highest is trained on.
     """
     if len(names) < 2:
         raise UsageError(
@@ -141,33 +141,33 @@ def hold_out(names: Collection[str], fraction: float) -> frozenset[str]:
 
 
 def _share(name: str) -> float:
-    """A number in [0, 1) that depends on `name` alone."""
+    """Return a number in [0, 1) that depends on `name` alone."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 
 
 def _list_files(root: Path, keep: Callable[[str], bool], enter: Callable[[str], bool]) -> tuple[TextFile, ...]:
-    """Non-empty files under `root`, sorted by name, hidden ones and byte code passed over, links followed."""
+    """Non-empty files under `root`, sorted by name, without hidden ones and byte code; links are followed."""
 
     def fail(error: OSError) -> None:
         raise UsageError(f"cannot list {error.filename}: {error.strerror}") from error
 
     files: list[TextFile] = []
-    seen: set[str] = set()  # a link to a folder above would otherwise never end
-    for place, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
-        real = os.path.realpath(place)
+    seen: set[str] = set()  # a link to a folder above would otherwise make an endless walk
+    for location, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        real = os.path.realpath(location)
         subfolders.sort()
         if real in seen:
             subfolders.clear()
             continue
         seen.add(real)
-        prefix = "" if Path(place) == root else Path(place).relative_to(root).as_posix() + "/"
+        prefix = "" if Path(location) == root else Path(location).relative_to(root).as_posix() + "/"
         subfolders[:] = [
             name for name in subfolders if name[0] != "." and name != "__pycache__" and enter(prefix + name)
         ]
         for name in names:
-            path = Path(place, name)
-            if name[0] != "." and keep(prefix + name) and path.is_file():  # is_file: a dangling link is not one
+            path = Path(location, name)
+            if name[0] != "." and keep(prefix + name) and path.is_file():  # is_file: false for a dangling link
                 status = path.stat()
                 if status.st_size:
                     files.append(TextFile(prefix + name, path, status.st_size, status.st_mtime_ns))
@@ -175,10 +175,10 @@ def _list_files(root: Path, keep: Callable[[str], bool], enter: Callable[[str], 
 
 
 def _manual_topics(source: bytes) -> dict[str, str]:
-    """Topics of Python's manual from `topics = {name: text, …}`, sorted; {} where the file has another form.
+    """Return the topics of Python's manual from `topics = {name: text, …}`, sorted; {} for a file of another form.
 
-    The manual prints some sections under several topics. A topic is left out when more than half of it stands in
-    longer ones: training text would otherwise be validated on.
+    The manual prints some sections under several topics. A topic is left out when more than half of its text is in
+    longer topics: validation would otherwise run on training text.
     """
     topics: dict[str, str] = {}
     for statement in ast.parse(source).body:

@@ -1,6 +1,7 @@
 """Token sequences from a stream of documents, addressed by a global index.
 
-T tokens, S sequence. `extra` is what a sample reads past its window: 1 + MTP depth, the labels of the last inputs.
+T tokens, S sequence. `extra` is the number of tokens that a sample reads past its window: 1 + MTP depth, the labels of
+the last inputs.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ _COUNTED_AT_ONCE = 1 << 24
 
 
 def unigram_entropy(tokens: Tokens) -> float:
-    """Entropy of the token frequencies of `tokens` [T], in nats a token.
+    """Entropy of the token frequencies of `tokens` [T], in nats per token.
 
-    No model that ignores context has a lower loss on these tokens, so a validation loss below it shows that
-    context is used.
+    No model that ignores context has a lower loss on these tokens. So a lower validation loss shows that context is
+    used.
     """
     if not len(tokens):
         raise ValueError("the entropy of no tokens is not defined")
     counts = np.zeros(0, dtype=np.int64)
-    for begin in range(0, len(tokens), _COUNTED_AT_ONCE):  # bincount widens to int64: 8 bytes a token
+    for begin in range(0, len(tokens), _COUNTED_AT_ONCE):  # bincount widens to int64: 8 bytes per token
         piece = np.bincount(tokens[begin : begin + _COUNTED_AT_ONCE], minlength=len(counts))
         piece[: len(counts)] += counts
         counts = piece
@@ -36,7 +37,7 @@ def unigram_entropy(tokens: Tokens) -> float:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """Where everything stands in one epoch: documents in order, their starts in the stream, windows in order."""
+    """Order of one epoch: documents in order, their starts in the stream, windows in order."""
 
     documents: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -47,11 +48,11 @@ class PackedDataset:
     """Training samples without end: document packing, deterministic in (seed, global sample index).
 
     Each epoch puts the documents in a new order, lays them end to end, cuts the stream in windows of S tokens and
-    gives the windows in random order. A sample reads `extra` tokens past its window, so that every token but those
-    of the tail (fewer than S + extra) is an input exactly once an epoch.
+    gives the windows in random order. A sample reads `extra` tokens past its window. So every token, except for the
+    tail (fewer than S + extra tokens), is an input exactly once per epoch.
 
     tokens: [T], each document ending in its end-of-document token; may be a memory map, and is never copied whole.
-    offsets: int64 [documents + 1], where each document starts, and T.
+    offsets: int64 [documents + 1], the start of each document, and T.
     Raises UsageError where the text does not fill one window.
     """
 
@@ -77,13 +78,13 @@ class PackedDataset:
         return self.sequence_length + self.extra
 
     def sample(self, index: int, out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Sample `index` >= 0 of the run: int64 [S + extra], written to `out` where given."""
+        """Return sample `index` >= 0 of the run: int64 [S + extra], written to `out` where given."""
         if index < 0:
             raise ValueError(f"samples are counted from 0, got {index}")
         out = np.empty(self.width, dtype=np.int64) if out is None else out
-        number, place = divmod(index, self.windows_per_epoch)
+        number, turn = divmod(index, self.windows_per_epoch)
         epoch = self._epochs.get(number) or self._open_epoch(number)
-        position = int(epoch.windows[place]) * self.sequence_length
+        position = int(epoch.windows[turn]) * self.sequence_length
         piece = int(np.searchsorted(epoch.starts, position, side="right")) - 1
         inside = position - int(epoch.starts[piece])
         filled, width = 0, self.width
@@ -101,8 +102,8 @@ class PackedDataset:
         np.cumsum(self._lengths[documents][:-1], out=starts[1:])
         windows = named_permutation(self.windows_per_epoch, "window order", self.seed, number)
         epoch = _Epoch(documents, starts, windows)
-        # Reading moves forward, so two epochs are enough: the current one and, across its end, the next. A new dict
-        # rather than a change of the old: another thread may be reading it.
+        # Reading moves forward, so two epochs are enough: the current one and, across its end, the next. The old dict
+        # is replaced, not changed, because another thread may be reading it.
         self._epochs = {old: table for old, table in self._epochs.items() if abs(old - number) == 1} | {number: epoch}
         if len(self._epochs) > 2:
             del self._epochs[min(self._epochs)]
@@ -110,7 +111,7 @@ class PackedDataset:
 
 
 class OrderedDataset:
-    """Held-out samples: the windows of a token stream in plain order, the same in every run.
+    """Held-out samples: windows of a token stream in their order, the same in every run.
 
     tokens: [T]. Raises UsageError where the text does not fill one window.
     """
@@ -132,7 +133,7 @@ class OrderedDataset:
         return self.sequence_length + self.extra
 
     def sample(self, index: int, out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Window `index`, 0 <= index < len(self): int64 [S + extra], written to `out` where given."""
+        """Return window `index`, 0 <= index < len(self): int64 [S + extra], written to `out` where given."""
         if not 0 <= index < self._windows:
             raise IndexError(f"window {index} of {self._windows}")
         out = np.empty(self.width, dtype=np.int64) if out is None else out

@@ -1,8 +1,8 @@
 """Micro-batches of one data parallel rank, prepared ahead on a thread.
 
-B sequences of a micro-batch, S sequence, D MTP depth; `dp` ranks share a global batch of n sequences. Which rank sees
-which sample follows from the layout, but the stream of samples does not: step after step, the ranks' blocks laid end
-to end are samples start, start + 1, … start + n - 1.
+B sequences of a micro-batch, S sequence, D MTP depth; `dp` ranks share a global batch of n sequences. The samples of a
+rank depend on the layout, the stream of samples does not: in every step the ranks' blocks, laid end to end, are samples
+start, start + 1, … start + n - 1.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ class Batch:
 
 
 def micro_batch_count(sequences: int, dp_size: int, micro_sequences: int) -> int:
-    """Micro-batches every rank runs for a global batch of `sequences`: the same number on all."""
+    """Number of micro-batches that every rank runs for a global batch of `sequences`."""
     rows_per_rank = -(-sequences // dp_size)
     return -(-rows_per_rank // micro_sequences)
 
 
 class Loader:
-    """Gives, step after step, this rank's micro-batches: `for micro_batches in loader`, each a list of Batch.
+    """Iterator over this rank's micro-batches by step: `for micro_batches in loader`, each a list of Batch.
 
-    plan: (global index of the step's first sample, sequences of its global batch) of every step to come; it may be
-    endless, and is read ahead. Rank r takes the contiguous block of n / dp samples from start + r * n / dp. Where n is
-    not a multiple of dp the blocks are rounded up and the last ones padded, as is the last micro-batch of a block, so
-    that all ranks run equally many micro-batches of one shape.
-    prefetch: micro-batches prepared ahead on a thread, past the end of the step too; 0 prepares them when asked for.
-    What the plan or the dataset raises on the thread, the caller gets in its turn. Close a loader with a thread, or
-    use it in a `with`.
+    plan: (global index of the step's first sample, sequences of its global batch) of every step to come. The plan may
+    be endless, and is read ahead. Rank r takes the contiguous block of n / dp samples from start + r * n / dp. Where n
+    is not a multiple of dp the blocks are rounded up and the last ones padded. The last micro-batch of a block is
+    padded too, so that all ranks run equally many micro-batches of one shape.
+    prefetch: micro-batches prepared ahead on a thread, past the end of the step too; 0 prepares each on demand.
+    Errors of the plan or the dataset on the thread are raised to the caller when their micro-batch is due. Close a
+    loader with a thread, or use it in a `with`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Loader:
         return self
 
     def __next__(self) -> list[Batch]:
-        """All micro-batches of the next step; StopIteration after the plan's last."""
+        """Return all micro-batches of the next step; StopIteration after the plan's last."""
         step: list[Batch] = []
         complete = False
         while not complete:
@@ -87,7 +87,7 @@ class Loader:
         return step
 
     def close(self) -> None:
-        """Stop the thread and wait for its end. Closing twice does no harm."""
+        """Stop the thread and wait for its end. Closing a closed loader does nothing."""
         if self._ahead:
             self._ahead.close()
 
@@ -103,10 +103,10 @@ class Loader:
 def evaluation_batches(
     dataset: OrderedDataset, sequences: int, dp_rank: int, dp_size: int, micro_sequences: int
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of an evaluation over `sequences` held-out windows, or all where there are fewer.
+    """Yield this rank's micro-batches of an evaluation over `sequences` held-out windows, or all if there are fewer.
 
-    The windows are the same in every layout and spread evenly over the held-out text, so that a short evaluation is
-    not one of its first file. Every rank gets equally many micro-batches; rows past the last are padding.
+    The windows are the same in every layout and spread evenly over the held-out text: a short evaluation is not
+    confined to the first file. Every rank gets equally many micro-batches; rows past the last window are padding.
     """
     used = min(sequences, len(dataset))
     windows = [row * len(dataset) // used for row in range(used)]
@@ -120,7 +120,7 @@ def _rank_batches(
     dp_size: int,
     micro_sequences: int,
 ) -> Iterator[Batch]:
-    """The micro-batches of one rank's block of `samples`, the indices of a whole global batch."""
+    """Yield the micro-batches of one rank's block of `samples`, the indices of a whole global batch."""
     assert 0 <= dp_rank < dp_size, f"no rank {dp_rank} of {dp_size}"
     if not samples or micro_sequences < 1:
         raise ValueError(
@@ -138,12 +138,12 @@ def _rank_batches(
 
 
 class _Ahead(Generic[Item]):
-    """Iterates over `items` on a thread that stays up to `depth` items ahead of the reader."""
+    """Iterator over `items` on a thread that stays up to `depth` items ahead of the reader."""
 
     def __init__(self, items: Iterator[Item], depth: int) -> None:
         self._items, self._depth = items, depth
         self._ready: deque[Item] = deque()
-        self._error: BaseException | None = None  # why there is no further item: StopIteration at the plain end
+        self._error: BaseException | None = None  # reason for the end of items: StopIteration at the regular end
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._prepare, name="data loader", daemon=True)
@@ -178,13 +178,13 @@ class _Ahead(Generic[Item]):
                 with self._changed:
                     self._ready.append(item)
                     self._changed.notify_all()
-        except BaseException as error:  # the reader's to handle, whatever it is
+        except BaseException as error:  # any error at all is raised in the reader
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
     def _has_room(self) -> bool:
-        """Wait until an item is wanted; False once closed."""
+        """Wait until there is room for an item; False once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
             return not self._closed

@@ -1,4 +1,4 @@
-"""The one way in: from the `data` section to samples."""
+"""Opening of the data: from the `data` section to samples."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .tokenizer import ByteTokenizer
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and validates on.
+    """Samples that a run trains and validates on.
 
-    unigram_entropy: nats a token of the held-out text, which a model without context cannot go below.
-    digest: names the tokens and the split, so that ranks on several machines, or a run and the one it resumes, can
-    see whether they read the same text.
+    unigram_entropy: nats per token of the held-out text, the lowest loss of a model without context.
+    digest: name of the tokens and the split. By it ranks on several machines, and a run that resumes, check that they
+    read the same text.
     """
 
     train: PackedDataset
@@ -29,9 +29,9 @@ class Data:
 
 
 def open_data(config: DataConfig, sequence_length: int, extra: int, seed: int, cache_dir: str | Path) -> Data:
-    """Open the configured text, tokenised into `cache_dir` at the first time.
+    """Open the configured text, which the first call tokenises into `cache_dir`.
 
-    sequence_length: S, inputs of a sample. extra: tokens a sample reads past them, 1 + MTP depth.
+    sequence_length: S, inputs of a sample. extra: tokens that a sample reads past the inputs, 1 + MTP depth.
     Raises UsageError where text is missing, cannot be split, or is too short for one sample.
     """
     tokenizer = ByteTokenizer()

@@ -108,6 +108,11 @@ class ModelConfig(Section):
         """Width of a query or key head: the plain part and the rotated part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    @property
+    def num_moe_layers(self) -> int:
+        """Number of layers with a router: mixture-of-experts blocks, those of MTP modules included."""
+        return self.num_hidden_layers - self.first_k_dense_replace + self.num_nextn_predict_layers
+
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer` is a mixture of experts; MTP blocks (from num_hidden_layers on) always are."""
         return layer >= self.first_k_dense_replace

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..settings import UsageError
+from ..settings import UsageError, nearest_multiples
 
 
 class Coordinates(NamedTuple):
@@ -40,8 +40,7 @@ class Layout:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 1")
         unit = self.pp * self.ep
         if self.world_size % unit:
-            below, above = self.world_size // unit * unit, (self.world_size // unit + 1) * unit
-            sizes = f"{below} or {above}" if below else f"{above}"
+            sizes = nearest_multiples(self.world_size, unit)
             degrees = [ep for ep in range(1, self.ep + 1) if self.world_size % (self.pp * ep) == 0]
             also = f", or parallel.ep {degrees[-1]}" if degrees else ""
             ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
@@ -55,10 +54,9 @@ class Layout:
         """The layout that a `parallel` section asks for on `world_size` ranks; `dp` may be "auto"."""
         if isinstance(dp, int):
             if dp % ep:
-                near = sorted({dp // ep * ep, (dp // ep + 1) * ep} - {0})
                 raise UsageError(
                     f"parallel.dp {dp} is not a multiple of parallel.ep {ep} (dp = ep x edp); "
-                    f"nearest that work: dp {' or '.join(map(str, near))}"
+                    f"nearest that work: dp {nearest_multiples(dp, ep)}"
                 )
             if pp * dp != world_size:
                 there_are = "there is 1" if world_size == 1 else f"there are {world_size}"

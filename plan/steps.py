@@ -1,4 +1,4 @@
-"""The steps of a run: which samples each takes, and how many there are. The same for every layout."""
+"""Steps of a run: the samples of each step, and the number of steps. Both are the same for every layout."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..configs.config import BatchConfig, Config
+from ..configs.config import Config
+from ..configs.sections import BatchConfig
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; a checkpoint carries it."""
+    """Steps, tokens and sequences that a run has trained; part of a checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -22,7 +23,7 @@ class Progress:
 
 
 def steps_from(progress: Progress, batch: BatchConfig) -> Iterator[tuple[Progress, int]]:
-    """Every step to come, without end: the progress before it and the sequences of its global batch."""
+    """Yield for every step to come, without end, the progress before the step and the sequences of its global batch."""
     while True:
         sequences = batch.sequences_at(progress.tokens)
         yield progress, sequences
@@ -30,7 +31,7 @@ def steps_from(progress: Progress, batch: BatchConfig) -> Iterator[tuple[Progres
 
 
 def total_steps(config: Config) -> int:
-    """The step at which the run ends: `train.steps`, or the first that reaches `train.tokens`, whichever is first."""
+    """Return the last step of the run: `train.steps`, or the step that reaches `train.tokens` if that is earlier."""
     most = config.train.steps
     if config.train.tokens is None:
         assert most is not None

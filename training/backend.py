@@ -11,7 +11,7 @@ from ..configs.config import Config
 from ..fp8.te.library import HOPPER_ALIGNMENT, INSTEAD, version_fault
 from ..fp8.tensor_formats import KINDS, Formats
 from ..model.config import ModelConfig
-from ..settings import UsageError
+from ..settings import UsageError, nearest_multiples
 
 if TYPE_CHECKING:
     import torch
@@ -64,10 +64,9 @@ def backend_faults(config: Config) -> list[str]:
 def _width_faults(config: Config, unit: int) -> Iterator[str]:
     for name, width in quantised_widths(config.model, config.precision.formats()).items():
         if width % unit:
-            near = [str(size) for size in (width // unit * unit, (width // unit + 1) * unit) if size]
             yield (
                 f"{name} is {width}: Transformer Engine multiplies widths in multiples of {unit} in FP8 (nearest: "
-                f"{' or '.join(near)}); {INSTEAD}"
+                f"{nearest_multiples(width, unit)}); {INSTEAD}"
             )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..fp8.tensor_formats import WIRE_FORMAT
 from ..parallel.layout import Layout
 from ..report.text.numbers import count
-from ..settings import Clash, UsageError
+from ..settings import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -158,19 +158,6 @@ def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> WireF
 
     fused = pack_on_gpu if device_type == "cuda" and find_spec("triton") is not None else None
     return FP8Wire(quantizer("experts_up.input"), quantizer("experts_down.gradient"), fused)
-
-
-def wire_clashes(config: Config) -> Iterator[Clash]:
-    """A wire, or a dispatcher, that does not carry the activations."""
-    if config.precision.format != "fp32":
-        return
-    key = "high" if config.precision.recipe == "fp8" else "recipe"
-    if config.comm.dispatcher == "deepep":
-        message = f"carries BF16 and FP8, and activations are FP32 with precision.{key} fp32"
-        yield Clash(("comm.dispatcher", f"precision.{key}"), f"deepep {message} (auto, flat and two-hop carry them)")
-    if config.comm.wire == "bf16":
-        message = f"would round activations, which are FP32 with precision.{key} fp32 (auto or fp8 work)"
-        yield Clash(("comm.wire", f"precision.{key}"), f"bf16 {message}")
 
 
 def routing_notes(config: Config, layout: Layout) -> tuple[str, ...]:

@@ -44,9 +44,7 @@ class ExpertBalance:
         self, config: Config, groups: Groups, model: Model, optimizer: ShardedOptimizer, device: torch.device
     ) -> None:
         asked, architecture = config.parallel.expert_placement, config.model
-        layers = architecture.num_hidden_layers - architecture.first_k_dense_replace
-        layers += architecture.num_nextn_predict_layers
-        experts = architecture.n_routed_experts
+        layers, experts = architecture.num_moe_layers, architecture.n_routed_experts
         self._groups, self._model, self._optimizer = groups, model, optimizer
         self._num_groups = architecture.n_group if architecture.limits_groups else 1
         self._num_nodes = nodes_of_a_group(groups.layout)

@@ -13,14 +13,14 @@ from textwrap import indent
 from typing import TypeVar
 
 from ..checkpoint.manifest import Manifest, check_same_model, complete_steps, read_manifest
-from ..configs.clashes import batch_sizes
 from ..configs.config import Config
 from ..data.open import Data, open_data
 from ..data.tokenizer import ByteTokenizer
 from ..parallel.layout import Layout
 from ..parallel.schedule.choose import generate
 from ..parallel.schedule.simulate import simulate
-from ..plan.pipeline import make_schedule, microbatches, stage_costs
+from ..plan.costs import stage_costs
+from ..plan.pipeline import make_schedule, make_split
 from ..plan.steps import Progress, total_steps
 from ..settings import UsageError
 from .backend import backend_faults
@@ -61,7 +61,7 @@ def prepare_run(config: Config, world_size: int, ranks_per_node: int, fresh: boo
     faults: list[str] = []
     layout = _collect(faults, lambda: _layout(config, world_size, ranks_per_node))
     if layout is not None:
-        batch_faults = _batch_faults(config, layout)
+        batch_faults = [f"batch.{name} {fault}" for name, fault in config.batch.faults(layout.dp).items()]
         faults += batch_faults or _schedule_faults(config, layout)
     faults += _vocabulary_faults(config)
     faults += backend_faults(config)
@@ -118,27 +118,13 @@ def _layout(config: Config, world_size: int, ranks_per_node: int) -> Layout:
         raise UsageError(f"{error} (--nproc N starts N ranks)" if world_size == 1 else str(error)) from None
 
 
-def _batch_faults(config: Config, layout: Layout) -> list[str]:
-    """Global batches that micro-batches on every rank cannot make up exactly."""
-    batch = config.batch
-    unit = layout.dp * batch.micro_sequences
-    made_of = f"{unit} (dp {layout.dp} x batch.micro_sequences {batch.micro_sequences})"
-    faults = []
-    for key, size in batch_sizes(config).items():
-        if size % unit:
-            near = [str(size // unit * unit)] if size > unit else []
-            near.append(str((size // unit + 1) * unit))
-            faults.append(f"batch.{key} {size} is not a multiple of {made_of}; nearest that work: {' or '.join(near)}")
-    return faults
-
-
 def _schedule_faults(config: Config, layout: Layout) -> list[str]:
     """Numbers of micro-batches, from those of the whole run, that the schedule cannot serve.
 
     Of a ramp's many sizes those up to four times the pipeline are tried, which is where schedules change their form.
     """
     parallel = config.parallel
-    counts = {microbatches(config, layout, size): size for size in _sizes_of_the_run(config)}
+    counts = {config.batch.microbatches(size, layout.dp): size for size in _sizes_of_the_run(config)}
     ends = min(counts), max(counts)
     for count in sorted(counts):
         try:
@@ -154,8 +140,8 @@ def _schedule_faults(config: Config, layout: Layout) -> list[str]:
 def bubble_notes(config: Config, layout: Layout) -> tuple[str, ...]:
     """What too few micro-batches for the pipeline cost, simulated with predicted costs; empty where it is little."""
     sizes = _sizes_of_the_run(config)
-    fewest, most = (microbatches(config, layout, size) for size in (sizes[0], sizes[-1]))
-    costs = stage_costs(config)
+    fewest, most = (config.batch.microbatches(size, layout.dp) for size in (sizes[0], sizes[-1]))
+    costs = stage_costs(config, make_split(config))
     if fewest >= 8 * len(costs.forward):  # the rest is the split's affair
         return ()
 

@@ -11,12 +11,12 @@ import torch
 from ..configs.config import Config
 from ..model.counts import FLOP_CONVENTION, count_parameters
 from ..parallel.groups import Groups
-from ..plan.pipeline import describe_split
 from ..report.hardware import Peak, peak_tflops
 from ..report.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
 from ..report.progress import ProgressDisplay
 from ..report.summary import RunSummary, describe_run
 from ..report.text.layout import draw_layout
+from ..report.text.split import describe_split
 from ..report.traffic import mean_step
 from ..settings import UsageError
 from .build import DTYPES

@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..configs.config import Config
-from ..configs.write import to_yaml
+from ..configs.moved_keys import differences
+from ..configs.sections import TrainConfig
+from ..configs.write import plain, to_yaml
 from ..settings import UsageError
 
 CONFIG_FILE = "config.yaml"
@@ -62,22 +63,10 @@ def write_config(run_dir: Path, config: Config) -> list[str]:
     path = run_dir / CONFIG_FILE
     changes = []
     if path.exists():
-        before, now = _flatten(yaml.safe_load(path.read_text())), _flatten(yaml.safe_load(to_yaml(config)))
-        changes = [
-            f"{key} {before.get(key)} -> {now.get(key)}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
+        defaults = plain(Config(train=TrainConfig(steps=1)))
+        found = differences(yaml.safe_load(path.read_text()), plain(config), defaults)
+        changes = [f"{key} {before} -> {now}" for key, (before, now) in found.items()]
     aside = path.with_suffix(".yaml.part")
     aside.write_text(to_yaml(config))
     aside.replace(path)
     return changes
-
-
-def _flatten(tree: Any, above: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {above: tree}
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{above}.{name}" if above else str(name))
-    return flat

@@ -276,9 +276,8 @@ class Trainer:
         """Sum over micro-batches, stages and ranks, in FP64 so that the order cannot be seen."""
         model = self.config.model
         depths = model.num_nextn_predict_layers
-        layers = model.num_hidden_layers - model.first_k_dense_replace + depths
         losses = torch.zeros(4 + depths, dtype=torch.float64, device=self.device)
-        counts = torch.zeros(layers, model.n_routed_experts + 1, dtype=torch.int64, device=self.device)
+        counts = torch.zeros(model.num_moe_layers, model.n_routed_experts + 1, dtype=torch.int64, device=self.device)
         for part in parts:
             numbers = (part.loss, part.balance, part.device, part.communication, *part.mtp_losses)
             losses[: len(numbers)] += torch.stack(numbers).double()

@@ -19,7 +19,6 @@ from ..configs.config import Config
 from ..configs.write import plain
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
-from ..plan.pipeline import microbatches
 from ..plan.steps import Progress, steps_from
 from ..training.build import make_groups
 from ..training.dispatch import partial_sums_of
@@ -214,7 +213,7 @@ def _microbatches(shrunk: Shrunk) -> Iterator[int]:
     config = shrunk.config
     plan = steps_from(Progress(), config.batch)
     for _, (_, sequences) in zip(range(config.train.steps or 0), plan, strict=False):
-        yield microbatches(config, shrunk.layout, sequences)
+        yield config.batch.microbatches(sequences, shrunk.layout.dp)
 
 
 def _share(groups: Groups, value: Any) -> Any:

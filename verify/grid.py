@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..configs.clashes import batch_sizes
 from ..configs.config import Config
 from ..parallel.schedule.actions import Overlap, Schedule
 from ..parallel.schedule.choose import generate, schedule_name
@@ -139,7 +138,7 @@ def choose_microbatches(config: Config, grid: Grid) -> dict[str, int]:
     yours, batch = grid_of(config), config.batch
     pipeline = pipeline_of(config, grid.pp)
     counts = {}
-    for name, sequences in batch_sizes(config).items():
+    for name, sequences in config.batch.sizes().items():
         if name == "ramp.increment":
             continue
         given = STEADY * yours.pp  # with dp auto any number is possible

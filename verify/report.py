@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..configs.config import Config
-from ..plan.pipeline import align
 from ..report.text.lines import WIDTH, wrap_row
 from ..report.text.numbers import count, plural
+from ..report.text.table import align
 from .check import MOST_SEEDS, Attempt, Moved, Outcome
 from .compare import CLASSES, Difference
 from .grid import grid_of

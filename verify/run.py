@@ -230,8 +230,7 @@ def _first_row(tensor: DTensor) -> int:
 def _routers_watched(trainer: Trainer, choices: Choices | None) -> Iterator[Tensor]:
     """Within it routers add what they count to the tensor yielded: not what the trainer makes of it."""
     model = trainer.config.model
-    layers = model.num_hidden_layers - model.first_k_dense_replace + model.num_nextn_predict_layers
-    counts = torch.zeros(layers, model.n_routed_experts, dtype=torch.int64)
+    counts = torch.zeros(model.num_moe_layers, model.n_routed_experts, dtype=torch.int64)
     routers = trainer.model.routers()
     layer_of = {id(router): layer for layer, router in routers}
 

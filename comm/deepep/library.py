@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...settings import UsageError
+from ...settings import UsageError, nearest_multiples
 
 Generation = Literal["elastic", "legacy"]
 CLASSES: dict[Generation, str] = {"elastic": "ElasticBuffer", "legacy": "Buffer"}
@@ -153,8 +153,8 @@ def _faults_with(job: Job, library: Library, generation: Generation) -> list[str
     # Sums are taken in words of 16 bytes by warps of 32 lanes: in the elastic generation's, and between nodes.
     unit = 256 if generation == "elastic" or several else 128 if job.fp8 else 16
     if job.hidden % unit:
-        near = f"{job.hidden - job.hidden % unit} and {job.hidden + -job.hidden % unit}"
-        faults.append(f"DeepEP wants a hidden size that is a multiple of {unit}, not {job.hidden}; near are {near}")
+        near = nearest_multiples(job.hidden, unit)
+        faults.append(f"DeepEP wants a hidden size that is a multiple of {unit}, not {job.hidden} (nearest: {near})")
     if len(sizes) > 1:
         faults.append(
             f"DeepEP wants as many ranks of an expert parallel group on every node, not {sorted(sizes)}; {INSTEAD}"

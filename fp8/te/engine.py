@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...phases import memory_of
-from ...settings import UsageError
+from ...settings import UsageError, nearest_multiples
 from ...weight_gradients import GradientSink, WeightQueue, now_or_later
 from ..recipe import LinearRecipe
 from . import translate as recipes
@@ -214,10 +214,9 @@ def _check(library: Library, weight: Tensor) -> None:
         )
     for name, width in (("inputs", weight.shape[-1]), ("outputs", weight.shape[-2])):
         if width % unit:
-            near = [str(size) for size in (width // unit * unit, (width // unit + 1) * unit) if size]
             raise UsageError(
                 f"a linear layer of {weight.shape[-1]} inputs and {weight.shape[-2]} outputs: on this GPU Transformer "
-                f"Engine takes {name} in multiples of {unit} (nearest: {' or '.join(near)}); {INSTEAD}"
+                f"Engine takes {name} in multiples of {unit} (nearest: {nearest_multiples(width, unit)}); {INSTEAD}"
             )
 
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...audit.case import Case, make_case
 from ...configs.config import Config
-from ...configs.load import add_config_arguments, load_config
+from ...configs.load import load_config
+from ...configs.moved_keys import differences
+from ...configs.sections import TrainConfig
 from ...settings import UsageError
 from ...training.run_folder import locked
 from ..environment import WorkerEnvironment, cache_folder, read_environment, usable_cores
 from ..output import print_long, write_page
+from .options import add_config_arguments
 
 if TYPE_CHECKING:
     from ...audit.run import Audit
@@ -164,8 +167,8 @@ def _check_folder(case: Case) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise UsageError(f"{folder} holds other files than an audit's: give another --out")
         return
-    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(_dump(case.config)))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    defaults = Config(train=TrainConfig(steps=1))
+    changed = differences(json.loads(path.read_text()), *(json.loads(_dump(one)) for one in (case.config, defaults)))
     if changed:
         raise UsageError(f"{folder} holds an audit of another configuration ({', '.join(changed)}): {remedy}")
 
@@ -174,12 +177,3 @@ def _dump(config: Config) -> str:
     tree = config.model_dump(mode="json", exclude=set(FREE))
     del tree["train"]["steps"], tree["train"]["tokens"]  # a later start may raise the number of steps
     return json.dumps(tree)
-
-
-def _flat(tree: Any, above: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {above: tree}
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{above}.{name}" if above else name)
-    return flat

@@ -1,4 +1,4 @@
-"""`counterflow config CONFIG`: prints a configuration with everything resolved."""
+"""`counterflow config CONFIG`: a configuration with everything resolved."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import re
 import sys
 
-from ...configs.load import add_config_arguments, load_config
+from ...configs.load import load_config
 from ...configs.write import explain, plain, to_yaml
+from .options import add_config_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_coloured(text: str) -> None:
-    """Sections bold, keys coloured, comments dim; nothing is wrapped, so that what is copied is still YAML."""
+    """Print sections bold, keys coloured, comments dim; without wrapping, so that copied text is still YAML."""
     from rich.console import Console
     from rich.text import Text
 

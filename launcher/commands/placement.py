@@ -1,4 +1,4 @@
-"""`counterflow placement SOURCE`: experts placed for inference, the busiest ones several times, by measured load."""
+"""`counterflow placement SOURCE`: placement of experts for inference by measured load, with replicas of busy ones."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.placement_source import Loads, read_loads
+from ...checkpoint.expert_loads import Loads, read_loads
 from ...parallel.experts.placement import Replicated, imbalance, loads_of_ranks, place_replicas
-from ...plan.pipeline import align
 from ...report.text.lines import WIDTH
 from ...report.text.numbers import count
+from ...report.text.table import align
 from ...settings import UsageError
 
 WRITE = (
@@ -25,13 +25,14 @@ WRITE = (
 
 @dataclass(frozen=True)
 class Predicted:
-    """The placement of every layer, and how even it is: the busiest rank over the mean, a layer."""
+    """Placement of every layer, and its imbalance per layer: the load of the busiest rank over the mean."""
 
     loads: Loads
     layers: list[Replicated]
     before: list[float]
-    """With experts in their order, from the first again where there are more places than experts."""
+    """Imbalance with experts in their order, from the first again where there are more places than experts."""
     after: list[float]
+    """Imbalance with the experts placed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "on nodes, and every rank gets about as many tokens as any other. Prints how even the ranks would be."
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", type=Path, help="a run folder, a checkpoint, or a JSON file with loads a layer")
+    add("source", metavar="SOURCE", type=Path, help="a run folder, a checkpoint, or a JSON file with loads per layer")
     add("--ranks", type=int, required=True, metavar="N", help="expert parallel ranks")
-    add("--replicas", type=int, metavar="N", help="places for experts on all ranks (default: as few as there can be)")
+    add("--replicas", type=int, metavar="N", help="places for experts on all ranks (default: as few as possible)")
     add("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks lie on (default 1)")
     add("--groups", type=int, metavar="N", help="the router's groups (default: the run's; 1 for a file without)")
     add("--write", type=Path, metavar="FILE", help=WRITE)
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Place, write and print."""
+    """Place experts, write the map and print the result."""
     loads = read_loads(args.source)
     groups = loads.groups if args.groups is None else args.groups
     if args.ranks < 1:
@@ -73,20 +74,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def place(loads: Loads, replicas: int, groups: int, nodes: int, ranks: int) -> Predicted:
-    """Every layer by itself. Raises UsageError where the numbers do not fit each other."""
+    """Place the experts of every layer by itself. Raises UsageError where the numbers do not fit each other."""
     layers = [place_replicas(layer, replicas, groups, nodes, ranks) for layer in loads.tokens]
     experts = len(loads.tokens[0])
     in_order = [place % experts for place in range(experts if experts % ranks == 0 else replicas)]
 
-    def even(placements: Sequence[Sequence[int]]) -> list[float]:
+    def imbalances(placements: Sequence[Sequence[int]]) -> list[float]:
         return [imbalance(loads_of_ranks(layer, at, ranks)) for layer, at in zip(loads.tokens, placements, strict=True)]
 
-    after = even([layer.physical_to_logical for layer in layers])
-    return Predicted(loads, layers, even([in_order] * len(layers)), after)
+    after = imbalances([layer.physical_to_logical for layer in layers])
+    return Predicted(loads, layers, imbalances([in_order] * len(layers)), after)
 
 
 def decoder_map(placed: Predicted) -> list[list[int]]:
-    """The expert at each place of every decoder layer: a dense layer has a row too, of experts in their order."""
+    """Return the expert at each place of every decoder layer; the row of a dense layer has experts in their order."""
     rows = [list(layer.physical_to_logical) for layer in placed.layers]
     if placed.loads.decoder is None:
         return rows
@@ -96,7 +97,7 @@ def decoder_map(placed: Predicted) -> list[list[int]]:
 
 
 def to_json(placed: Predicted, groups: int, nodes: int, ranks: int) -> dict[str, Any]:
-    """In EPLB's terms: phy2log `[L, P]`, log2phy `[L, E, X]` filled up with -1, counts `[L, E]`."""
+    """Return the result in EPLB's terms: phy2log `[L, P]`, log2phy `[L, E, X]` filled up with -1, counts `[L, E]`."""
     most = max(max(layer.counts) for layer in placed.layers)
     return {
         "measured": placed.loads.measured,
@@ -116,7 +117,7 @@ def to_json(placed: Predicted, groups: int, nodes: int, ranks: int) -> dict[str,
 
 
 def report(placed: Predicted, groups: int, nodes: int, ranks: int) -> str:
-    """A line a layer, at most 80 columns."""
+    """Return a table with a row per layer, of at most 80 columns."""
     experts, replicas = len(placed.loads.tokens[0]), len(placed.layers[0].physical_to_logical)
     kept = f"; {groups} groups stay on their nodes" if nodes > 1 and groups % nodes == 0 else ""
     rows: list[tuple[str, ...]] = [("layer", "in order", "placed", "experts with replicas", "most of one")]
@@ -136,5 +137,5 @@ def report(placed: Predicted, groups: int, nodes: int, ranks: int) -> str:
 
 
 def _fold(line: str) -> str:
-    """A long path goes on in the next line."""
+    """Wrap a line, such as one with a long path."""
     return textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)

@@ -8,11 +8,12 @@ import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ...configs.load import add_config_arguments, load_config
+from ...configs.load import load_config
 from ...settings import UsageError
 from ...training.preflight import RunPlan, prepare_run
 from ...training.run_folder import locked, move_aside, write_config
 from ..environment import WorkerEnvironment, cache_folder, read_environment
+from .options import add_config_arguments
 
 if TYPE_CHECKING:
     from ..bootstrap import Process

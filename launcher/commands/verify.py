@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...configs.config import Config
-from ...configs.load import add_config_arguments, load_config
+from ...configs.load import load_config
 from ...settings import UsageError
 from ...verify.shrink import Shrunk, shrink
 from ..environment import WorkerEnvironment, read_environment
 from ..output import print_long
+from .options import add_config_arguments
 
 if TYPE_CHECKING:
     from ...verify.check import Outcome

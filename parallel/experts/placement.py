@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...settings import UsageError
+from ...settings import UsageError, nearest_divisors, nearest_multiples
 from ..layout import Layout
 
 Placement = tuple[int, ...]
@@ -218,22 +218,16 @@ def _check(loads: Sequence[float], num_replicas: int, num_groups: int, num_nodes
         if not all(math.isfinite(load) and load >= 0 for load in loads):
             wrong.append("loads must be finite numbers that are not negative")
         if experts % num_groups:
-            wrong.append(f"groups {num_groups} must divide the {experts} experts{_near(num_groups, divides=experts)}")
+            near = nearest_divisors(num_groups, experts)
+            wrong.append(f"groups {num_groups} must divide the {experts} experts (nearest: {near})")
         if num_ranks % num_nodes:
-            wrong.append(f"nodes {num_nodes} must divide the {num_ranks} ranks{_near(num_nodes, divides=num_ranks)}")
+            near = nearest_divisors(num_nodes, num_ranks)
+            wrong.append(f"nodes {num_nodes} must divide the {num_ranks} ranks (nearest: {near})")
         if num_replicas < experts or num_replicas % num_ranks:
-            least = -(-experts // num_ranks) * num_ranks
-            below, above = (max(least, num_replicas // num_ranks * num_ranks + more) for more in (0, num_ranks))
-            near = " or ".join(map(str, sorted({below, above})))
+            near = nearest_multiples(num_replicas, num_ranks, experts)
             wrong.append(
                 f"replicas {num_replicas} must be a multiple of {num_ranks} ranks and at least the {experts} experts "
                 f"(nearest: {near})"
             )
     if wrong:
         raise UsageError("experts cannot be placed: " + "; ".join(wrong))
-
-
-def _near(number: int, divides: int) -> str:
-    divisors = [value for value in range(1, divides + 1) if divides % value == 0]
-    near = [*[value for value in divisors if value < number][-1:], *[value for value in divisors if value > number][:1]]
-    return f" (nearest: {' or '.join(map(str, near))})"

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...plan.pipeline import align
 from ..metrics import StepMetrics
 from ..traffic import HEADER, Sent, mean_step, traffic_table
 from .lines import name_rows
 from .numbers import format_count, format_duration
+from .table import align
 
 
 def run_text(folder: Path, steps: Sequence[StepMetrics]) -> str:

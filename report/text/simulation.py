@@ -1,4 +1,4 @@
-"""What `counterflow simulate` prints for a person, in 80 columns."""
+"""Simulated steps in words and tables of 80 columns, as `counterflow simulate` prints them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import textwrap
 from collections.abc import Mapping
 
 from ...parallel.schedule.timeline import Timeline
-from ...plan.pipeline import align
-from ...plan.simulation import Case
-from .lines import WIDTH
-from .numbers import count, number, share
+from ...plan.simulation import Case, ConfigCase, NumbersCase
+from .lines import WIDTH, wrap_row
+from .numbers import count, number, plural, share
+from .split import describe_split
+from .table import align
 from .timeline import draw_text
 
+INDENT = 13  # columns before the texts of rows
 FEW_RANKS = 8
-"""Up to so many ranks each has its own row in the table."""
+"""Largest number of ranks of which each gets a row of its own."""
 
 
 def report(case: Case, timeline: Timeline) -> str:
-    """The step in words, the split, the picture and, for few ranks, a row for each."""
-    parts = [_summary(case, timeline), case.split(), draw_text(timeline, WIDTH)]
+    """Return the step in words, the split, the picture and, for few ranks, a row for each."""
+    split = describe_split(case.config) if isinstance(case, ConfigCase) else None
+    parts = [_summary(case, timeline), split, draw_text(timeline, WIDTH)]
     if 1 < timeline.schedule.num_ranks <= FEW_RANKS:
         parts.append(_ranks(timeline))
     return "\n\n".join(part for part in parts if part)
 
 
 def compare_table(case: Case, outcomes: Mapping[str, Timeline | str]) -> str:
-    """Fastest first; what a schedule that refuses says comes last."""
+    """Return a table of schedules, the fastest first; behind it the reasons of schedules that refuse."""
     simulated = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Timeline)}
     rows: list[tuple[str, ...]] = [
         ("schedule", "stages", "step time", "bubble", "worst rank", "activations", "parameters")
@@ -45,13 +48,13 @@ def compare_table(case: Case, outcomes: Mapping[str, Timeline | str]) -> str:
             )
         )
     lines = [f"{count(case.num_ranks, 'rank')}, {count(case.num_microbatches, 'micro-batch', 'es')}"]
-    lines += [*_wrapped("costs", "; ".join(case.assumptions())), ""]
+    lines += [*wrap_row("costs", "; ".join(assumptions(case)), INDENT), ""]
     if simulated:
         lines += align(rows, frozenset({0}))
     width = max(map(len, outcomes))
     for name, outcome in outcomes.items():
         if isinstance(outcome, str):
-            lines += _wrapped(name, f"cannot: {outcome}", width + 2)
+            lines += wrap_row(name, f"cannot: {outcome}", width + 2)
     lines += ["", *textwrap.wrap(_LEGEND, WIDTH)]
     return "\n".join(lines)
 
@@ -63,6 +66,24 @@ _LEGEND = (
 )
 
 
+def assumptions(case: Case) -> list[str]:
+    """Return sentences on where the numbers of a case come from."""
+    if isinstance(case, NumbersCase):
+        costs = f"F {case.forward:g}, I {case.backward_input:g}, W {case.backward_weight:g}, pair {case.pair:.4g}"
+        by = "2.5/3 of its parts" if case.pair > case.longer_half else "as long as its longer half"
+        assumed = "" if case.overlapped is not None else f" (assumed: {by})"
+        p2p = f", transfer {case.p2p:g}" if case.p2p else ""
+        return [f"{costs}{assumed}{p2p}"]
+    assert isinstance(case, ConfigCase), case
+    origin = f"{case.unit}, predicted" if case.predicted else "parallel.stage_costs"
+    assumed = " (assumed)" if case.pair_ratio is None else ""
+    p2p = f", a transfer {case.transfer:.4g}" if case.p2p else ""
+    lines = [f"{origin}; a pair takes {case.ratio:.3g} of its parts' time{assumed}{p2p}"]
+    if case.assumed_dp is not None:
+        lines.append(f"parallel.dp is auto, taken as {case.assumed_dp}: more leaves fewer micro-batches")
+    return lines
+
+
 def _summary(case: Case, timeline: Timeline) -> str:
     schedule, unit = timeline.schedule, f" {case.unit}" if case.unit else ""
     peak = timeline.peak_microbatches
@@ -72,7 +93,7 @@ def _summary(case: Case, timeline: Timeline) -> str:
     if any(len(stages) > 1 for stages in schedule.placement):
         held += ", each of one stage"
     of = f"{count(schedule.num_stages, 'stage')} on {count(schedule.num_ranks, 'rank')}"
-    first, *more = case.assumptions()
+    first, *more = assumptions(case)
     rows = [
         ("schedule", f"{schedule.name}, {of}, {count(schedule.num_microbatches, 'micro-batch', 'es')}"),
         ("costs", first),
@@ -80,14 +101,14 @@ def _summary(case: Case, timeline: Timeline) -> str:
         ("step time", f"{number(timeline.step_time)}{unit}"),
         ("bubble", f"{share(timeline.bubble_fraction)} of all ranks' time{_longest_wait(timeline, unit)}"),
         ("activations", held),
-        ("parameters", f"{timeline.parameter_copies:.3g} {'copy' if timeline.parameter_copies == 1 else 'copies'} of "
+        ("parameters", f"{timeline.parameter_copies:.3g} {plural(timeline.parameter_copies, 'copy', 'copies')} of "
          "each stage"),
     ]  # fmt: skip
-    return "\n".join(line for name, text in rows for line in _wrapped(name, text))
+    return "\n".join(line for name, text in rows for line in wrap_row(name, text, INDENT))
 
 
 def _longest_wait(timeline: Timeline, unit: str) -> str:
-    """`; rank 0 waits longest, 1.5`; nothing where no rank waits. Sums of times that are equal may differ a little."""
+    """Return `; rank 0 waits longest, 1.5`, or nothing where no rank waits. Equal sums of times may differ a little."""
     bubble, least = timeline.bubble, 1e-9 * timeline.step_time
     longest = max(bubble)
     if longest <= least:
@@ -105,7 +126,3 @@ def _ranks(timeline: Timeline) -> str:
         part = share(waits / timeline.step_time)
         rows.append((str(rank), stages, number(timeline.step_time - waits), number(waits), part, str(peak)))
     return "\n".join(align(rows, frozenset({1})))
-
-
-def _wrapped(name: str, text: str, width: int = 13) -> list[str]:
-    return textwrap.wrap(f"{name:<{width}}{text}", WIDTH, subsequent_indent=" " * width, break_on_hyphens=False)

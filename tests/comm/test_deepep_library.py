@@ -94,9 +94,9 @@ FAULTS: list[tuple[dict[str, Any], Generation, str]] = [
     ({"sms": 0}, "elastic", "an even number of SMs, not 0; 2 works"),
     ({"top_k": 33}, "elastic", "to at most 32 experts, and top-k is 33"),
     ({"nodes": [0]}, "elastic", "one rank sends nothing; comm.dispatcher flat"),
-    ({"hidden": 640}, "elastic", "a multiple of 256, not 640; near are 512 and 768"),
-    ({"hidden": 640}, "legacy", "a multiple of 256, not 640; near are 512 and 768"),
-    ({"hidden": 576, "nodes": [0] * 8}, "legacy", "a multiple of 128, not 576; near are 512 and 640"),
+    ({"hidden": 640}, "elastic", "a multiple of 256, not 640 \\(nearest: 512 or 768\\)"),
+    ({"hidden": 640}, "legacy", "a multiple of 256, not 640 \\(nearest: 512 or 768\\)"),
+    ({"hidden": 576, "nodes": [0] * 8}, "legacy", "a multiple of 128, not 576 \\(nearest: 512 or 640\\)"),
     ({"nodes": [0] * 8 + [1] * 4}, "elastic", r"as many ranks of an expert parallel group on every node, not \[4, 8\]"),
     (
         {"nodes": [0] * 4 + [1] * 4},

@@ -41,14 +41,14 @@ def test_keys_left_out_have_their_defaults(write: Write) -> None:
 
 def test_base_is_merged_key_by_key_and_lists_are_replaced_whole(write: Write) -> None:
     write(
-        "train: {steps: 9, compile: true}\ndata: {source: folder, path: text, patterns: [a, b]}\n"
+        "train: {steps: 9, evaluate_every: 3}\ndata: {source: folder, path: text, patterns: [a, b]}\n"
         "optim:\n  lr: [{tokens: 5, value: 1}, {value: 2}]\n  beta1: 0.5\n",
         "low.yaml",
     )
     write("base: low.yaml\noptim: {lr: 3}\n", "middle.yaml")
     top = write("base: ../middle.yaml\ntrain: {steps: 8}\ndata: {patterns: [c]}\n", "runs/top.yaml")
     config = load_config(top)
-    assert (config.train.steps, config.run.compile) == (8, True)
+    assert (config.train.steps, config.train.evaluate_every) == (8, 3)
     assert config.data.patterns == ("c",)
     assert config.data.path == "text"
     assert config.optim.lr == TokenSchedule.model_validate(3.0)
@@ -116,8 +116,8 @@ def test_set_parses_its_value_as_yaml(override: str, read: Callable[[Config], An
 
 
 def test_later_set_wins_over_earlier_and_over_the_file() -> None:
-    config = load_config("tiny", ["train.steps=5", "train={compile: true}", "train.steps=6"])
-    assert (config.train.steps, config.run.compile) == (6, True)
+    config = load_config("tiny", ["train.steps=5", "train={evaluate_every: 3}", "train.steps=6"])
+    assert (config.train.steps, config.train.evaluate_every) == (6, 3)
 
 
 def test_run_is_named_after_its_config_unless_it_has_a_name(write: Write) -> None:
@@ -261,4 +261,4 @@ def test_schedules_print_in_their_short_form() -> None:
     short = plain(load_config("tiny", overrides))
     assert short["optim"]["lr"] == 2.0
     assert short["train"]["mtp_weight"] == [{"tokens": 5.0, "value": 1.0}]
-    assert short["train"]["bias_update_speed"] == 1.0
+    assert short["balance"]["bias_update_speed"] == 1.0

@@ -121,7 +121,7 @@ def test_one_fault_gives_one_readable_message(override: str, message: str) -> No
         load_config("tiny", [override])
     (fault,) = caught.value.faults
     assert fault.message == message
-    assert str(fault.place) == f"--set {override}"
+    assert str(fault.location) == f"--set {override}"
     assert fault.key.startswith(override.partition("=")[0])
 
 
@@ -199,9 +199,11 @@ def test_every_misspelt_key_is_recognised() -> None:
 
 
 def test_what_is_required_is_named_with_its_meaning() -> None:
-    assert faults_of("model: {vocab_size: 9}") == ["run.yaml:1: train: is required: length and recipe of training"]
-    assert faults_of("# nothing\n") == ["run.yaml:1: train: is required: length and recipe of training"]
-    assert faults_of("run:\n  seed: 1\ntrain:\n  compile: true") == [
+    assert faults_of("model: {vocab_size: 9}") == [
+        "run.yaml:1: train: is required: length of training, and its evaluations"
+    ]
+    assert faults_of("# nothing\n") == ["run.yaml:1: train: is required: length of training, and its evaluations"]
+    assert faults_of("run:\n  seed: 1\ntrain:\n  evaluate_every: 3") == [
         "run.yaml:3: train: give `steps` or `tokens`: a run needs an end"
     ]
     assert faults_of("base: tiny\nbatch:\n  ramp:\n    start: 8\n    tokens: 3\n") == [
@@ -301,7 +303,7 @@ ONE_GROUP = "is for several groups of experts, but model.n_group is 1 (works: mo
             ["balance.bias_update_speed=0.01", "model.topk_method=greedy"],
             "balance.bias_update_speed",
             "moves a bias that the router of model.topk_method greedy has not (leave it out or set it to 0, or "
-            "model.topk_method noaux_tc; balance_loss works with every router)",
+            "model.topk_method noaux_tc; balance.expert_loss works with every router)",
         ),
         (
             ["model.topk_method=gready"],

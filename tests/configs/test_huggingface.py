@@ -178,15 +178,15 @@ def test_our_defaults_are_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("hidden_act", "gelu", "is 'gelu'; this model only knows 'silu'"),
-        ("tie_word_embeddings", True, "is true; this model only knows false"),
-        ("attention_bias", True, "is true; this model only knows false"),
-        ("attention_dropout", 0.1, "is 0.1; this model only knows 0"),
-        ("moe_layer_freq", 2, "is 2; this model only knows 1"),
-        ("rope_interleave", False, "is false; this model only knows true"),
-        ("num_key_value_heads", 4, "is 4; this model only knows 16"),
-        ("head_dim", 128, "is 128; this model only knows 64"),
-        ("qk_head_dim", 128, "is 128; this model only knows 192"),
+        ("hidden_act", "gelu", "is 'gelu'; this model only supports 'silu'"),
+        ("tie_word_embeddings", True, "is true; this model only supports false"),
+        ("attention_bias", True, "is true; this model only supports false"),
+        ("attention_dropout", 0.1, "is 0.1; this model only supports 0"),
+        ("moe_layer_freq", 2, "is 2; this model only supports 1"),
+        ("rope_interleave", False, "is false; this model only supports true"),
+        ("num_key_value_heads", 4, "is 4; this model only supports 16"),
+        ("head_dim", 128, "is 128; this model only supports 64"),
+        ("qk_head_dim", 128, "is 128; this model only supports 192"),
         ("num_expert_per_tok", 4, "unknown key (did you mean num_experts_per_tok?)"),
         ("sliding_window", 4096, "unknown key (it may change the network; remove it if it does not)"),
     ],
@@ -199,7 +199,7 @@ def test_what_this_model_does_not_do_is_refused_at_its_line(name: str, value: ob
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"type": "linear", "factor": 2}, "rope_scaling.type: is 'linear'; this model only knows 'yarn'"),
+        ({"type": "linear", "factor": 2}, "rope_scaling.type: is 'linear'; this model only supports 'yarn'"),
         ({"factor": 2}, "rope_scaling: expects an object with a `type` (or `rope_type`)"),
         ({"type": "yarn"}, "rope_scaling: needs a `factor`"),
         ({"type": "yarn", "factor": 2, "mscale_all_dim": 0.7}, "rope_scaling: give both mscale and mscale_all_dim"),

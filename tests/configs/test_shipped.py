@@ -9,8 +9,9 @@ from importlib.resources import files
 import pytest
 
 from counterflow import configs
-from counterflow.configs.config import BatchConfig, Config
+from counterflow.configs.config import Config
 from counterflow.configs.load import load_config
+from counterflow.configs.sections import BatchConfig
 from counterflow.configs.source import shipped
 from counterflow.model.counts import count_parameters
 from counterflow.parallel.layout import Layout

@@ -15,9 +15,10 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from counterflow.configs.config import Config, TrainConfig
+from counterflow.configs.config import Config
 from counterflow.configs.load import load_config
 from counterflow.configs.schema import all_keys
+from counterflow.configs.sections import MemoryConfig
 from counterflow.configs.source import shipped
 from counterflow.launcher import cli
 from counterflow.launcher.commands import audit as audit_command
@@ -178,7 +179,7 @@ def test_exit_codes_are_the_programs(pages: dict[str, str]) -> None:
 
 def test_recompute_policies_are_all_described(pages: dict[str, str]) -> None:
     (line,) = re.findall(r"^- `memory.recompute`: (.*?)^- ", pages["docs/training.md"], re.MULTILINE | re.DOTALL)
-    assert tuple(CODE.findall(line)) == get_args(TrainConfig.model_fields["recompute"].annotation)
+    assert tuple(CODE.findall(line)) == get_args(MemoryConfig.model_fields["recompute"].annotation)
 
 
 def test_readme_lists_the_shipped_configs_with_their_sizes(pages: dict[str, str]) -> None:

@@ -14,17 +14,9 @@ from counterflow.parallel.layout import Layout
 from counterflow.parallel.schedule.catalogue import find_schedule
 from counterflow.parallel.schedule.choose import default_schedule
 from counterflow.parallel.stages import Split
-from counterflow.plan.pipeline import (
-    PAIR_RATIO,
-    describe_split,
-    make_schedule,
-    make_split,
-    microbatches,
-    num_stages,
-    part_costs,
-    stage_costs,
-    stage_work,
-)
+from counterflow.plan.costs import PAIR_RATIO, part_costs, stage_costs, stage_work
+from counterflow.plan.pipeline import example_schedule, make_schedule, make_split
+from counterflow.report.text.split import describe_split
 from counterflow.settings import UsageError
 from counterflow.training.preflight import bubble_notes, prepare_run
 
@@ -84,7 +76,10 @@ def load(*overrides: str, config: str = "tiny") -> Config:
         (["schedule=interleaved", "schedule_options.stages_per_rank=true"], "expects a whole number, got true"),
         (["schedule=1f1b", "schedule_options.depth=2"], "parallel.schedule_options.depth: is unknown: it takes none"),
         (["stage_costs={moe_layer: 1}"], "parallel.stage_costs.dense_layer: is required: a dense decoder layer"),
-        (["dp=3"], "batch.global_sequences: 8 is not a multiple of 3, parallel.dp x batch.micro_sequences (nearest: 6"),
+        (
+            ["dp=3"],
+            "batch.global_sequences: 8 is not a multiple of 3 (dp 3 x batch.micro_sequences 1); nearest that work: 6",
+        ),
     ],
 )
 def test_what_cannot_be_a_pipeline_is_refused_when_it_is_loaded(overrides: list[str], fault: str) -> None:
@@ -125,8 +120,8 @@ def test_auto_is_dualpipe_on_even_and_dualpipev_on_odd_numbers_of_ranks() -> Non
 def test_schedule_of_the_users_own_file_takes_its_options_and_refuses_its_numbers() -> None:
     Path("own.py").write_text(OWN_SCHEDULE)
     config = load("pp=3", "schedule=own.py:one_more", "schedule_options.fast=false", "schedule_options.share=1")
-    assert num_stages(config) == 3
-    assert num_stages(load("pp=2", "schedule=own.py:one_more")) == 2
+    assert example_schedule(config).num_stages == 3
+    assert example_schedule(load("pp=2", "schedule=own.py:one_more")).num_stages == 2
     assert make_schedule(config, 6).name == "one_more"
     with pytest.raises(UsageError, match="one_more takes micro-batches in threes, not 8"):
         make_schedule(config, 8)
@@ -143,9 +138,9 @@ def test_counts_of_micro_batches_the_schedule_refuses_stop_a_run_before_it_start
 def test_pipeline_gets_its_replicas_share_of_the_batch() -> None:
     v3 = load_config("deepseek-v3-671b")
     layout = Layout(2048, 16, 64, 8)
-    assert [microbatches(v3, layout, size) for size in (3072, 15360)] == [24, 120]  # V3 §4.2 over 128 ranks
+    assert [v3.batch.microbatches(size, layout.dp) for size in (3072, 15360)] == [24, 120]  # V3 §4.2 over 128 ranks
     with pytest.raises(UsageError, match=r"3000 sequences is not a multiple of 128 .* 2944 or 3072"):
-        microbatches(v3, layout, 3000)
+        v3.batch.microbatches(3000, layout.dp)
 
 
 def test_v3_has_four_layers_a_stage_and_one_beside_head_and_mtp() -> None:
@@ -196,11 +191,12 @@ def test_given_costs_replace_predictions_and_keep_their_proportions() -> None:
 
 def test_pair_saves_the_stated_part_of_its_stages_work() -> None:
     config = load("pp=2")
-    for costs, ratio in ((stage_costs(config), PAIR_RATIO), (stage_costs(config, 0.7), 0.7)):
+    split = make_split(config)
+    for costs, ratio in ((stage_costs(config, split), PAIR_RATIO), (stage_costs(config, split, 0.7), 0.7)):
         for stage in range(2):
             parts = costs.forward[stage] + costs.backward_input[stage] + costs.backward_weight[stage]
             assert parts - costs.hidden[stage] == pytest.approx(ratio * parts)
-    assert stage_costs(config, p2p=0.25).p2p_latency == 0.25
+    assert stage_costs(config, split, p2p=0.25).p2p_latency == 0.25
 
 
 def test_explicit_split_is_taken_as_it_is() -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from counterflow.configs.config import BatchConfig, BatchRamp, Config
+from counterflow.configs.config import Config
 from counterflow.configs.load import load_config
+from counterflow.configs.sections import BatchConfig, BatchRamp
 from counterflow.plan import steps as plan_steps
 from counterflow.plan.steps import Progress, steps_from, total_steps
 

@@ -159,8 +159,7 @@ def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
 def no_counts(trainer: Trainer) -> Tensor:
     """Zeros `[L, E]`. A function of its own: cloudpickle takes `config` beside `dist` for torch.distributed.config."""
     model = trainer.config.model
-    layers = model.num_hidden_layers - model.first_k_dense_replace + model.num_nextn_predict_layers
-    return torch.zeros(layers, model.n_routed_experts, dtype=torch.int64)
+    return torch.zeros(model.num_moe_layers, model.n_routed_experts, dtype=torch.int64)
 
 
 def biases(trainer: Trainer) -> Tensor:

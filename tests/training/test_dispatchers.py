@@ -166,7 +166,7 @@ def test_a_step_counts_what_all_its_ranks_send(pool: Pool, text: Path) -> None:
     rows = found["combine", "between"] // (hidden * 4)
     assert found["combine", "between"] == rows * hidden * 4 == found["combine backward", "between"]
     assert found["dispatch", "between"] == rows * (hidden + 1) * 4 == found["dispatch backward", "between"]
-    layers = config.model.num_hidden_layers - config.model.first_k_dense_replace + 1
+    layers = config.model.num_moe_layers
     tokens = batch.global_sequences * batch.sequence_length * config.model.num_experts_per_tok * layers
     assert 0.2 * tokens < rows < 0.8 * tokens
     assert not any(link == "within" for _, link in found)

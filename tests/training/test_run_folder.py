@@ -107,7 +107,11 @@ def _verdict(worker: Worker, config: Config, odd_rank: int, changes: dict[str, A
     [
         (1, {"digest": "0123456789abcdef"}, "rank 1 and rank 0 disagree on the text: 0123456789ab and "),
         (0, {"digest": "0123456789abcdef"}, "rank 1 and rank 0 disagree on the text: "),
-        (1, {"progress": Progress(10, 5120, 80)}, "rank 1 and rank 0 disagree on the step to continue from: 10 and 0; "),
+        (
+            1,
+            {"progress": Progress(10, 5120, 80)},
+            "rank 1 and rank 0 disagree on the step to continue from: 10 and 0; ",
+        ),
         (1, {"total_steps": 7}, "rank 1 and rank 0 disagree on the last step: 7 and 20; "),
         (1, {}, "agreed"),
     ],

@@ -12,7 +12,7 @@ from counterflow.configs.load import load_config
 from counterflow.configs.source import shipped
 from counterflow.data.config import DataConfig
 from counterflow.model.counts import count_parameters
-from counterflow.plan.pipeline import make_schedule, make_split, microbatches
+from counterflow.plan.pipeline import make_schedule, make_split
 from counterflow.settings import UsageError
 from counterflow.verify.grid import MOST_RANKS, Structure, choose_grid, grid_of, pipeline_of
 from counterflow.verify.shrink import Shrunk, resize_split, shrink
@@ -92,7 +92,7 @@ def _check_pipeline(config: Config, shrunk: Shrunk) -> None:
     """The same kinds of actions, MoE and dense layers on both sides, a router with a choice."""
     small, layout = shrunk.config, shrunk.layout
     model = small.model
-    schedule = make_schedule(small, microbatches(small, layout, small.batch.global_sequences))
+    schedule = make_schedule(small, small.batch.microbatches(small.batch.global_sequences, layout.dp))
     whole = pipeline_of(config, config.parallel.pp).schedule(3 * config.parallel.pp)
     assert whole is not None
     assert schedule.name == whole.name
@@ -109,14 +109,14 @@ def test_v3s_ramp_is_run_at_both_ends() -> None:
     batch = shrunk.config.batch
     sizes = [batch.sequences_at(0), batch.sequences_at(batch.sequences_at(0) * batch.sequence_length)]
     # 24 and 120 micro-batches for 16 ranks: 1.5 a rank, and more than the steady state needs.
-    assert [microbatches(shrunk.config, shrunk.layout, size) for size in sizes] == [3, 6]
+    assert [shrunk.config.batch.microbatches(size, shrunk.layout.dp) for size in sizes] == [3, 6]
 
 
 def test_few_micro_batches_stay_few() -> None:
     config = loaded("tiny", DEEP, "parallel.pp=4", "parallel.dp=2", "batch.global_sequences=8")
     small = shrink(config)
     assert small.layout.pp == 4
-    assert microbatches(small.config, small.layout, small.config.batch.global_sequences) == 4
+    assert small.config.batch.microbatches(small.config.batch.global_sequences, small.layout.dp) == 4
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_the_table_fits_a_terminal(run_dir: Path, capsys: pytest.CaptureFixture[
         (["missing", "--ranks", "2"], "missing does not exist: give a run folder, a checkpoint or a JSON file"),
         (["torn.json", "--ranks", "2"], "torn.json cannot be read as JSON"),
         (["keys.json", "--ranks", "2"], "got the keys 'load'"),
-        (["flat.json", "--ranks", "2"], "expected a list with one list of loads a layer"),
+        (["flat.json", "--ranks", "2"], "expected a list with one list of loads per layer"),
         (["words.json", "--ranks", "2"], 'layer 1 has the load "many": expected a number'),
         (["uneven.json", "--ranks", "2"], "layer 1 has 1 experts, layer 0 has 2"),
         (["nan.json", "--ranks", "2"], "loads must be finite numbers that are not negative"),

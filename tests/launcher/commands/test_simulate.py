@@ -209,12 +209,12 @@ def test_page_with_the_drawings_is_written(capsys: pytest.CaptureFixture[str]) -
         ("--ranks 2 --microbatches 2 --schedule no.py:f --compare", "there is no file"),
         (
             "--ranks 2 --microbatches 2 --overlapped 0.1",
-            "--overlapped 0.1 is less than the longer of its halves, I + W = 2: at least 2",
+            "overlapped 0.1 is less than the longer of its halves, I + W = 2: at least 2",
         ),
         ("--ranks 2 --microbatches 2 --forward 3 --overlapped 2", "of its halves, F = 3: at least 3"),
         (
             "tiny --set parallel.pp=2 --pair-ratio 0.1",
-            "--pair-ratio 0.1 is less than the longer half of a pair, as the ",
+            "pair ratio 0.1 is less than the longer half of a pair, as the ",
         ),
         ("--ranks 0 --microbatches 2", "argument --ranks: expects a whole number of at least 1, got '0'"),
         ("--ranks 2 --microbatches 2 --forward -1", "argument --forward: expects a number of at least 0, got '-1'"),
