@@ -14,18 +14,24 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python -P
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-gpu layouts audit lint bench clean
+.PHONY: help train test test-long test-all test-gpu layouts audit lint bench floors clean
 
 # An environment that was made when the clone lay elsewhere points to the old place.
 $(shell [ "$$(cat $(INSTALLED) 2>/dev/null)" = "$(CURDIR)" ] || rm -f $(INSTALLED))
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 train: $(INSTALLED) ## train the smoke model on four local processes
 	$(RUN) -m counterflow train smoke --nproc 4 $(ARGS)
 
-test: $(INSTALLED) ## run the tests
+test: $(INSTALLED) ## run the tests, all but the long ones: minutes
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not long" $(ARGS)
+
+test-long: $(INSTALLED) ## run the long tests, which make test leaves out
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile -m long $(ARGS)
+
+test-all: $(INSTALLED) ## run every test, the long ones too
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU
@@ -47,6 +53,9 @@ lint: $(INSTALLED) ## check style, format and types
 
 bench: $(INSTALLED) ## measure a training step against other implementations
 	$(RUN) benchmarks/step.py $(ARGS)
+
+floors: $(INSTALLED) ## draw the floors of the package from its imports into docs/floors.svg
+	$(RUN) tests/house/floors.py
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

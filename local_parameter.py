@@ -21,7 +21,7 @@ class LocalParameter:
     `parameter` has as many elements as its `names` have global tensors of shape `shape`, one after another in memory.
     `replicas` names the ranks that hold the same values: `dp` for what every rank of a stage holds, `edp` for experts.
     `holders` are the pipeline ranks that hold them, ascending: two where a schedule keeps a stage twice, or where the
-    first and the last stage share the embedding. A parameter that two chunks of one rank use is placed once.
+    first and the last stage share the embedding. A parameter that two chunks of one rank use is listed once.
     """
 
     parameter: nn.Parameter

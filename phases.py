@@ -23,14 +23,6 @@ Phases = Generator[str, None, tuple[Tensor | None, Any]]
 """Yields the name of each phase before running it; returns what the next stage gets, and the chunk's own result."""
 
 
-def memory_of(tensor: Tensor) -> int:
-    """Address of the memory that a saved tensor lies in; 0 where it has none of its own, but wraps other tensors."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except RuntimeError:
-        return 0
-
-
 def run(phases: Generator[str, None, Result], after: Callable[[], None] | None = None) -> Result:
     """Run phases one after another to their result, calling `after` after each."""
     while True:

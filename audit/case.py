@@ -58,9 +58,17 @@ class Case:
 
 
 def make_case(
-    config: Config, steps: int | None, every: int | None, against: Literal["bf16", "fp32"], folder: Path | None
+    config: Config,
+    steps: int | None,
+    every: int | None,
+    against: Literal["bf16", "fp32"],
+    folder: Path | None,
+    cache: Path,
 ) -> Case:
-    """Check an audit. Raises UsageError for a configuration without FP8, or that is too large for one process."""
+    """Check an audit; `cache` as in `prepare_run`.
+
+    Raises UsageError for a configuration without FP8, or one that is too large for one process.
+    """
     if config.precision.recipe != "fp8":
         raise UsageError(
             f"precision.recipe is {config.precision.recipe}, and an audit compares fp8 with {against}: "
@@ -71,7 +79,7 @@ def make_case(
             raise UsageError(f"{name} is {given}: it must be at least 1")
     _check_memory(config)
     config, changes = _alone(config)
-    plan = prepare_run(config, 1, 1, fresh=True)
+    plan = prepare_run(config, 1, 1, cache, fresh=True)
     total = steps or plan.total_steps
     where = folder or Path(config.run.dir).expanduser() / f"{config.run.name}-audit"
     return Case(plan, total, min(every or max(1, total // 10), total), against, where, changes)

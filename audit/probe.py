@@ -1,4 +1,4 @@
-"""Gradients of one step at given weights, in any precision and without an optimizer; and how far two of them differ."""
+"""Gradients of one step at given weights, in any precision and without an optimizer, and the deviation of two."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ..plan.steps import steps_from
 from ..training.build import build_executor, build_model
 from ..training.objective import dropping_of, loss_weights
 from ..training.trainer import Trainer
+from .result import Deviation
 
 PARAMETERS = (
     ("embedding", "embedding"),
@@ -38,12 +39,12 @@ PARAMETERS = (
     ("dense_up", "*.mlp.*"),
     ("mtp", "mtp.*.project"),
 )
-"""Classes of parameters and the names in each; the first that fits."""
+"""Classes of parameters and patterns of the names in each; the first that fits counts."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where gradients are taken: weights of a run, and the batch of its next step."""
+    """Weights of a run and the batch of its next step: the point at which gradients are taken."""
 
     state: Mapping[str, Tensor]
     """FP32 weights, and the routers' biases, by global name."""
@@ -52,7 +53,7 @@ class Point:
 
     @classmethod
     def of(cls, trainer: Trainer) -> Point:
-        """Where a trainer on a single rank stands: copies, so that it may go on."""
+        """The present point of a trainer on a single rank. Weights are copied, so that the trainer may continue."""
         config, at = trainer.config, trainer.progress
         state = {
             name.removeprefix("weights."): tensor.to_local().clone()
@@ -78,14 +79,15 @@ Choices = Mapping[int, Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of all parameters by global name, FP32, and where the tokens went."""
+    """Gradients of all parameters, and the experts that the tokens went to."""
 
     tensors: Mapping[str, Tensor]
+    """FP32, by global name."""
     choices: Choices
 
 
 class Probe:
-    """The model of a configuration on this process alone, which takes gradients wherever it is put."""
+    """The model of a configuration on this process alone, for gradients at any point."""
 
     def __init__(self, config: Config, groups: Groups, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -97,9 +99,9 @@ class Probe:
             item.parameter.register_post_accumulate_grad_hook(self._accumulate)
 
     def gradients(self, point: Point, observer: Observer | None = None, choices: Choices | None = None) -> Gradients:
-        """Those of the step at `point`; `observer` is shown every quantisation.
+        """Gradients of one step at `point`; `observer` is shown every quantisation.
 
-        With `choices` the tokens go where they went when these were made, whatever their scores are now.
+        With `choices` tokens go to these experts, whatever their scores.
         """
         self._put(point.state)
         for total in self._sums.values():
@@ -114,27 +116,29 @@ class Probe:
             for batch in point.batches
         ]
         self.model.recipe.monitor.observer = observer
-        given = choices or {}
-        made = {layer: _Selection(router, given.get(layer)) for layer, router in self.model.routers()}
+        fixed = choices or {}
+        records = {layer: _SelectionRecord(router, fixed.get(layer)) for layer, router in self.model.routers()}
+        for layer, router in self.model.routers():
+            router.selection = records[layer]
         try:
             self._executor.train(Program.of(make_schedule(self.config, len(batches)), 0), batches)
         finally:
             self.model.recipe.monitor.observer = None
-            for selection in made.values():
-                selection.remove()
+            for _, router in self.model.routers():
+                router.selection = None
         tensors = {
             name: tensor.clone()
             for item in self._placed
             for name, tensor in zip(item.names, item.tensors(self._sums[item.parameter]), strict=True)
         }
-        return Gradients(tensors, {layer: selection.made for layer, selection in made.items()})
+        return Gradients(tensors, {layer: record.made for layer, record in records.items()})
 
     @torch.no_grad()
     def _put(self, state: Mapping[str, Tensor]) -> None:
         for chunk in self.model.chunks.values():
             chunk.train()
         for item in self._placed:
-            # Not `.data`: the parameter's version tells that quantised copies of it are old.
+            # Not `.data`: by the parameter's version its layer sees that quantised copies are old.
             views = item.tensors(item.parameter.detach())
             for name, view in zip(item.names, views, strict=True):
                 view.copy_(state[name].view_as(view))
@@ -142,46 +146,43 @@ class Probe:
             bias.copy_(state[name])
 
     def _accumulate(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:  # a layer that has put its weight gradient off passes none
+        if parameter.grad is not None:  # None where a layer defers its weight gradient
             self._sums[parameter].add_(parameter.grad)  # type: ignore[index]
             parameter.grad = None
 
 
-class _Selection:
-    """Notes which experts a router selects, or lets it select those that were noted before, in the same order."""
+class _SelectionRecord:
+    """Record of a router's selections: its own, or those of an earlier record in the same order."""
 
     def __init__(self, router: Router, given: Sequence[Tensor] | None) -> None:
         self.made: list[Tensor] = []
-        self._router, self._own, self._given = router, router._select, given
-        router._select = self._select  # type: ignore[method-assign]
+        self._router, self._given = router, given
 
-    def remove(self) -> None:
-        """Give the router back its own mind."""
-        self._router._select = self._own  # type: ignore[method-assign]
-
-    def _select(self, scores: Tensor) -> Tensor:
-        self.made.append(self._own(scores) if self._given is None else self._given[len(self.made)])
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Select experts `[T, K]` for the tokens with these scores `[T, E]`."""
+        self.made.append(self._router.select(scores) if self._given is None else self._given[len(self.made)])
         return self.made[-1]
 
 
 def moved_share(choices: Choices, reference: Choices) -> float:
     """Share of the choices of experts that are not among the reference's; 0 for a model without experts."""
     moved = total = 0
-    for layer, made in choices.items():
-        for ours, theirs in zip(made, reference[layer], strict=True):
-            same = (ours.unsqueeze(2) == theirs.unsqueeze(1)).any(2)
+    for layer, chosen in choices.items():
+        for here, there in zip(chosen, reference[layer], strict=True):
+            same = (here.unsqueeze(2) == there.unsqueeze(1)).any(2)
             moved += int((~same).sum())
             total += same.numel()
     return moved / total if total else 0.0
 
 
 @dataclass
-class Difference:
-    """Of gradients from a reference."""
+class DeviationSums:
+    """Sums over the elements of gradients and of a reference."""
 
     squares: float = 0.0
-    """Of the reference."""
+    """Squares of the reference."""
     own_squares: float = 0.0
+    """Squares of the gradients."""
     product: float = 0.0
     squared_error: float = 0.0
 
@@ -202,17 +203,17 @@ class Difference:
         norms = math.sqrt(self.squares * self.own_squares)
         return self.product / norms if norms else 1.0
 
-    def to_json(self) -> dict[str, float]:
-        return {"error": self.error, "cosine": self.cosine}
+    def deviation(self) -> Deviation:
+        return Deviation(error=self.error, cosine=self.cosine)
 
 
-def compare(gradients: Gradients, reference: Gradients) -> dict[str, Difference]:
-    """By class of parameter, in the order of PARAMETERS, and of `all` together."""
-    found = {name: Difference() for name, _ in PARAMETERS} | {"all": Difference()}
+def compare(gradients: Gradients, reference: Gradients) -> dict[str, DeviationSums]:
+    """Deviations by class of parameter, in the order of PARAMETERS, and of `all` together."""
+    sums = {name: DeviationSums() for name, _ in PARAMETERS} | {"all": DeviationSums()}
     for name, gradient in gradients.tensors.items():
         for into in (parameter_class(name), "all"):
-            found[into].add(gradient, reference.tensors[name])
-    return {name: difference for name, difference in found.items() if difference.squares}
+            sums[into].add(gradient, reference.tensors[name])
+    return {name: each for name, each in sums.items() if each.squares}
 
 
 def parameter_class(name: str) -> str:

@@ -1,20 +1,18 @@
-"""What `counterflow audit` prints for a person, in 80 columns."""
+"""Text of `counterflow audit` for a person, in 80 columns."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from ..report.text.lines import WIDTH
 from ..report.text.numbers import count, format_count
 from ..report.text.table import align
 from .case import Case
-from .result import Result, most_hurt, worst_first
+from .result import Attribution, Entry, Look, MeanLoss, Result, most_hurt
 
 MOST_HARMFUL = 12
 """Classes of tensors that are listed; the page and --json have all."""
-
 
 CLASS_HEAD = ("quantised", "format", "error", "by row", "worst", "for W", "underflow", "saturated", "binades")
 CLASS_NOTES = (
@@ -26,13 +24,12 @@ CLASS_NOTES = (
 
 
 def heading(case: Case) -> str:
-    """What is compared."""
+    """Size of the audit, its runs and its folder."""
     batch = case.config.batch
     tokens = batch.sequence_length * batch.global_sequences
-    what = (
-        f"{case.config.run.name}: {format_count(case.parameters)} parameters, {case.steps:,} steps of {tokens:,} tokens"
-    )
-    lines = [f"{what}, fp8 against {case.against}", *(f"here: {change}" for change in case.changes)]
+    size = f"{format_count(case.parameters)} parameters, {case.steps:,} steps of {tokens:,} tokens"
+    lines = [f"{case.config.run.name}: {size}, fp8 against {case.against}"]
+    lines += [f"here: {change}" for change in case.changes]
     return "\n".join([*lines, f"records: {case.folder}"])
 
 
@@ -40,97 +37,91 @@ def progress_heading(against: str) -> str:
     return f"\n{'step':>7}  {'loss fp8':>8}  {'loss ' + against:>9}  {'error':>8}"
 
 
-def progress_line(window: Mapping[str, float], against: str) -> str:
-    """Mean losses of the steps since the line before."""
-    return f"{window['step']:>7.0f}  {window['fp8']:>8.4f}  {window[against]:>9.4f}  {signed(window['error']):>8}"
+def progress_line(step: int, loss: MeanLoss) -> str:
+    """Mean losses of the steps since the line before, up to `step`."""
+    return f"{step:>7}  {loss.fp8:>8.4f}  {loss.other:>9.4f}  {signed(loss.error):>8}"
 
 
 def report(result: Result) -> str:
-    """Everything but the curve, which was printed as it came."""
+    """Everything but the curve, which was printed step by step."""
     parts = [_losses(result)]
-    if result["looks"]:
-        look = result["looks"][-1]
-        parts += [_gradients(look), _classes(look, result["model"]["formats"])]
-    if result["attribution"] is not None:
-        parts.append(_attribution(result))
+    if result.looks:
+        look = result.looks[-1]
+        parts += [_gradients(look), _classes(look, result.model.formats)]
+    if result.attribution is not None:
+        parts.append(_attribution(result.attribution))
     return "\n\n".join(parts)
 
 
 def _losses(result: Result) -> str:
-    against, loss, rows = result["against"], result["loss"], []
-    if result["stopped"] is not None:
-        rows += textwrap.wrap(f"stopped after {count(result['steps'], 'step')}: {result['stopped']}", WIDTH)
-    if loss is not None:
-        of = "step" if loss["last"] == 1 else f"{loss['last']} steps"
-        rows.append(_loss_row(f"mean loss, last {of}", loss, against))
-    if result["validation"] is not None:
-        rows.append(_loss_row("held-out text", result["validation"], against))
-    rows.append(f"unigram entropy of the held-out text: {result['model']['unigram_entropy']:.4f} nats")
+    rows = []
+    if result.stopped is not None:
+        rows += textwrap.wrap(f"stopped after {count(result.steps, 'step')}: {result.stopped}", WIDTH)
+    if result.loss is not None:
+        last = "step" if result.loss.last == 1 else f"{result.loss.last} steps"
+        rows.append(_loss_row(f"mean loss, last {last}", result.loss, result.against))
+    if result.validation is not None:
+        rows.append(_loss_row("held-out text", result.validation, result.against))
+    rows.append(f"unigram entropy of the held-out text: {result.model.unigram_entropy:.4f} nats")
     return "\n".join(rows)
 
 
-def _loss_row(what: str, loss: Mapping[str, float], against: str) -> str:
-    return f"{what}: fp8 {loss['fp8']:.4f}, {against} {loss[against]:.4f}, error {signed(loss['error'])}"
+def _loss_row(name: str, loss: MeanLoss, against: str) -> str:
+    return f"{name}: fp8 {loss.fp8:.4f}, {against} {loss.other:.4f}, error {signed(loss.error)}"
 
 
-def _gradients(look: Mapping[str, Any]) -> str:
-    fp8, bf16 = look["gradients"]["fp8"], look["gradients"]["bf16"]
+def _gradients(look: Look) -> str:
     rows: list[tuple[str, ...]] = [("gradients of", "error fp8", "bf16", "cosine fp8", "bf16")]
-    for name, found in fp8.items():
-        floor = bf16[name]
-        cosines = (f"{found['cosine']:.5f}", f"{floor['cosine']:.5f}")
-        rows.append((name, percent(found["error"]), percent(floor["error"]), *cosines))
-    moved = look["moved"]
-    where = f"At the weights of the fp8 run after step {look['step']}, against FP32. Error is ||g - g32|| / ||g32||."
-    if any(moved.values()):
-        where += f" Of the choices of experts {percent(moved['fp8'])} moved, and {percent(moved['bf16'])} in bf16."
-    return "\n".join([*align(rows, frozenset({0})), *textwrap.wrap(where, WIDTH)])
+    for name, fp8 in look.gradients.fp8.items():
+        bf16 = look.gradients.bf16[name]
+        rows.append((name, percent(fp8.error), percent(bf16.error), f"{fp8.cosine:.5f}", f"{bf16.cosine:.5f}"))
+    notes = f"At the weights of the fp8 run after step {look.step}, against FP32. Error is ||g - g32|| / ||g32||."
+    if look.moved.fp8 or look.moved.bf16:
+        notes += f" Of the choices of experts {percent(look.moved.fp8)} moved, and {percent(look.moved.bf16)} in bf16."
+    return "\n".join([*align(rows, frozenset({0})), *textwrap.wrap(notes, WIDTH)])
 
 
-def _classes(look: Mapping[str, Any], formats: Mapping[str, str]) -> str:
+def _classes(look: Look, formats: Mapping[str, str]) -> str:
     rows: list[tuple[str, ...]] = [(CLASS_HEAD[0], *CLASS_HEAD[2:-1])]
     rows += [(name, *cells[:-1]) for name, _, *cells in class_rows(look, formats)]
     return "\n".join([*align(rows, frozenset({0})), *textwrap.wrap(CLASS_NOTES, WIDTH)])
 
 
-def class_rows(look: Mapping[str, Any], formats: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+def class_rows(look: Look, formats: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     """A row of cells under CLASS_HEAD for each class of tensors."""
-    second = look["classes_for_weights"]
-    for name, found in look["classes"].items():
-        shares = (percent(found["underflow"]), percent(found["saturation"]))
-        again = percent(second[name]["error"]) if name in second else ""
-        errors = (percent(found["error"]), percent(found["row_error"]), percent(found["worst_row"]), again)
-        yield name, formats[name], *errors, *shares, f"{found['binades']:.0f}"
+    for name, found in look.classes.items():
+        second = look.classes_for_weights.get(name)
+        for_weights = percent(second.error) if second is not None else ""
+        errors = (percent(found.error), percent(found.row_error), percent(found.worst_row), for_weights)
+        yield name, formats[name], *errors, percent(found.underflow), percent(found.saturation), f"{found.binades:.0f}"
 
 
-def _attribution(result: Result) -> str:
-    found = result["attribution"]
+def _attribution(attribution: Attribution) -> str:
     rows: list[tuple[str, ...]] = [("which class hurts", "alone, most hurt", "", "all", "without it, all")]
-    every = worst_first(result)
-    shown = every[:MOST_HARMFUL]
-    groups = [(name, entry) for name, entry in found["entries"].items() if name.startswith("*")]
-    for name, entry in [*shown, *groups]:
-        rows.append((name, *attribution_cells(entry)))
-    together = most_hurt(found["together"])
-    rows.append(("together", together[0], percent(together[1]), percent(found["together"]["all"]), ""))
+    classes = attribution.worst_first()
+    shown = classes[:MOST_HARMFUL]
+    roles = [(name, entry) for name, entry in attribution.entries.items() if name.startswith("*")]
+    rows += [(name, *attribution_cells(entry)) for name, entry in [*shown, *roles]]
+    kind, error = most_hurt(attribution.together)
+    rows.append(("together", kind, percent(error), percent(attribution.together["all"]), ""))
     notes = (
         "Errors of gradients when these alone are quantised: of the weights of the quantised layers that are hurt "
         "most, by which the rows are sorted, and of all parameters; then of all when everything but these is. All else "
         "is FP32, and tokens go to the same experts."
     )
-    if len(shown) < len(every):
-        notes += f" The other {len(every) - len(shown)} classes hurt less: see --html or --json."
+    if len(shown) < len(classes):
+        notes += f" The other {len(classes) - len(shown)} classes hurt less: see --html or --json."
     return "\n".join([*align(rows, frozenset({0, 1})), *textwrap.wrap(notes, WIDTH)])
 
 
-def attribution_cells(entry: Mapping[str, Any]) -> Sequence[str]:
-    """The kind of layer that is hurt most and its error alone, that of all alone, and that of all without it."""
-    name, error = most_hurt(entry["alone"])
-    return name, percent(error), percent(entry["alone"]["all"]), percent(entry["without"]["all"])
+def attribution_cells(entry: Entry) -> Sequence[str]:
+    """The kind of layer that is hurt most and its error alone, the error of all alone, and that of all without it."""
+    kind, error = most_hurt(entry.alone)
+    return kind, percent(error), percent(entry.alone["all"]), percent(entry.without["all"])
 
 
 def percent(share: float) -> str:
-    """Three digits, or as many as matter."""
+    """Percents with three digits, or with as many as matter."""
     value = 100 * share
     if value == 0:
         return "0 %"

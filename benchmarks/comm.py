@@ -31,7 +31,7 @@ from torch import Tensor
 from counterflow.benchmarks.namespaces import bytes_sent, joined, run_at_both_ends, run_together
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.comm.meter import Meter, Traffic, numbers_of, traffic_of
-from counterflow.comm.routed import RoutedDispatcher
+from counterflow.comm.routed import DispatchOptions, RoutedDispatcher
 from counterflow.comm.two_hop import TwoHopDispatcher
 from counterflow.comm.wire import FP8Wire, PlainWire
 from counterflow.configs.config import Config
@@ -92,10 +92,10 @@ def make_dispatcher(
     name: str, experts: int, group: dist.ProcessGroup, nodes: Sequence[int], meter: Meter
 ) -> RoutedDispatcher:
     dispatcher, _, wire = name.rpartition("-")
-    travels = FP8Wire() if wire == "fp8" else PlainWire()
+    options = DispatchOptions(wire=FP8Wire() if wire == "fp8" else PlainWire(), meter=meter)
     if dispatcher == "flat":
-        return FlatDispatcher(group, experts, wire=travels, meter=meter)
-    return TwoHopDispatcher(group, experts, wire=travels, meter=meter, nodes=nodes)
+        return FlatDispatcher(group, experts, options)
+    return TwoHopDispatcher(group, experts, options, nodes)
 
 
 def training_side(name: str, args: argparse.Namespace, size: int, folder: Path) -> Side:

@@ -43,7 +43,7 @@ from counterflow.comm import flat
 from counterflow.comm import two_hop as two_hops
 from counterflow.comm.exchange import Exchange
 from counterflow.comm.hops import InFlight
-from counterflow.comm.routed import RoutedDispatcher
+from counterflow.comm.routed import DispatchOptions, RoutedDispatcher
 from counterflow.comm.wire import FP8Wire
 from counterflow.model.config import ModelConfig
 from counterflow.model.naming import initialise
@@ -148,17 +148,19 @@ class _PaceFunction(torch.autograd.Function):
 class EvenRouter(Router):
     """Sends every expert equally many tokens, and half of each rank's rows to the other rank."""
 
-    def _select(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor) -> Tensor:
         first, step = torch.arange(scores.shape[0]).unsqueeze(1), EXPERTS // TOP_K
         return (first + torch.arange(TOP_K) * step) % EXPERTS
 
 
-def make_chunk(work: Work, group: dist.ProcessGroup | None, underway: InFlight, two_hop: bool) -> Transformer:
+def make_chunk(work: Work, group: dist.ProcessGroup | None, in_flight: InFlight, two_hop: bool) -> Transformer:
     """Four MoE layers from the middle of a model, their compute paced; without a group all experts are here."""
     dispatcher: RoutedDispatcher = flat.FlatDispatcher(group, EXPERTS)
     if two_hop:
         nodes = range(1 if group is None else group.size())
-        dispatcher = two_hops.TwoHopDispatcher(group, EXPERTS, wire=FP8Wire(), underway=underway, nodes=nodes)
+        dispatcher = two_hops.TwoHopDispatcher(
+            group, EXPERTS, DispatchOptions(wire=FP8Wire(), in_flight=in_flight), nodes
+        )
     config = ModelConfig(
         **WIDTHS,
         vocab_size=2,
@@ -188,8 +190,8 @@ class Pairs:
     """A chunk and the micro-batch whose backward is next: the forward of one pair is the backward of the following."""
 
     def __init__(self, work: Work, group: dist.ProcessGroup | None, two_hop: bool) -> None:
-        self.underway = InFlight()
-        self.chunk = make_chunk(work, group, self.underway, two_hop)
+        self.in_flight = InFlight()
+        self.chunk = make_chunk(work, group, self.in_flight, two_hop)
         tokens, valid = torch.zeros(1, TOKENS + 1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
         self.batch = MicroBatch(tokens, valid, Weights(balance=0.0))
         self.x = torch.randn(1, TOKENS, WIDTHS["hidden_size"])
@@ -204,7 +206,7 @@ class Pairs:
         before, self._tape = self._tape, Tape()
         weights: deque[Callable[[], None]] = deque()
         backward = before.backward(self.x, self.chunk.weight_queue, weights if defer else None)
-        run_pair(self._forward(), backward, weights, order, self.underway.boundary)
+        run_pair(self._forward(), backward, weights, order, self.in_flight.boundary)
         drain(weights)
 
 

@@ -50,10 +50,10 @@ class Runner:
     """By stage."""
 
 
-def our_runner(name: str, num_microbatches: int, rank: int, wires: PipelineChannels, device: Device) -> Runner:
+def our_runner(name: str, num_microbatches: int, rank: int, channels: PipelineChannels, device: Device) -> Runner:
     schedule = find_schedule(name)(RANKS, num_microbatches)
-    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.placement[rank]}
-    executor = Executor(chunks, wires, find_order("v3"), SHAPE, torch.float32, CPU)
+    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.stages_of_rank[rank]}
+    executor = Executor(chunks, channels, find_order("v3"), SHAPE, torch.float32, CPU)
     program = Program.of(schedule, rank)
     micro_batches = torch.zeros(num_microbatches, *SHAPE).unbind()
     return Runner(lambda: executor.train(program, micro_batches), schedule, chunks)
@@ -64,7 +64,7 @@ def torch_runner(name: str, num_microbatches: int, rank: int, device: Device) ->
 
     schedule = find_schedule(name)(RANKS, num_microbatches)
     last_stage = schedule.num_stages - 1
-    modules = {stage: SleepingModule(device) for stage in schedule.placement[rank]}
+    modules = {stage: SleepingModule(device) for stage in schedule.stages_of_rank[rank]}
     stages = [pipelining.PipelineStage(module, stage, last_stage + 1, CPU) for stage, module in modules.items()]
     settings = {"n_microbatches": num_microbatches, "loss_fn": lambda output, _: output.mean(), "scale_grads": False}
     if len(stages) == 1:
@@ -103,12 +103,12 @@ def read_torch_order(order: Mapping[int, Sequence[Any]]) -> tuple[tuple[Action |
 def make_runners(rank: int, num_microbatches: int, device: Device) -> dict[Side, Runner]:
     ranks = list(range(RANKS))
     channels = {(a, b): dist.new_group([a, b]) for a in ranks for b in ranks if a != b}
-    wires = PipelineChannels(
+    channels = PipelineChannels(
         dist.get_rank(), {pair: group for pair, group in channels.items() if dist.get_rank() in pair}
     )
     runners = {}
     for name in schedule_names():
-        runners[name, OURS] = our_runner(name, num_microbatches, rank, wires, device)
+        runners[name, OURS] = our_runner(name, num_microbatches, rank, channels, device)
         if name in ("1f1b", "dualpipev"):
             runners[name, TORCH] = torch_runner(name, num_microbatches, rank, device)
     return runners

@@ -1,0 +1,1 @@
+"""Token dispatch, transfers, traffic meter."""

@@ -1,4 +1,4 @@
-"""What every token dispatcher offers: an MoE layer's two all-to-alls, with autograd and asynchronous forms.
+"""Contract of the token dispatchers: an MoE layer's two all-to-alls, with autograd and asynchronous forms.
 
 T tokens of this rank, K top-k, H hidden, E experts of the layer, E_local of them on this rank, R rows it receives.
 """
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class Incoming:
-    """What a gradient was quantised to on its way to the experts' outputs; taken once, None if it was not quantised."""
+    """Codes in which a gradient arrived at the experts' outputs; taken once, None if it was not quantised."""
 
     codes: BlockQuantized | None = None
 
@@ -29,17 +29,18 @@ class Incoming:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """The rows that this rank's experts compute on, sorted by (local expert, source rank, token).
+    """Rows that this rank's experts compute on, sorted by (local expert, source rank, token).
 
     x: [R, H], one row for each (token, expert of this rank) pair of the whole group. Nothing is dropped. A dispatcher
         that aligns rows adds rows of zeros, with weight zero, at the end of each expert; R counts them.
     weights: FP32 [R], the gate weight of each row. `combine` does not apply it; the expert does, between its SwiGLU and
         its down projection, so that combine stays a plain sum and its backward a plain copy.
-    offsets: int32 [E_local], where each local expert's rows end; `offs` of `torch.nn.functional.grouped_mm`.
+    offsets: int32 [E_local], end of each local expert's rows; `offs` of `torch.nn.functional.grouped_mm`.
     tokens_per_expert: the same as counts, on the host.
-    handle: what the dispatcher needs to bring the rows back.
-    codes: what `x` was quantised to on its way, in the same order; None if it was not. `x` is what they dequantise to.
-    incoming: has the same of the gradient of the experts' outputs, once it has arrived in the backward.
+    handle: the dispatcher's record of the rows' way, for `combine`.
+    codes: quantised form in which the rows arrived, in the same order; `x` is its dequantised value. None if the rows
+        were sent unquantised.
+    incoming: codes of the gradient of the experts' outputs, once that gradient has arrived in the backward.
     """
 
     x: Tensor
@@ -57,9 +58,9 @@ class Pending(Generic[Result]):
 
     Between launch and wait there is only `ticket` in the autograd graph, a scalar of no meaning. In the backward the
     gradient of the result launches the reverse communication and passes on a gradient for the ticket, whose own
-    backward waits: whatever autograd runs between the two overlaps. To place the two halves by hand, cut the graph
+    backward waits: whatever autograd runs between the two overlaps. To run the two halves by hand, cut the graph
     here: replace `ticket` by a detached leaf before `wait`, later run the backward of the result, and, once the
-    communication is needed, that of the original ticket.
+    communication is needed, the backward of the original ticket.
     """
 
     ticket: Tensor
@@ -70,14 +71,14 @@ class Pending(Generic[Result]):
 
 
 class Route(Protocol):
-    """Where the tokens of one dispatch go; its counts are on their way until `complete`."""
+    """Destinations of the tokens of one dispatch; the exchange of their counts ends with `complete`."""
 
     def complete(self) -> None:
         """Wait for the counts."""
 
 
 class Dispatcher(Protocol):
-    """Takes tokens to the ranks of their experts and brings the experts' outputs back.
+    """Transport of tokens to the ranks of their experts, and of the experts' outputs back.
 
     Every rank of the group makes the same calls in the same order, with any number of tokens, also none, and runs the
     backward of each. Backward of dispatch is a combine, backward of combine a dispatch.
@@ -88,7 +89,7 @@ class Dispatcher(Protocol):
 
         Args:
             x: [T, H] BF16 or FP32.
-            expert_ids: int64 [T, K] global expert ids, no expert twice in a token; -1 is sent nowhere.
+            expert_ids: int64 [T, K] global expert ids, no expert twice for one token; -1 is sent nowhere.
             weights: FP32 [T, K] gate weights.
         """
 
@@ -96,14 +97,14 @@ class Dispatcher(Protocol):
         """Launch the exchange of counts that a dispatch begins with, as soon as the experts are chosen."""
 
     def begin_dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor, route: Any = None) -> Pending[Dispatched]:
-        """`dispatch`, launched but not waited for. It does wait for the counts: those of `route`, from `begin_route`
-        of the same expert ids, or its own."""
+        """Launch `dispatch` without waiting for the tokens. The call waits for the counts: of `route`, from
+        `begin_route` of the same expert ids, or of a route that it makes."""
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """For each token the unweighted sum of its experts' outputs, zero for a token that was sent nowhere.
+        """Return for each token the unweighted sum of its experts' outputs, zero for a token that was sent nowhere.
 
         Sums are taken in FP32 in a fixed order and rounded to the type of `y`: once by a flat dispatcher, in the order
-        of the token's K slots; where partial sums travel, once for each of them.
+        of the token's K slots; where partial sums are sent, once for each of them.
 
         Args:
             y: [R, H], the rows of `dispatched.x` after the experts.
@@ -113,4 +114,4 @@ class Dispatcher(Protocol):
         """
 
     def begin_combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
-        """`combine`, launched but not waited for."""
+        """Launch `combine` without waiting for the outputs."""

@@ -1,4 +1,4 @@
-"""How a failed transfer is told: by whom it was waited for, and without the library's advice to its developers."""
+"""Errors of failed transfers: they name the ranks that waited, and leave out the library's advice to its developers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 
 class CommunicationError(RuntimeError):
-    """Ranks that were waited for have gone, or did not come in time; `__cause__` is what the library said."""
+    """Failed transfer: ranks have gone, or did not answer in time; `__cause__` is the library's error."""
 
 
 @contextmanager
-def comm_errors(what: str) -> Iterator[None]:
-    """Turn what gloo or NCCL raise within it into a CommunicationError about `what`."""
+def comm_errors(transfer: str) -> Iterator[None]:
+    """Turn an error of gloo or NCCL inside the context into a CommunicationError that names `transfer`."""
     try:
         yield
     except CommunicationError:
         raise
     except RuntimeError as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0].partition(" This is typically")[0]
-        raise CommunicationError(f"{what} failed: {said}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" This is typically")[0]
+        raise CommunicationError(f"{transfer} failed: {reason}") from error

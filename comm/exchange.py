@@ -1,4 +1,4 @@
-"""One all-to-all under way."""
+"""All-to-alls that run while their caller continues."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .meter import GroupMeter
 
 
 class Exchange:
-    """Rows on their way between the ranks of a group: launched when made, complete after `wait`.
+    """Rows sent between the ranks of a group by one all-to-all: launched when made, complete after `wait`.
 
-    The rows are received into memory of their own, so the sent tensor still holds what it held; both are kept alive
-    until `wait`. A group of one rank, or none, moves nothing: `wait` gives the rows back.
+    The rows are received into memory of their own, so the sent tensor keeps its values; both are kept alive until
+    `wait`. A group of one rank, or none, moves nothing: `wait` returns the rows themselves.
 
     Args:
         rows: `[sum(send_splits), ...]`, sorted by destination rank.
         send_splits: rows for each rank of the group.
         receive_splits: rows from each rank of the group.
-        group: the ranks that take part; None is this process by itself, never the default group.
+        group: the ranks that take part; None is this process alone, never the default group.
         meter: counts what is sent, as `purpose`.
     """
 
@@ -45,20 +45,20 @@ class Exchange:
         self._received, self._group = received, group
         if meter is not None:
             meter.all_to_all(purpose, send_splits, rows[:1].numel() * rows.element_size())
-        with comm_errors(self._what()):
+        with comm_errors(self._description()):
             self._works = begin_all_to_all(received, self._sent, receive_splits, send_splits, group)
 
     def wait(self) -> Tensor:
-        """The received rows `[sum(receive_splits), ...]`, ordered by source rank; once, for they do not stay here."""
+        """Return the received rows `[sum(receive_splits), ...]`, ordered by source rank; once, as they are not kept."""
         works, self._works = self._works, []
-        with comm_errors(self._what()) if works else nullcontext():
+        with comm_errors(self._description()) if works else nullcontext():
             for work in works:
                 work.wait()
         received, self._received, self._sent = self._received, None, None
         assert received is not None, "waited twice for one exchange"
         return received
 
-    def _what(self) -> str:
+    def _description(self) -> str:
         ranks = ", ".join(map(str, dist.get_process_group_ranks(self._group)))
         return f"the all-to-all of ranks {ranks}"
 
@@ -66,7 +66,7 @@ class Exchange:
 def begin_all_to_all(
     received: Tensor, sent: Tensor, receive_splits: list[int], send_splits: list[int], group: dist.ProcessGroup
 ) -> list[dist.Work]:
-    """Launch the exchange of `sent` for `received`; both must stay as they are until the works are waited for.
+    """Launch the exchange of `sent` for `received`; neither may be changed or freed until the works are waited for.
 
     On CPUs every receive is announced before anything is sent. Gloo's own all-to-all announces a receive behind the
     data that it sends to the same rank, so that where ranks begin at slightly different times one direction of a link

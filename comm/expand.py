@@ -1,6 +1,6 @@
-"""On the experts' rank: one row for each token that arrived becomes one for each of its experts here, and back.
+"""Expansion on the experts' rank: one row per token that arrived becomes one row per expert of the token, and back.
 
-A tokens that arrived, K top-k, E_local experts of this rank, R rows of `Dispatched`.
+A tokens that arrived at this rank, K top-k, E_local experts of this rank, R rows of `Dispatched`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from .permute import Choice, order_by_expert
 
 
 class Expansion:
-    """Which rows the tokens that have arrived become.
+    """Map between the tokens that arrived and the rows of this rank's experts.
 
     Args:
         local_ids: int64 [A, K], experts of this rank by their local number, -1 for those of other ranks. Rows of an
             expert come in the order of the tokens.
         counts: int64 [E_local], rows of each expert, and on_host the same as a list.
         alignment: see `Aligned`.
-        arrival: int64 [A], where each of these tokens lies in what arrived; None for the same order.
+        arrival: int64 [A], row at which each of these tokens arrived; None for the same order.
     """
 
     def __init__(
@@ -34,26 +34,27 @@ class Expansion:
         self._shape = local_ids.shape
         self._arrival = arrival
         sums = Choice.below(order.row_of_slot, rows)
-        self._sums = Choice(self._places(sums.columns), sums.starts)
+        self._sums = Choice(self._positions(sums.columns), sums.starts)
 
     def rows(self, arrived: Tensor) -> Tensor:
-        """Of a matrix with a row for each arrival, those of the experts: [R, ...]."""
+        """Rows of the experts [R, ...] from a matrix with one row per arrival."""
         return self.aligned.gather(arrived, self._arrival_of_row)
 
     def weights(self, weights: Tensor) -> Tensor:
-        """Of the tokens' gate weights [A, K], in the order of `local_ids`, those of the rows: [R]."""
+        """Gate weights of the rows [R] from the tokens' [A, K], in the order of `local_ids`."""
         return self.aligned.gather(weights.reshape(-1), self._slot_of_row)
 
     def sum(self, rows: Tensor) -> Tensor:
-        """Rows [R, H] -> for each token the sum of its own, by slot: [A, H]."""
+        """Sum of each token's rows, by slot: [R, H] -> [A, H]."""
         return self._sums.sum(rows)
 
     def slots(self, weights: Tensor) -> Tensor:
-        """Something for each row [R] -> the same for each slot [A, K], zero where its expert is not here."""
-        given = weights if self.aligned.place is None else weights.index_select(0, self.aligned.place)
-        return weights.new_zeros(self._shape.numel()).index_copy_(0, self._slot_of_row, given).view(self._shape)
+        """One number per row [R] -> the same per slot [A, K], zero where the expert is on another rank."""
+        position = self.aligned.position
+        by_row = weights if position is None else weights.index_select(0, position)
+        return weights.new_zeros(self._shape.numel()).index_copy_(0, self._slot_of_row, by_row).view(self._shape)
 
-    def _places(self, rows: Tensor) -> Tensor:
-        places = self.aligned.places(rows)
-        assert places is not None
-        return places
+    def _positions(self, rows: Tensor) -> Tensor:
+        positions = self.aligned.positions(rows)
+        assert positions is not None
+        return positions

@@ -1,4 +1,4 @@
-"""Communication under way in one hop or several, advanced by hand: no threads, no streams of our own."""
+"""Transfers of one hop or several, advanced by explicit calls: no threads, no streams of our own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, Generic, TypeVar
 Result = TypeVar("Result")
 
 Hops = Generator[None, None, Result]
-"""Launches a hop, yields, waits for it, launches the next, and so on; returns the result after the last wait."""
+"""Generator that launches a hop, yields, waits for it, launches the next, and so on; returns after the last wait."""
 
 
 class HoppedTransfer(Generic[Result]):
-    """A generator of hops whose first hop is launched when it is made.
+    """Transfer along a generator of hops; the constructor launches the first hop.
 
     Args:
         hops: the generator.
-        count: how often it launches.
-        phases_before_next_hop: phases of computation after which the next hop is launched, if nobody waits before;
+        count: number of hops that it launches.
+        phases_before_next_hop: phases of computation after which the next hop is launched, unless `wait` comes first;
             see `InFlight`.
     """
 
@@ -26,8 +26,8 @@ class HoppedTransfer(Generic[Result]):
         self._left = count
         self._result: list[Result] = []
         self.phases_before_next_hop = phases_before_next_hop
-        self.age = 0
-        self._go_on()
+        self.phases_since_launch = 0
+        self._resume()
 
     @property
     def can_advance(self) -> bool:
@@ -35,19 +35,19 @@ class HoppedTransfer(Generic[Result]):
         return self._left > 0
 
     def advance(self) -> None:
-        """Wait for the hop under way and launch the next."""
+        """Wait for the launched hop and launch the next."""
         assert self.can_advance, "all hops have been launched"
-        self.age = 0
-        self._go_on()
+        self.phases_since_launch = 0
+        self._resume()
 
     def wait(self) -> Result:
-        """Go through all hops that are left; once."""
+        """Run all hops that are left and return the result; once."""
         while not self._result:
-            self._go_on()
+            self._resume()
         self._left = 0
         return self._result.pop()
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         self._left -= 1
         try:
             next(self._hops)
@@ -56,12 +56,12 @@ class HoppedTransfer(Generic[Result]):
 
 
 class InFlight:
-    """The transfers of a rank that have hops left to launch.
+    """Transfers of a rank that have hops left to launch.
 
-    Between two hops rows have to be received and sorted, which nobody does while the host computes. So whoever runs a
-    model's phases calls `boundary` after each: a transfer goes on to its next hop once `phases_before_next_hop` phases
-    have run since the one in which its last hop was launched. The ranks of a group run the same phases in the same order, so they
-    launch the same hops in the same order, as collective libraries want it.
+    Between two hops, rows have to be received and sorted, and nothing does so while the host computes. The runner of a
+    model's phases therefore calls `boundary` after each phase. A transfer launches its next hop once
+    `phases_before_next_hop` phases have run since the phase that launched its last one. The ranks of a group run the
+    same phases in the same order, so they launch the same hops in the same order, as collective libraries require.
     """
 
     def __init__(self) -> None:
@@ -72,10 +72,10 @@ class InFlight:
             self._transfers.append(transfer)
 
     def boundary(self) -> None:
-        """A phase has ended."""
+        """Count the end of a phase, and launch the hops that are due."""
         for transfer in self._transfers:
             if transfer.can_advance:
-                if transfer.age >= transfer.phases_before_next_hop:
+                if transfer.phases_since_launch >= transfer.phases_before_next_hop:
                     transfer.advance()
-                transfer.age += 1
+                transfer.phases_since_launch += 1
         self._transfers = [transfer for transfer in self._transfers if transfer.can_advance]

@@ -1,4 +1,4 @@
-"""Counts what this rank sends: bytes and messages by what they are for, by collective and by kind of link."""
+"""Count of what this rank sends: bytes and messages by purpose, by collective and by kind of link."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 LinkKind = Literal["within", "between"]
 LINKS: tuple[LinkKind, ...] = ("within", "between")
-"""Inside a node and between nodes."""
+"""Links inside a node and between nodes."""
 
 PURPOSES: dict[str, tuple[str, ...]] = {
     "counts": ("all_to_all",),  # how many rows follow
@@ -25,12 +25,12 @@ PURPOSES: dict[str, tuple[str, ...]] = {
     "experts": ("all_to_all",),  # those that change their rank
     "statistics": ("all_reduce",),  # losses, loads, norms
 }
-"""What is sent and by which collectives, in the order of reports."""
+"""Purposes of messages, each with its collectives, in the order of reports."""
 
 
 @dataclass(frozen=True, order=True)
 class Kind:
-    """What a message counts as: a key of PURPOSES, the collective it belongs to, and the link it takes."""
+    """Class of messages: a key of PURPOSES, the collective, and the kind of link."""
 
     purpose: str
     collective: str
@@ -39,7 +39,7 @@ class Kind:
 
 @dataclass
 class Tally:
-    """Payload, without what a network's protocols add, and the messages that it is sent in."""
+    """Bytes of payload, without the overhead of network protocols, and number of messages."""
 
     bytes: int = 0
     messages: int = 0
@@ -57,7 +57,7 @@ KINDS = tuple(
     for collective in collectives
     for link in LINKS
 )
-"""Every kind there is, so that ranks can add up their tallies without telling each other what they have."""
+"""All kinds, so that ranks can add up their tallies without exchanging which kinds they have."""
 
 
 def numbers_of(traffic: Traffic) -> list[int]:
@@ -67,14 +67,14 @@ def numbers_of(traffic: Traffic) -> list[int]:
 
 
 def traffic_of(numbers: Sequence[int]) -> Traffic:
-    """The inverse of `numbers_of`, without kinds that nothing was sent of."""
+    """Inverse of `numbers_of`, without kinds of which nothing was sent."""
     tallies = zip(KINDS, numbers[::2], numbers[1::2], strict=True)
     return {kind: Tally(bytes, messages) for kind, bytes, messages in tallies if messages}
 
 
 @dataclass
 class Meter:
-    """The messages that one rank sends, as it hands them to the collective library.
+    """Count of the messages that one rank hands to the collective library.
 
     node_of: the node of every global rank.
     """
@@ -83,13 +83,13 @@ class Meter:
     traffic: Traffic = field(default_factory=dict)
 
     def take(self) -> Traffic:
-        """What was counted since the last call."""
+        """Return the traffic since the last call, and begin again at zero."""
         taken, self.traffic = self.traffic, {}
         return taken
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is sent within it is not counted."""
+        """Context in which nothing that is sent is counted."""
         before, self.traffic = self.traffic, {}
         try:
             yield
@@ -101,11 +101,11 @@ class Meter:
         self.traffic.setdefault(Kind(purpose, collective, link), Tally()).add(bytes, messages)
 
     def link(self, rank: int, other: int) -> LinkKind:
-        """Between two global ranks."""
+        """Kind of link between two global ranks."""
         return "within" if self.node_of[rank] == self.node_of[other] else "between"
 
     def group(self, group: dist.ProcessGroup | None) -> GroupMeter:
-        """The same for the ranks of a group, numbered as in the group."""
+        """Meter for the ranks of a group, numbered as in the group."""
         if group is None:
             return GroupMeter(self, 0, ("within",))
         ranks = dist.get_process_group_ranks(group)
@@ -115,39 +115,39 @@ class Meter:
 
 @dataclass(frozen=True)
 class GroupMeter:
-    """Counts what this rank sends in one group."""
+    """Count of what this rank sends in one group, added to the rank's meter."""
 
     meter: Meter
     rank: int
     links: tuple[LinkKind, ...]
-    """From this rank to each rank of the group."""
+    """Kind of link from this rank to each rank of the group."""
 
     def all_to_all(self, purpose: str, splits: Iterable[int], unit: int) -> None:
-        """`splits` units of `unit` bytes for each rank of the group; nothing is sent where there are none."""
+        """Count an all-to-all of `splits[r]` units of `unit` bytes for rank r; no message where there are none."""
         for rank, (link, units) in enumerate(zip(self.links, splits, strict=True)):
             if units and rank != self.rank:
                 self.meter.count(purpose, "all_to_all", link, units * unit)
 
     def send(self, purpose: str, target: int, bytes: int) -> None:
-        """To one rank of the group."""
+        """Count a message to one rank of the group."""
         self.meter.count(purpose, "send", self.links[target], bytes)
 
     def reduce_scatter(self, purpose: str, shard: int) -> None:
-        """Shards of `shard` bytes, one for each rank."""
+        """Count a reduce-scatter of shards of `shard` bytes, one for each rank."""
         self._ring(purpose, "reduce_scatter", shard, 1)
 
     def all_gather(self, purpose: str, shard: int) -> None:
-        """Shards of `shard` bytes, one from each rank."""
+        """Count an all-gather of shards of `shard` bytes, one from each rank."""
         self._ring(purpose, "all_gather", shard, 1)
 
     def all_reduce(self, purpose: str, whole: int) -> None:
-        """A tensor of `whole` bytes: a reduce-scatter and an all-gather."""
+        """Count an all-reduce of `whole` bytes as a reduce-scatter and an all-gather."""
         self._ring(purpose, "all_reduce", -(-whole // len(self.links)), 2)
 
     def _ring(self, purpose: str, collective: str, shard: int, rounds: int) -> None:
-        """Each rank passes shards on to the next, one for each other rank, which is the least that it can send.
+        """Count rings in which each rank passes one shard per other rank to the next rank: the least it can send.
 
-        Libraries may take other ways between the ranks; from a rank's node to the next the ring is the shortest.
+        Libraries may take other routes between the ranks; a ring has the fewest crossings between nodes.
         """
         others = len(self.links) - 1
         if others:

@@ -15,12 +15,12 @@ class PipelineChannels:
     """Sends and receives of one pipeline rank.
 
     Every ordered pair of ranks has a group of its own. On NCCL the transfers of a group queue one behind the other,
-    whoever they are with: in a group of all ranks a send would wait behind a receive that may depend on it. And since
-    NCCL knows no tags, a pair must receive in the order in which it sends.
+    whichever ranks they connect: in a group of all ranks a send would wait behind a receive that may depend on it.
+    NCCL has no tags, so a pair must receive in the order in which it sends.
 
     Args:
         rank: this pipeline rank.
-        channels: by source and target the group of these two ranks.
+        channels: the group of two ranks, by source and target.
         meter: counts what is sent.
     """
 
@@ -29,7 +29,7 @@ class PipelineChannels:
     ) -> None:
         self.rank = rank
         self._channels = channels
-        self._meters = {ways: meter.group(group) for ways, group in channels.items()} if meter is not None else {}
+        self._meters = {} if meter is None else {pair: meter.group(group) for pair, group in channels.items()}
 
     def send(self, tensor: Tensor, target: int) -> Transit:
         """Start sending `tensor`, which must not change until the transit is over, to pipeline rank `target`."""
@@ -50,7 +50,7 @@ class PipelineChannels:
 
 
 class Transit:
-    """A tensor on its way from here or to here, kept until it is over."""
+    """Transfer of one tensor from or to this rank; keeps the tensor until the transfer is over."""
 
     def __init__(self, tensor: Tensor, work: dist.Work) -> None:
         self._tensor = tensor

@@ -17,9 +17,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ExpertOrder:
-    """The slots of a rank's tokens, sorted by expert and within an expert by token.
+    """Order of the slots of a rank's tokens: sorted by expert, and within an expert by token.
 
-    A slot is one of a token's K choices and has the number `token * K + k`; a row is a slot's place in the order.
+    A slot is one of a token's K choices and has the number `token * K + k`; a row is a slot's position in the order.
     Slots that are sent nowhere come last.
     """
 
@@ -34,10 +34,10 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
     """Sort slots by expert without waiting for the device.
 
     Args:
-        expert_ids: int64 [T, K] in [0, num_experts), no expert twice in a token; -1 is sent nowhere.
+        expert_ids: int64 [T, K] in [0, num_experts), no expert twice for one token; -1 is sent nowhere.
     """
     flat = expert_ids.reshape(-1)
-    # What is sent nowhere is sorted as one expert more; what is no expert's, behind it, is counted nowhere.
+    # Slots that are sent nowhere are sorted as one more expert; ids of no expert come behind them, uncounted.
     keys = torch.where(flat < 0, num_experts, flat + (flat >= num_experts))
     slot_of_row = _stable_argsort(keys, num_experts + 2)
     slots = torch.arange(flat.numel(), device=flat.device)
@@ -65,38 +65,38 @@ def _stable_argsort(ids: Tensor, num_ids: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which rows each of T sums adds up: any number, also none."""
+    """Choice of the rows that each of T sums adds up: any number, also none."""
 
     columns: Tensor
     """int64 [N], the rows of the first sum, in the order in which they are added, then those of the second, ..."""
     starts: Tensor
-    """int64 [T + 1], where each sum begins in `columns`, and N."""
+    """int64 [T + 1], begin of each sum in `columns`, and N."""
 
     @classmethod
     def every(cls, index: Tensor) -> Choice:
-        """All entries of each row of `index` int64 [T, K], in their order."""
+        """Choice of all entries of each row of `index` int64 [T, K], in their order."""
         return cls(index.reshape(-1), torch.arange(0, index.numel() + 1, index.shape[1], device=index.device))
 
     @classmethod
     def below(cls, index: Tensor, limit: int) -> Choice:
-        """Of each row of `index` int64 [T, K] the entries below `limit`, of which there are `limit` in all."""
+        """Choice of the entries below `limit` of each row of `index` int64 [T, K]; there are `limit` of them in all."""
         if index.numel() == limit:
             return cls.every(index)
         chosen = index < limit
-        flat = index.reshape(-1).index_select(0, _places(chosen.reshape(-1), limit))
+        flat = index.reshape(-1).index_select(0, _positions(chosen.reshape(-1), limit))
         return cls(flat, starts_of(chosen.sum(1)))
 
     def sum(self, rows: Tensor) -> Tensor:
-        """rows [R, H] BF16, FP16 or FP32 -> [T, H] in their type, without a copy of the rows that are added.
+        """Sums of rows [R, H] BF16, FP16 or FP32 -> [T, H] in their type, without a copy of the rows that are added.
 
         The order is fixed: an FP32 accumulator starts at +0.0, the rows are added one after the other, and the total is
         rounded once, to nearest even.
         """
         tokens = self.starts.numel() - 1
         if tokens == 0 or rows.shape[0] == 0:
-            assert self.columns.numel() == 0, f"{tokens} sums want rows, but there are none"
+            assert self.columns.numel() == 0, f"{tokens} sums need rows, but there are none"
             return rows.new_zeros((tokens, *rows.shape[1:]))
-        rows = rows.detach()  # embedding_bag prepares a backward of its own for what requires a gradient
+        rows = rows.detach()  # embedding_bag prepares a backward of its own for rows that require a gradient
         if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16):
             # embedding_bag takes a third of the time but rounds ties away from zero: 7 % of the sums of four BF16.
             ones = torch.ones(self.columns.numel(), dtype=rows.dtype)
@@ -106,31 +106,31 @@ class Choice:
 
 
 class FanOut:
-    """Rows that are copied to several of B places, sorted by place and within a place by row, and their sums back.
+    """Copies of rows for several of B destinations, sorted by destination and then by row, and their sums back.
 
     Args:
-        wanted: bool [A, B], whether place b gets a copy of row a.
-        copies: how many there are in all, given because asking the device for it would wait for the device.
+        wanted: bool [A, B], whether destination b gets a copy of row a.
+        copies: number of copies in all, an argument because reading it would wait for the device.
     """
 
     def __init__(self, wanted: Tensor, copies: int) -> None:
-        rows, places = wanted.shape
-        by_place = wanted.t().reshape(-1)
-        self.row_of_copy = _places(by_place, copies) % max(rows, 1)
+        rows, destinations = wanted.shape
+        by_destination = wanted.t().reshape(-1)
+        self.row_of_copy = _positions(by_destination, copies) % max(rows, 1)
         """int64 [copies]"""
-        number = (by_place.cumsum(0) - 1).view(places, rows).t().reshape(-1)
-        of_row = number.index_select(0, _places(wanted.reshape(-1), copies))
+        number = (by_destination.cumsum(0) - 1).view(destinations, rows).t().reshape(-1)
+        of_row = number.index_select(0, _positions(wanted.reshape(-1), copies))
         self.back = Choice(of_row, starts_of(wanted.sum(1)))
-        """For each row its copies, by place."""
+        """Choice of each row's copies, by destination."""
 
 
-def _places(chosen: Tensor, count: int) -> Tensor:
-    """Where the `count` True values of bool [N] are, ascending, without waiting for the device."""
+def _positions(chosen: Tensor, count: int) -> Tensor:
+    """Positions of the `count` True values of bool [N], ascending, without waiting for the device."""
     return torch.nonzero_static(chosen, size=count).view(-1)
 
 
 def starts_of(sizes: Tensor) -> Tensor:
-    """Where consecutive pieces of these sizes, int64 [N], begin, and where the last ends: int64 [N + 1]."""
+    """Begin of each of consecutive pieces of these sizes, int64 [N], and the end of the last: int64 [N + 1]."""
     starts = sizes.new_zeros(sizes.numel() + 1)
     torch.cumsum(sizes, 0, out=starts[1:])
     return starts
@@ -141,7 +141,7 @@ def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int])
 
 
 with warnings.catch_warnings():
-    # torch says once in a process that CSR tensors are in beta; a user could not do anything about it.
+    # torch warns once per process that CSR tensors are in beta; a user could do nothing about it.
     warnings.simplefilter("ignore")
     _csr(torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0), (0, 0))
 
@@ -151,7 +151,7 @@ def transpose_blocks(sizes: Tensor, num_rows: int) -> Tensor:
 
     Args:
         sizes: int64 [A, B], rows in each block.
-        num_rows: their sum, given because asking the device for it would wait for the device.
+        num_rows: their sum, an argument because reading it would wait for the device.
 
     Returns:
         int64 [num_rows]; `rows.index_select(0, index)` is in the new order.

@@ -1,21 +1,22 @@
-"""Dispatch and combine as autograd sees them, whatever way the rows take.
+"""Autograd of dispatch and combine, for any route of the rows.
 
-Each direction is two autograd Functions, a start that launches and a wait that waits, joined by a scalar ticket:
+Each direction is two autograd Functions joined by a scalar ticket, one that launches and one that waits:
 
     forward    start: launch -> ticket -> wait: wait
     backward   start: wait   <- ticket <- wait: launch
 
-so no tensor that is still being received is ever visible to autograd, its hooks or its anomaly mode.
+So autograd, its hooks and its anomaly mode never see a tensor that is still being received.
 
-The Functions keep their indices on the shared route and save no tensors: an index is a fraction of a percent of the
-row it moves, dispatch and combine share them, and as combine saves nothing, a checkpointed layer that ends with it is
-recomputed only up to the last tensor its experts saved: the rows are not sent back a second time.
+The Functions keep their indices on the shared route and save no tensors. An index is a fraction of a percent of the row
+that it moves, and dispatch and combine share them. As combine saves nothing, a checkpointed layer that ends with it is
+recomputed only up to the last tensor that its experts saved: the rows are not sent back a second time.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -29,13 +30,13 @@ from ..settings import UsageError
 from .dispatcher import Dispatched, Incoming, Pending
 from .hops import HoppedTransfer, Hops, InFlight
 from .meter import GroupMeter, Meter
-from .wire import PlainWire, Rows, WireFormat
+from .wire import Decoded, PlainWire, WireFormat
 
-Way = Literal["out", "home"]
+Way = Literal["to experts", "to tokens"]
 
 
 class Arrived(NamedTuple):
-    """What a route's dispatch brings."""
+    """Result of a route's dispatch."""
 
     rows: Tensor
     """[R, H] in the order of `Dispatched`, with rows of zeros where they are aligned."""
@@ -45,7 +46,7 @@ class Arrived(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """What the backward of dispatch brings; None where nobody asked."""
+    """Gradients that the backward of dispatch returns; None where not needed."""
 
     x: Tensor | None
     """[T, H]"""
@@ -54,62 +55,69 @@ class Returned(NamedTuple):
 
 
 class HoppingRoute(Protocol):
-    """Where the tokens of one dispatch go, and the four ways along it. Made when the experts are chosen.
+    """Route of the tokens of one dispatch, with the four transfers along it. Made when the experts are chosen.
 
-    `tokens_per_expert` and `offsets`, as in `Dispatched`, are there once the counts are.
+    `tokens_per_expert` and `offsets`, as in `Dispatched`, are set once the counts have arrived.
     """
 
     tokens_per_expert: list[int]
     offsets: Tensor
 
     def complete(self) -> None:
-        """Wait for the counts; `dispatch` does so by itself."""
+        """Wait for the counts; `dispatch` calls it."""
 
     def dispatch(self, x: Tensor, weights: Tensor) -> Hops[Arrived]:
-        """x [T, H], weights FP32 [T, K], to the experts."""
+        """Send x [T, H] and weights FP32 [T, K] to the experts."""
 
     def dispatch_backward(self, rows: Tensor | None, weights: Tensor | None) -> Hops[Returned]:
-        """Gradients of the rows [R, H] and of their weights FP32 [R], back to the tokens and summed there."""
+        """Return gradients of the rows [R, H] and of their weights FP32 [R] to the tokens, and sum them there."""
 
     def combine(self, y: Tensor) -> Hops[Tensor]:
-        """y [R, H], back to the tokens and summed there: [T, H]."""
+        """Return y [R, H] to the tokens, and sum it there: [T, H]."""
 
-    def combine_backward(self, grad: Tensor) -> Hops[Rows]:
-        """The gradient of each token [T, H], to its experts: [R, H]."""
+    def combine_backward(self, grad: Tensor) -> Hops[Decoded]:
+        """Send the gradient of each token [T, H] to its experts: [R, H]."""
+
+
+@dataclass(frozen=True)
+class DispatchOptions:
+    """Options that all dispatchers share.
+
+    alignment: each expert's rows are filled up with zeros to a multiple of it. Matrix products in FP8 need that, and
+        here it costs nothing, as the rows are sorted anyhow.
+    wire: format of the rows that are sent to the experts.
+    meter: counts what is sent.
+    in_flight: advances transfers of several hops.
+    """
+
+    alignment: int = 1
+    wire: WireFormat = field(default_factory=PlainWire)
+    meter: Meter | None = None
+    in_flight: InFlight = field(default_factory=InFlight)
 
 
 class RoutedDispatcher(ABC):
-    """What dispatchers have in common; see `Dispatcher`. Each makes routes of its own.
+    """Common part of the dispatchers; see `Dispatcher`. A subclass makes routes of its own.
 
     Rank r of the group holds the experts r E_local to (r + 1) E_local - 1.
 
     Args:
-        group: the expert parallel group. None is this process by itself; then, and in a group of one rank, nothing is
+        group: the expert parallel group. None is this process alone; then, and in a group of one rank, nothing is
             communicated.
         num_experts: E, routed experts of the layer over the whole group.
-        alignment: each expert's rows are filled up with zeros to a multiple of it. Matrix products in FP8 want that,
-            and here it costs nothing: the rows are moved to their places anyhow.
-        wire: what transfers to the experts.
-        meter: counts what is sent.
-        underway: advances what takes several hops.
+        options: what all dispatchers take.
 
     Raises:
         UsageError: the group does not divide the experts.
     """
 
     hops = 1
-    """All-to-alls, one after another, of each way."""
-    phases_before_next_hop: Mapping[Way, int] = {"out": 1, "home": 1}
-    """See `HoppedTransfer`, for ways to the experts and back."""
+    """All-to-alls, one after another, of a transfer."""
+    phases_before_next_hop: Mapping[Way, int] = {"to experts": 1, "to tokens": 1}
+    """Phases before the next hop of a transfer, see `HoppedTransfer`, by direction."""
 
     def __init__(
-        self,
-        group: dist.ProcessGroup | None,
-        num_experts: int,
-        alignment: int = 1,
-        wire: WireFormat | None = None,
-        meter: Meter | None = None,
-        underway: InFlight | None = None,
+        self, group: dist.ProcessGroup | None, num_experts: int, options: DispatchOptions | None = None
     ) -> None:
         size = 1 if group is None else group.size()
         if num_experts % size:
@@ -120,17 +128,16 @@ class RoutedDispatcher(ABC):
             )
         self.group = group
         self.num_experts = num_experts
-        self.alignment = alignment
-        self.wire = wire or PlainWire()
+        self.options = options or DispatchOptions()
+        meter = self.options.meter
         self.meter: GroupMeter | None = None if meter is None else meter.group(group)
-        self.underway = underway or InFlight()
 
     @abstractmethod
     def begin_route(self, expert_ids: Tensor) -> HoppingRoute:
         """Launch the exchange of counts."""
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Give back what it holds beside memory, at the end of a run that went well; every rank of the group does."""
+        """Release what is held besides memory, at the end of a successful run; every rank of the group calls it."""
 
     def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
         return self.begin_dispatch(x, expert_ids, weights).wait()
@@ -141,9 +148,9 @@ class RoutedDispatcher(ABC):
         assert x.shape[0] == expert_ids.shape[0], f"{x.shape[0]} tokens but expert ids for {expert_ids.shape[0]}"
         assert weights.shape == expert_ids.shape, f"weights {weights.shape} for expert ids {expert_ids.shape}"
         assert weights.dtype == torch.float32, f"gate weights are FP32, not {weights.dtype}"
-        passage = _Passage(route or self.begin_route(expert_ids), self)
-        ticket = _DispatchStart.apply(x, weights, passage)
-        return Pending(ticket, lambda ticket: _finish_dispatch(ticket, passage))
+        shared = _SharedState(route or self.begin_route(expert_ids), self)
+        ticket = _DispatchStart.apply(x, weights, shared)
+        return Pending(ticket, lambda ticket: _finish_dispatch(ticket, shared))
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
         return self.begin_combine(y, dispatched).wait()
@@ -152,13 +159,13 @@ class RoutedDispatcher(ABC):
         route = dispatched.handle
         rows = sum(route.tokens_per_expert)
         assert y.shape[0] == rows, f"{y.shape[0]} rows to combine, {rows} were dispatched"
-        passage = _Passage(route, self, dispatched.incoming)
-        ticket = _CombineStart.apply(y, passage)
-        return Pending(ticket, lambda ticket: _CombineWait.apply(ticket, passage))
+        shared = _SharedState(route, self, dispatched.incoming)
+        ticket = _CombineStart.apply(y, shared)
+        return Pending(ticket, lambda ticket: _CombineWait.apply(ticket, shared))
 
 
-class _Passage:
-    """What a start and its wait share: the route, and what is under way in this direction of this pass."""
+class _SharedState:
+    """State that a start and its wait share: the route, and the transfer of this direction in this pass."""
 
     def __init__(self, route: HoppingRoute, dispatcher: RoutedDispatcher, incoming: Incoming | None = None) -> None:
         self.route = route
@@ -170,7 +177,7 @@ class _Passage:
 
     def begin(self, way: Way, hops: Hops[Any]) -> None:
         self._transfer = HoppedTransfer(hops, self._dispatcher.hops, self._dispatcher.phases_before_next_hop[way])
-        self._dispatcher.underway.add(self._transfer)
+        self._dispatcher.options.in_flight.add(self._transfer)
 
     def wait(self) -> Any:
         assert self._transfer is not None, "waited twice for one transfer"
@@ -184,73 +191,73 @@ def _ticket(like: Tensor) -> Tensor:
 
 class _DispatchStart(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, passage: _Passage) -> Tensor:
-        passage.begin("out", passage.route.dispatch(x, weights))
-        passage.needs_grad = ctx.needs_input_grad[:2]
-        ctx.passage = passage
+    def forward(ctx: Any, x: Tensor, weights: Tensor, shared: _SharedState) -> Tensor:
+        shared.begin("to experts", shared.route.dispatch(x, weights))
+        shared.needs_grad = ctx.needs_input_grad[:2]
+        ctx.shared = shared
         return _ticket(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        returned: Returned = ctx.passage.wait()
+        returned: Returned = ctx.shared.wait()
         return returned.x, returned.weights, None
 
 
 class _DispatchWait(Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, passage: _Passage) -> tuple[Tensor, Tensor]:
-        arrived: Arrived = passage.wait()
-        passage.codes = arrived.codes
+    def forward(ctx: Any, ticket: Tensor, shared: _SharedState) -> tuple[Tensor, Tensor]:
+        arrived: Arrived = shared.wait()
+        shared.codes = arrived.codes
         outputs = arrived.rows, arrived.weights
-        constant = [out for out, needs_grad in zip(outputs, passage.needs_grad, strict=True) if not needs_grad]
+        constant = [out for out, needs_grad in zip(outputs, shared.needs_grad, strict=True) if not needs_grad]
         ctx.mark_non_differentiable(*constant)
-        ctx.passage = passage
+        ctx.shared = shared
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_row_weights: Tensor) -> tuple[Tensor, None]:
-        passage = ctx.passage
-        rows_need_it, weights_need_it = passage.needs_grad
-        hops = passage.route.dispatch_backward(
-            grad_rows if rows_need_it else None, grad_row_weights if weights_need_it else None
+        shared = ctx.shared
+        rows_need_grad, weights_need_grad = shared.needs_grad
+        hops = shared.route.dispatch_backward(
+            grad_rows if rows_need_grad else None, grad_row_weights if weights_need_grad else None
         )
-        passage.begin("home", hops)
+        shared.begin("to tokens", hops)
         return _ticket(grad_rows), None
 
 
-def _finish_dispatch(ticket: Tensor, passage: _Passage) -> Dispatched:
-    route = passage.route
-    rows, row_weights = _DispatchWait.apply(ticket, passage)
-    codes, passage.codes = passage.codes, None
+def _finish_dispatch(ticket: Tensor, shared: _SharedState) -> Dispatched:
+    route = shared.route
+    rows, row_weights = _DispatchWait.apply(ticket, shared)
+    codes, shared.codes = shared.codes, None
     return Dispatched(rows, row_weights, route.offsets, route.tokens_per_expert, route, codes)
 
 
 class _CombineStart(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, passage: _Passage) -> Tensor:
-        passage.begin("home", passage.route.combine(y))
-        ctx.passage = passage
+    def forward(ctx: Any, y: Tensor, shared: _SharedState) -> Tensor:
+        shared.begin("to tokens", shared.route.combine(y))
+        ctx.shared = shared
         return _ticket(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        arrived: Rows = ctx.passage.wait()
-        ctx.passage.incoming.codes = arrived.codes
+        arrived: Decoded = ctx.shared.wait()
+        ctx.shared.incoming.codes = arrived.codes
         return arrived.values, None
 
 
 class _CombineWait(Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, passage: _Passage) -> Tensor:
-        out: Tensor = passage.wait()
-        ctx.passage = passage
+    def forward(ctx: Any, ticket: Tensor, shared: _SharedState) -> Tensor:
+        out: Tensor = shared.wait()
+        ctx.shared = shared
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.passage.begin("out", ctx.passage.route.combine_backward(grad))
+        ctx.shared.begin("to experts", ctx.shared.route.combine_backward(grad))
         return _ticket(grad), None

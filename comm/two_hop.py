@@ -1,14 +1,15 @@
-"""Two-hop dispatch: a token crosses the network once for each node it needs, and is fanned out inside the node.
+"""Two-hop dispatch: a token crosses the network once per node that it needs, and is copied inside the node.
 
-As V3 sends them (V3 §3.2.2): first to the rank with the sender's local index on each node, over the slow links between
-nodes; from there, inside the node, once to each rank that has some of its experts. Combine goes the same way back:
-ranks add up the outputs of their experts, the relay adds up those of its node, and one sum a node crosses the network.
-With node-limited routing a token crosses to at most that many nodes, however many experts it has.
+Tokens are sent as in V3 (§3.2.2). The first hop goes over the slow links between nodes, to the rank with the sender's
+local index on each node, the relay. The second hop goes inside the node, once to each rank with some of the token's
+experts. Combine takes the same way back: ranks add up the outputs of their experts, the relay adds up the sums of its
+node, and one sum per node crosses the network. Node-limited routing bounds the nodes that a token crosses to, whatever
+the number of its experts.
 
     dispatch    token -> [node] relay -> [rank] -> rows of its experts
-    combine     rows -> sum a rank -> [relay] sum a node -> [token's rank] sum
+    combine     rows -> sum per rank -> [relay] sum per node -> [token's rank] sum
 
-A token, its gate weights and its experts' numbers transfer as one message. G ranks of the group, N nodes, n ranks of
+A token, its gate weights and its experts' numbers are sent as one message. G ranks of the group, N nodes, n ranks of
 this node, T tokens of this rank, P tokens it relays, A tokens that arrive, K top-k, H hidden.
 """
 
@@ -24,18 +25,17 @@ from torch import Tensor
 
 from .exchange import Exchange
 from .expand import Expansion
-from .hops import Hops, InFlight
-from .meter import Meter
+from .hops import Hops
 from .permute import FanOut
-from .routed import Arrived, Returned, RoutedDispatcher, Way
-from .wire import Rows, WireFormat
+from .routed import Arrived, DispatchOptions, Returned, RoutedDispatcher, Way
+from .wire import Decoded
 
 ALIGNMENT = 16  # bytes, of a message
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Who relays for whom: the ranks of a group by node, with any number of ranks on each.
+    """Ranks of a group by node, any number on each, and the ranks that relay tokens between nodes.
 
     Args:
         of: the node of each rank of the group, ascending.
@@ -45,9 +45,9 @@ class Nodes:
 
     @classmethod
     def make(cls, nodes: Sequence[int]) -> Nodes:
-        """From any ascending numbers of the ranks' nodes."""
+        """Make it from any ascending numbers of the ranks' nodes."""
         assert list(nodes) == sorted(nodes), f"ranks of a node are neighbours, unlike {nodes}"
-        number = {node: place for place, node in enumerate(dict.fromkeys(nodes))}
+        number = {node: index for index, node in enumerate(dict.fromkeys(nodes))}
         return cls(tuple(number[node] for node in nodes))
 
     @property
@@ -55,58 +55,55 @@ class Nodes:
         return self.of[-1] + 1
 
     def members(self, node: int) -> range:
-        """The ranks of a node."""
+        """Ranks of a node."""
         return range(self.of.index(node), len(self.of) - self.of[::-1].index(node))
 
     def relay(self, source: int, node: int) -> int:
-        """The rank of `node` that takes what `source` sends there: the one with its local index, or, where the node
-        has fewer ranks, that index modulo their number. On its own node every rank is its own relay."""
+        """Rank of `node` that receives what `source` sends there: the rank with the local index of `source`, modulo
+        the number of ranks on the node. On its own node every rank is its own relay."""
         members = self.members(node)
         return members[(source - self.members(self.of[source]).start) % len(members)]
 
     def clients(self, relay: int) -> list[int]:
-        """The ranks that a rank relays for, itself among them."""
+        """Ranks that a rank relays for, itself included."""
         return [source for source in range(len(self.of)) if self.relay(source, self.of[relay]) == relay]
 
 
 class TwoHopDispatcher(RoutedDispatcher):
     """Token dispatch over nodes; see `RoutedDispatcher`.
 
-    Sums are the flat dispatcher's up to their order: first over a token's experts on a rank, then over the ranks of a
-    node, then over nodes. Each partial sum is rounded to the type of the rows, as it transfers.
+    Sums differ from the flat dispatcher's only in their order: first over a token's experts on a rank, then over the
+    ranks of a node, then over nodes. Each partial sum is rounded to the type of the rows, as it is sent.
 
     Args:
         nodes: the node of each rank of the group, ascending; by default all are on one.
     """
 
     hops = 2
-    # To the experts the first hop takes long and the second needs it whole; on the way back it is the other way round.
-    phases_before_next_hop: Mapping[Way, int] = {"out": 2, "home": 1}
+    # To the experts the first hop is the long one, and the second needs all of it; on the way back the second is long.
+    phases_before_next_hop: Mapping[Way, int] = {"to experts": 2, "to tokens": 1}
 
     def __init__(
         self,
         group: dist.ProcessGroup | None,
         num_experts: int,
-        alignment: int = 1,
-        wire: WireFormat | None = None,
-        meter: Meter | None = None,
-        underway: InFlight | None = None,
+        options: DispatchOptions | None = None,
         nodes: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(group, num_experts, alignment, wire, meter, underway)
+        super().__init__(group, num_experts, options)
         size = 1 if group is None else group.size()
         self.rank = 0 if group is None else group.rank()
         self.nodes = Nodes.make([0] * size if nodes is None else nodes)
         assert len(self.nodes.of) == size, f"{len(self.nodes.of)} nodes for {size} ranks"
         self.members = self.nodes.members(self.nodes.of[self.rank])
         self.relays = [self.nodes.relay(self.rank, node) for node in range(self.nodes.count)]
-        """Who relays for this rank, by node."""
+        """Relays of this rank, by node."""
         self.clients = {rank: self.nodes.clients(rank) for rank in self.members}
-        """Whom each rank of this node relays for."""
+        """Ranks that each rank of this node relays for."""
         self._node_of = torch.tensor(self.nodes.of)
 
     def node_of(self, device: torch.device) -> Tensor:
-        """int64 [G], the node of each rank; copied to a device once, for the host waits until that is done."""
+        """Node of each rank, int64 [G]; copied to a device once only, as the host waits for the copy."""
         if self._node_of.device != device:
             self._node_of = self._node_of.to(device)
         return self._node_of
@@ -116,23 +113,23 @@ class TwoHopDispatcher(RoutedDispatcher):
 
 
 class TwoHopRoute:
-    """Where the tokens of one dispatch go, on all three of their stations."""
+    """Route of the tokens of one dispatch: as seen by their own rank, by relays and by the experts' ranks."""
 
     tokens_per_expert: list[int]
     offsets: Tensor
 
     def __init__(self, expert_ids: Tensor, dispatcher: TwoHopDispatcher) -> None:
-        self._at = dispatcher
+        self._dispatcher = dispatcher
         self._expert_ids = expert_ids
         size, self._per_rank = len(dispatcher.nodes.of), dispatcher.num_experts // len(dispatcher.nodes.of)
         device = expert_ids.device
-        nowhere = expert_ids < 0
+        dropped = expert_ids < 0
         ranks = torch.div(expert_ids.clamp(min=0), self._per_rank, rounding_mode="floor")
         nodes = dispatcher.node_of(device)[ranks]
-        to_rank = _wanted(ranks.masked_fill(nowhere, size), size)
-        self._to_node = _wanted(nodes.masked_fill(nowhere, dispatcher.nodes.count), dispatcher.nodes.count)
+        to_rank = _wanted(ranks.masked_fill(dropped, size), size)
+        self._to_node = _wanted(nodes.masked_fill(dropped, dispatcher.nodes.count), dispatcher.nodes.count)
         per_expert = torch.zeros(dispatcher.num_experts + 1, dtype=torch.int64, device=device)
-        slots = expert_ids.masked_fill(nowhere, dispatcher.num_experts).reshape(-1)
+        slots = expert_ids.masked_fill(dropped, dispatcher.num_experts).reshape(-1)
         per_expert = per_expert.scatter_add_(0, slots, torch.ones_like(slots))[:-1].view(size, self._per_rank)
         per_rank, self._per_node = to_rank.sum(0), self._to_node.sum(0)
         # For each rank: rows for its experts, tokens for the ranks of its node, tokens for its node.
@@ -144,17 +141,17 @@ class TwoHopRoute:
             for part in (per_expert[rank], per_rank[members.start : members.stop], self._per_node[node : node + 1])
         ]
         send = [self._per_rank + len(dispatcher.nodes.members(node)) + 1 for node in dispatcher.nodes.of]
-        here = self._per_rank + len(dispatcher.members) + 1
+        receive = self._per_rank + len(dispatcher.members) + 1
         self._counts: Exchange | None = Exchange(
-            torch.cat(parts), send, [here] * size, dispatcher.group, dispatcher.meter, "counts"
+            torch.cat(parts), send, [receive] * size, dispatcher.group, dispatcher.meter, "counts"
         )
         self._expansion: Expansion | None = None
 
     def complete(self) -> None:
         if self._counts is None:
             return
-        at, members = self._at, self._at.members
-        received = self._counts.wait().view(len(at.nodes.of), -1)
+        dispatcher, members = self._dispatcher, self._dispatcher.members
+        received = self._counts.wait().view(len(dispatcher.nodes.of), -1)
         self._counts = None
         together = torch.cat((received.reshape(-1), self._per_node)).tolist()  # the only wait for the device
         width = received.shape[1]
@@ -162,29 +159,29 @@ class TwoHopRoute:
         first = self._per_rank
         self._received = received[:, :first].sum(0)
         self._rows_per_expert = [sum(column) for column in zip(*(row[:first] for row in counts), strict=True)]
-        # tokens[source][i]: of a source for the i-th rank of this node; for_node[source]: for any of them.
+        # tokens[source][i]: tokens of a source for the i-th rank of this node; for_node[source]: for any of its ranks.
         tokens, for_node = [row[first:-1] for row in counts], [row[-1] for row in counts]
-        size, mine = len(at.nodes.of), at.rank - members.start
-        clients = at.clients[at.rank]
-        self._hop_1 = _splits(size, dict(zip(at.relays, together[received.numel() :], strict=True)))
+        size, own = len(dispatcher.nodes.of), dispatcher.rank - members.start
+        clients = dispatcher.clients[dispatcher.rank]
+        self._hop_1 = _splits(size, dict(zip(dispatcher.relays, together[received.numel() :], strict=True)))
         self._from_1 = _splits(size, {source: for_node[source] for source in clients})
         self._hop_2 = _splits(
             size, {rank: sum(tokens[source][i] for source in clients) for i, rank in enumerate(members)}
         )
-        self._from_2 = _splits(size, {rank: sum(tokens[s][mine] for s in at.clients[rank]) for rank in members})
+        self._from_2 = _splits(size, {rank: sum(tokens[s][own] for s in dispatcher.clients[rank]) for rank in members})
         # Tokens arrive by relay and then by source; the experts' rows are sorted by source.
         blocks, start = {}, 0
         for rank in members:
-            for source in at.clients[rank]:
-                blocks[source] = range(start, start + tokens[source][mine])
+            for source in dispatcher.clients[rank]:
+                blocks[source] = range(start, start + tokens[source][own])
                 start = blocks[source].stop
         self._by_source = _block_order([blocks[source] for source in sorted(blocks)], received.device)
         self._source = FanOut(self._to_node, sum(self._hop_1))
 
     def dispatch(self, x: Tensor, weights: Tensor) -> Hops[Arrived]:
-        at, dtype, width = self._at, x.dtype, x.shape[1]
-        ids = self._expert_ids.to(torch.int16 if at.num_experts <= 2**15 else torch.int32)
-        messages, ends = _join(at.wire.encode(x, "forward"), weights, ids)
+        wire, dtype, width = self._dispatcher.options.wire, x.dtype, x.shape[1]
+        ids = self._expert_ids.to(torch.int16 if self._dispatcher.num_experts <= 2**15 else torch.int32)
+        messages, ends = _join(wire.encode(x, "forward"), weights, ids)
         del x, weights
         self.complete()
         sent = self._exchange(messages.index_select(0, self._source.row_of_copy), 1, "dispatch")
@@ -198,7 +195,7 @@ class TwoHopRoute:
         arrived = sent.wait()
         payload, arrived_weights = arrived[:, : ends[0]], _part(arrived, ends, 1, torch.float32)
         expansion = self._expand(_part(arrived, ends, 2, ids.dtype).long())
-        values, codes = at.wire.decode(expansion.rows(payload), dtype, width)
+        values, codes = wire.decode(expansion.rows(payload), dtype, width)
         if self._by_source is not None:
             arrived_weights = arrived_weights.index_select(0, self._by_source)
         return Arrived(values, expansion.weights(arrived_weights), codes)
@@ -211,7 +208,7 @@ class TwoHopRoute:
         del rows, weights
         for hop, sums in ((2, self._relay.back), (1, self._source.back)):
             sent = [
-                None if part is None else self._exchange(part, hop, purpose, home=True) for part in (partial, slots)
+                None if part is None else self._exchange(part, hop, purpose, reverse=True) for part in (partial, slots)
             ]
             yield
             partial, slots = (None if exchange is None else sums.sum(exchange.wait()) for exchange in sent)
@@ -222,58 +219,58 @@ class TwoHopRoute:
         partial = self._by_arrival(self._expansion.sum(y))
         del y
         for hop, sums in ((2, self._relay.back), (1, self._source.back)):
-            sent = self._exchange(partial, hop, "combine", home=True)
+            sent = self._exchange(partial, hop, "combine", reverse=True)
             yield
             partial = sums.sum(sent.wait())
         return partial
 
-    def combine_backward(self, grad: Tensor) -> Hops[Rows]:
+    def combine_backward(self, grad: Tensor) -> Hops[Decoded]:
         assert self._expansion is not None
         dtype, width = grad.dtype, grad.shape[1]
-        rows = self._at.wire.encode(grad, "backward")
+        rows = self._dispatcher.options.wire.encode(grad, "backward")
         del grad
         for hop, fan_out in ((1, self._source), (2, self._relay)):
             sent = self._exchange(rows.index_select(0, fan_out.row_of_copy), hop, "combine backward")
             yield
             rows = sent.wait()
-        return self._at.wire.decode(self._expansion.rows(rows), dtype, width)
+        return self._dispatcher.options.wire.decode(self._expansion.rows(rows), dtype, width)
 
     def _fan_out(self, ids: Tensor) -> FanOut:
-        """Which ranks of this node want each of the tokens [P, K] that this rank relays."""
-        members = self._at.members
+        """Copies of the tokens [P, K] that this rank relays, for the ranks of its node."""
+        members = self._dispatcher.members
         rank = torch.div(ids, self._per_rank, rounding_mode="floor") - members.start
         elsewhere = (rank < 0) | (rank >= len(members))
         return FanOut(_wanted(rank.masked_fill(elsewhere, len(members)), len(members)), sum(self._hop_2))
 
     def _expand(self, ids: Tensor) -> Expansion:
-        """What the tokens [A, K] that arrived become here."""
+        """Expansion of the tokens [A, K] that arrived into rows of this rank's experts."""
         if self._by_source is not None:
             ids = ids.index_select(0, self._by_source)
-        local = ids - self._at.rank * self._per_rank
+        local = ids - self._dispatcher.rank * self._per_rank
         local = local.masked_fill((local < 0) | (local >= self._per_rank), -1)
-        alignment = self._at.alignment
-        made = Expansion(local, self._received, self._rows_per_expert, alignment, self._by_source)
-        self._expansion = made
-        self.tokens_per_expert, self.offsets = made.aligned.tokens_per_expert, made.aligned.offsets
-        return made
+        alignment = self._dispatcher.options.alignment
+        expansion = Expansion(local, self._received, self._rows_per_expert, alignment, self._by_source)
+        self._expansion = expansion
+        self.tokens_per_expert, self.offsets = expansion.aligned.tokens_per_expert, expansion.aligned.offsets
+        return expansion
 
     def _by_arrival(self, rows: Tensor) -> Tensor:
-        """From the order of sources to that of arrival."""
+        """Rows in the order of arrival, from the order of sources."""
         if self._by_source is None:
             return rows
         return torch.empty_like(rows).index_copy_(0, self._by_source, rows)
 
-    def _exchange(self, rows: Tensor, hop: int, purpose: str, home: bool = False) -> Exchange:
+    def _exchange(self, rows: Tensor, hop: int, purpose: str, reverse: bool = False) -> Exchange:
         send, receive = (self._hop_1, self._from_1) if hop == 1 else (self._hop_2, self._from_2)
-        if home:
+        if reverse:
             send, receive = receive, send
-        return Exchange(rows, send, receive, self._at.group, self._at.meter, purpose)
+        return Exchange(rows, send, receive, self._dispatcher.group, self._dispatcher.meter, purpose)
 
 
-def _wanted(places: Tensor, count: int) -> Tensor:
-    """Of places int64 [T, K] in [0, count], bool [T, count]: which are among a row's; `count` is none."""
-    wanted = torch.zeros(places.shape[0], count + 1, dtype=torch.bool, device=places.device)
-    return wanted.scatter_(1, places, True)[:, :count]
+def _wanted(destinations: Tensor, count: int) -> Tensor:
+    """Whether each destination is among a row's, bool [T, count], from int64 [T, K] in [0, count]; `count` is none."""
+    wanted = torch.zeros(destinations.shape[0], count + 1, dtype=torch.bool, device=destinations.device)
+    return wanted.scatter_(1, destinations, True)[:, :count]
 
 
 def _splits(size: int, rows: dict[int, int]) -> list[int]:
@@ -281,14 +278,14 @@ def _splits(size: int, rows: dict[int, int]) -> list[int]:
 
 
 def _block_order(blocks: list[range], device: torch.device) -> Tensor | None:
-    """An index that takes these blocks of rows in this order; None if they lie so already."""
-    if all(before.stop == after.start for before, after in pairwise(blocks)):
+    """Index that takes these blocks of rows in this order; None if they are in it already."""
+    if all(block.stop == following.start for block, following in pairwise(blocks)):
         return None
     return torch.cat([torch.arange(block.start, block.stop) for block in blocks]).to(device, non_blocking=True)
 
 
 def _join(*parts: Tensor) -> tuple[Tensor, list[int]]:
-    """Matrices of T rows each as messages uint8 [T, bytes], and where in a message each of them ends."""
+    """Messages uint8 [T, bytes] made of matrices of T rows each, and the end of each matrix in a message."""
     flat = [part.contiguous().view(torch.uint8) for part in parts]
     ends, end = [], 0
     for part in flat:
@@ -299,5 +296,5 @@ def _join(*parts: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def _part(messages: Tensor, ends: list[int], number: int, dtype: torch.dtype) -> Tensor:
-    """The given matrix of what `_join` made, a copy: in its place a single row is contiguous, but may lie anywhere."""
+    """Copy of one matrix in the messages of `_join`. A view would not do: a single row may lie at any address."""
     return messages[:, ends[number - 1] : ends[number]].clone(memory_format=torch.contiguous_format).view(dtype)

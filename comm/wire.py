@@ -1,9 +1,9 @@
-"""How rows of activations and gradients look while they travel: as they are, or in FP8 with their scales.
+"""Formats in which rows of activations and gradients are sent: unchanged, or in FP8 with their scales.
 
-Tokens to the experts, and gradients to them in the backward, may travel in E4M3 with one power of two as scale for
-each 128 values (V3 §3.3.3); what comes back is summed and keeps its format. A dispatcher quantises a token once,
-whatever the number of its experts, and in every layout, also where nothing leaves the rank: layout never changes the
-maths. T tokens, R rows, H hidden.
+Tokens to the experts, and gradients to the experts in the backward, may be sent in E4M3 with one power of two as scale
+per 128 values (V3 §3.3.3). Outputs and gradients back to the tokens are summed and keep their format. A dispatcher
+quantises a token once, whatever the number of its experts, and in every layout, also where nothing leaves the rank: the
+layout never changes the result. T tokens, R rows, H hidden.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ from ..fp8.tensor_formats import WIRE_FORMAT
 Direction = Literal["forward", "backward"]
 
 
-class Rows(NamedTuple):
-    """Rows that have arrived."""
+class Decoded(NamedTuple):
+    """Rows that have arrived, decoded."""
 
     values: Tensor
     """[R, H]"""
     codes: BlockQuantized | None
-    """What they were quantised to, if they were; `values` is what it dequantises to, exactly."""
+    """Quantised form in which the rows were sent; `values` is exactly its dequantised value. None if unquantised."""
 
 
 class WireFormat(Protocol):
-    """Turns tokens into what travels, and what has arrived into rows."""
+    """Encoding of tokens into the rows that are sent, and decoding of the rows that arrive."""
 
     def encode(self, x: Tensor, direction: Direction) -> Tensor:
-        """x [T, H] -> a matrix of T rows of any type, to be copied row by row."""
+        """Encode x [T, H] as a matrix of T rows of any type, to be copied row by row."""
 
-    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
-        """Rows of such a matrix, in any order -> [R, width] in `dtype`. A row of zero bytes is one of zeros."""
+    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Decoded:
+        """Decode rows of such a matrix, in any order, to [R, width] in `dtype`. A row of zero bytes gives zeros."""
 
 
 class PlainWire:
-    """Rows travel as they are."""
+    """Rows sent unchanged."""
 
     def encode(self, x: Tensor, direction: Direction) -> Tensor:
         return x
 
-    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
-        return Rows(rows if rows.dtype == dtype else rows.contiguous().view(dtype), None)
+    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Decoded:
+        return Decoded(rows if rows.dtype == dtype else rows.contiguous().view(dtype), None)
 
 
 class FP8Wire:
-    """Rows travel as messages of codes and scales, see `fp8/message.py`.
+    """Rows sent as messages of codes and scales, see `fp8/message.py`.
 
     Args:
-        activation: what quantises tokens; its format is WIRE_FORMAT.
-        gradient: what quantises gradients in the backward of combine.
-        fused: makes messages of x BF16 [T, H] in one go, such as `pack_on_gpu`; it notes no infinities, and where
-            somebody observes what is quantised the quantizers are asked.
+        activation: quantizer of tokens; its format is WIRE_FORMAT.
+        gradient: quantizer of gradients in the backward of combine.
+        fused: makes messages of x BF16 [T, H] in one kernel, such as `pack_on_gpu`. It reports no infinities; while an
+            observer watches the quantised values, the quantizers are used instead.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class FP8Wire:
             return self._fused(x)
         return pack_message(quantizer.encode(x, 1))
 
-    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Rows:
+    def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Decoded:
         codes = unpack_message(rows, width)
-        return Rows(codes.dequantize(dtype), codes)
+        return Decoded(codes.dequantize(dtype), codes)
 
 
 def pack_on_gpu(x: Tensor) -> Tensor:
-    """x BF16 [T, H] as messages, by the fused kernel: neither values nor scales lie in memory in between."""
+    """Make messages of x BF16 [T, H] by the fused kernel, with neither values nor scales in memory in between."""
     from ..fp8.triton import quantize_for_dispatch
 
     rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)

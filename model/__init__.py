@@ -1,0 +1,1 @@
+"""The DeepSeek architecture in phases."""

@@ -1,19 +1,23 @@
-"""A decoder block, in phases: computation and communication in turn.
+"""Decoder blocks in phases, computation and communication in turn.
 
-    attention   attention, second norm, router; the counts of tokens start to travel
-    dispatch    the tokens start to travel, once the counts are there
+A mixture-of-experts block (`MoEBlock`) has six phases:
+
+    attention   attention, second norm, router; the exchange of token counts begins
+    dispatch    once the counts have arrived, sending of the tokens begins
     shared      the shared expert, meanwhile
     experts     waits for the tokens; routed experts
-    combine     the outputs start to travel back
-    finish      waits for them; the next residual stream
+    combine     sending of the outputs begins
+    finish      waits for the outputs; the next residual stream
 
-A dense block has the one phase `dense`. The backward runs the same phases in reverse: there `finish` sends the
-gradients to the experts, `combine` waits for them, `experts` sends theirs back, `dispatch` waits. The pipeline's
-overlap engine advances the phases of two micro-batches in turn. B sequences, S tokens of a sequence, H hidden.
+A dense block (`DenseBlock`) has the one phase `dense`. The backward runs the same phases in reverse: `finish` sends the
+gradients to the experts, `combine` waits for them, `experts` sends its gradients back, `dispatch` waits for those. The
+pipeline's overlap engine advances the phases of two micro-batches in turn. B sequences, S tokens of a sequence,
+T = B S tokens, H hidden, K top-k.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -35,54 +39,30 @@ from .router import Routing
 
 UNWEIGHTED = BalanceWeights()
 
-
-@dataclass(frozen=True)
-class Attended:
-    """What the attention phase leaves: the residual stream, its norm, and where the tokens go (None if dense)."""
-
-    residual: Tensor
-    normed: Tensor
-    routing: Routing | None
-    places: Tensor | None
-    """`[T, K]` int64: where the ranks of the group hold the chosen experts."""
-    route: Route | None
-    """Counts on their way to the ranks of the experts."""
-
-    def cut(self, tape: Uncut | Tape, balance: BalanceWeights) -> Attended:
-        """The same for the phases after attention; the balance losses go no further."""
-        assert self.routing is not None
-        routing = self.routing.cut(tape, balance)
-        return Attended(tape.cut(self.residual), tape.cut(self.normed), routing, self.places, self.route)
+BlockPhases = Generator[str, None, tuple[Tensor, Routing | None]]
+"""Yields each phase's name before running it. Returns the next residual stream `[B, S, H]`, and the routing for the
+step's statistics (None from a dense block)."""
 
 
-class DecoderBlock(nn.Module):
-    """Pre-norm block with MLA and a dense or mixture-of-experts feed-forward: `[B, S, H]` -> `[B, S, H]`."""
+class DecoderBlock(nn.Module, ABC):
+    """Pre-norm block: the half with MLA, common to dense and MoE blocks. `[B, S, H]` -> `[B, S, H]`.
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        experts: Sequence[int] | None,
-        dispatcher: Dispatcher,
-        kernels: Kernels,
-        recompute: RecomputePolicy = "none",
-        recipe: Recipe | None = None,
-    ) -> None:
-        """`experts` are the global numbers of the routed experts this rank holds; None makes the block dense."""
+    A subclass adds `mlp`, and runs both halves in `_phases`.
+    """
+
+    mlp: nn.Module
+    last_saving_phase: str | None = None
+    """The phase after whose begin autograd saves nothing any more; None where this is the last one."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels, recompute: RecomputePolicy, recipe: Recipe) -> None:
         super().__init__()
-        recipe = recipe or Recipe()
         self.recompute = recompute
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.attention = LatentAttention(config, kernels, recipe)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.mlp: FeedForward | MixtureOfExperts
-        if experts is None:
-            up, down = recipe.linear("dense_up"), recipe.linear("dense_down")
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, kernels, up, down)
-        else:
-            self.mlp = MixtureOfExperts(config, experts, dispatcher, kernels, recipe)
 
     def forward(self, x: Tensor, rotary: Tensor, valid: Tensor) -> tuple[Tensor, Routing | None]:
-        """The phases in their plain order, as one graph."""
+        """Run the phases in their plain order, as one graph."""
         return run(self.phases(x, rotary, valid, Uncut()))
 
     def phases(
@@ -93,9 +73,9 @@ class DecoderBlock(nn.Module):
         tape: Uncut | Tape,
         balance: BalanceWeights = UNWEIGHTED,
         dropping: Dropping | None = None,
-    ) -> Generator[str, None, tuple[Tensor, Routing | None]]:
-        """Yield each phase's name, then run it: x `[B, S, H]`, valid `[B]` bool -> the next residual stream, and the
-        routing for its statistics. With a tape that cuts, the balance losses start a backward by their weights.
+    ) -> BlockPhases:
+        """Run the block on x `[B, S, H]`, valid `[B]` bool. With a tape that cuts, each balance loss starts a backward
+        with its weight in `balance`.
         """
         saved = self._saved(x, rotary, valid, dropping)
         try:
@@ -103,8 +83,27 @@ class DecoderBlock(nn.Module):
         finally:
             saved.close()
 
+    def attend(self, x: Tensor, rotary: Tensor, saved: Saved) -> tuple[Tensor, Tensor]:
+        """Attention and the second norm: the residual stream and its norm, both `[B, S, H]`. Computation."""
+        with saved.hooks():
+            residual = x + self.attention(self.attention_norm(x, saved), rotary, saved)
+            return residual, self.mlp_norm(residual, saved)
+
+    @abstractmethod
+    def _phases(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        valid: Tensor,
+        saved: Saved,
+        tape: Uncut | Tape,
+        balance: BalanceWeights,
+        dropping: Dropping | None,
+    ) -> BlockPhases:
+        """Run the phases, with the activations for the backward going to `saved`."""
+
     def _saved(self, x: Tensor, rotary: Tensor, valid: Tensor, dropping: Dropping | None) -> Saved:
-        """What the phases of one forward are given: which activations stay for the backward."""
+        """Choice of the activations of one forward that stay for its backward, by the recompute policy."""
         if not self.training or not torch.is_grad_enabled():
             return Keep()
         if self.recompute == "v3":
@@ -116,9 +115,23 @@ class DecoderBlock(nn.Module):
                 lambda collect: self._phases(
                     kept.requires_grad_(), rotary, valid, collect, Uncut(), UNWEIGHTED, dropping
                 ),
-                "combine",
+                self.last_saving_phase,
             )
         return Keep()
+
+
+class DenseBlock(DecoderBlock):
+    """Block with a SwiGLU feed-forward: one phase, all computation."""
+
+    mlp: FeedForward
+
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels, recompute: RecomputePolicy = "none", recipe: Recipe | None = None
+    ) -> None:
+        recipe = recipe or Recipe()
+        super().__init__(config, kernels, recompute, recipe)
+        up, down = recipe.linear("dense_up"), recipe.linear("dense_down")
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size, kernels, up, down)
 
     def _phases(
         self,
@@ -129,22 +142,73 @@ class DecoderBlock(nn.Module):
         tape: Uncut | Tape,
         balance: BalanceWeights,
         dropping: Dropping | None,
-    ) -> Generator[str, None, tuple[Tensor, Routing | None]]:
-        if not isinstance(self.mlp, MixtureOfExperts):
-            yield tape.phase("dense")
-            x = self.run_dense(self.attend(x, rotary, valid, saved), saved)
-            if isinstance(saved, Replay):
-                tape.before_backward(saved.again)
-            return x, None
+    ) -> BlockPhases:
+        yield tape.phase("dense")
+        residual, normed = self.attend(x, rotary, saved)
+        with saved.hooks():
+            x = residual + self.mlp(normed, saved)
+        if isinstance(saved, Replay):
+            tape.before_backward(saved.again)
+        return x, None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Results of the attention phase of an MoE block, from which tokens are dispatched."""
+
+    residual: Tensor
+    """`[B, S, H]`, the residual stream."""
+    normed: Tensor
+    """`[B, S, H]`, its norm."""
+    routing: Routing
+    places: Tensor
+    """`[T, K]` int64, places of the chosen experts on the ranks of the group."""
+    route: Route
+    """Way of the tokens to these places; the exchange of its counts has begun."""
+
+    def cut(self, tape: Uncut | Tape, balance: BalanceWeights) -> Routed:
+        """The same for the phases after attention; the balance losses end here."""
+        routing = self.routing.cut(tape, balance)
+        return Routed(tape.cut(self.residual), tape.cut(self.normed), routing, self.places, self.route)
+
+
+class MoEBlock(DecoderBlock):
+    """Block with DeepSeekMoE (V3 §2.1.2): six phases, three of which begin communication."""
+
+    mlp: MixtureOfExperts
+    last_saving_phase = "combine"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        experts: Sequence[int],
+        dispatcher: Dispatcher,
+        kernels: Kernels,
+        recompute: RecomputePolicy = "none",
+        recipe: Recipe | None = None,
+    ) -> None:
+        """`experts` are the global numbers of the routed experts that this rank holds."""
+        recipe = recipe or Recipe()
+        super().__init__(config, kernels, recompute, recipe)
+        self.mlp = MixtureOfExperts(config, experts, dispatcher, kernels, recipe)
+
+    def _phases(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        valid: Tensor,
+        saved: Saved,
+        tape: Uncut | Tape,
+        balance: BalanceWeights,
+        dropping: Dropping | None,
+    ) -> BlockPhases:
         yield tape.phase("attention")
-        attended = self.attend(x, rotary, valid, saved, dropping)
-        attended = attended.cut(tape, balance)
-        assert attended.routing is not None
+        routed = self.route(*self.attend(x, rotary, saved), valid, saved, dropping).cut(tape, balance)
         yield tape.phase("dispatch")
-        dispatching = self.dispatch(attended)
+        dispatching = self.dispatch(routed)
         dispatching.ticket = tape.cut(dispatching.ticket)
         yield tape.phase("shared")
-        shared = self.run_shared(attended, saved)
+        shared = self.run_shared(routed, saved)
         shared = None if shared is None else tape.cut(shared)
         yield tape.phase("experts")
         dispatched = dispatching.wait()
@@ -153,54 +217,41 @@ class DecoderBlock(nn.Module):
         combining = self.combine(y, dispatched)
         del y, dispatched  # the rows, which are many and which nothing but autograd needs any more
         combining.ticket = tape.cut(combining.ticket)
-        if isinstance(saved, Replay):  # while the gradients travel to the experts
+        if isinstance(saved, Replay):  # while the gradients are sent to the experts
             tape.before_backward(saved.again)
         yield tape.phase("finish")
-        return self.finish(attended, combining.wait(), shared), attended.routing
+        return self.finish(routed, combining.wait(), shared), routed.routing
 
-    def attend(
-        self, x: Tensor, rotary: Tensor, valid: Tensor, saved: Saved, dropping: Dropping | None = None
-    ) -> Attended:
-        """Attention, the second norm and the router's choice: computation; the counts of tokens start to travel."""
+    def route(
+        self, residual: Tensor, normed: Tensor, valid: Tensor, saved: Saved, dropping: Dropping | None = None
+    ) -> Routed:
+        """Choose each token's experts, and begin the exchange of the counts."""
         with saved.hooks():
-            residual = x + self.attention(self.attention_norm(x, saved), rotary, saved)
-            normed = self.mlp_norm(residual, saved)
-            if not isinstance(self.mlp, MixtureOfExperts):
-                return Attended(residual, normed, None, None, None)
             routing = self.mlp.gate(normed, valid, dropping)
         places = self.mlp.place(routing.expert_ids)
-        return Attended(residual, normed, routing, places, self.mlp.dispatcher.begin_route(places))
+        return Routed(residual, normed, routing, places, self.mlp.dispatcher.begin_route(places))
 
-    def run_dense(self, attended: Attended, saved: Saved) -> Tensor:
-        """All the rest of a dense block: computation."""
+    def dispatch(self, routed: Routed) -> Pending[Dispatched]:
+        """Begin sending tokens to their experts, once the counts have arrived: communication."""
+        rows, weights = routed.normed.flatten(0, 1), routed.routing.weights
+        return self.mlp.dispatcher.begin_dispatch(rows, routed.places, weights, routed.route)
+
+    def run_shared(self, routed: Routed, saved: Saved) -> Tensor | None:
+        """Run the experts that every token passes: computation that needs no dispatch."""
         with saved.hooks():
-            return attended.residual + self.mlp(attended.normed, saved)
-
-    def dispatch(self, attended: Attended) -> Pending[Dispatched]:
-        """Start sending tokens to their experts, once the counts are there: communication."""
-        assert isinstance(self.mlp, MixtureOfExperts) and attended.routing is not None and attended.places is not None
-        rows, weights = attended.normed.flatten(0, 1), attended.routing.weights
-        return self.mlp.dispatcher.begin_dispatch(rows, attended.places, weights, attended.route)
-
-    def run_shared(self, attended: Attended, saved: Saved) -> Tensor | None:
-        """The experts every token passes: computation that needs no dispatch."""
-        assert isinstance(self.mlp, MixtureOfExperts)
-        with saved.hooks():
-            return None if self.mlp.shared is None else self.mlp.shared(attended.normed, saved)
+            return None if self.mlp.shared is None else self.mlp.shared(routed.normed, saved)
 
     def run_experts(self, dispatched: Dispatched, saved: Saved) -> Tensor:
-        """The routed experts on the rows that arrived: computation."""
-        assert isinstance(self.mlp, MixtureOfExperts)
+        """Run the routed experts on the rows that arrived: computation."""
         with saved.hooks():
-            given = dispatched.x, dispatched.weights, dispatched.offsets, saved, dispatched.tokens_per_expert
-            return self.mlp.experts(*given, dispatched.codes, dispatched.incoming)
+            inputs = dispatched.x, dispatched.weights, dispatched.offsets, saved, dispatched.tokens_per_expert
+            return self.mlp.experts(*inputs, dispatched.codes, dispatched.incoming)
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
-        """Start returning the experts' outputs to their tokens: communication."""
-        assert isinstance(self.mlp, MixtureOfExperts)
+        """Begin returning the experts' outputs to their tokens: communication."""
         return self.mlp.dispatcher.begin_combine(y, dispatched)
 
-    def finish(self, attended: Attended, routed: Tensor, shared: Tensor | None) -> Tensor:
-        """The next residual stream from what came back, rows `[B S, H]`, and the shared experts."""
-        routed = routed.view_as(attended.residual)
-        return attended.residual + (routed if shared is None else routed + shared)
+    def finish(self, routed: Routed, sums: Tensor, shared: Tensor | None) -> Tensor:
+        """Return the next residual stream: plus the sums `[T, H]` of the routed outputs, plus the shared ones."""
+        sums = sums.view_as(routed.residual)
+        return routed.residual + (sums if shared is None else sums + shared)

@@ -1,6 +1,6 @@
 """Names of the model's global tensors, and initial weights that depend on nothing but seed and name.
 
-A global tensor is called by its place in the whole network, whoever holds it: `layers.12.mlp.experts.37.w1`.
+A global tensor is named by its position in the whole network, whichever rank holds it: `layers.12.mlp.experts.37.w1`.
 w1 is the gate projection, w3 the up projection, w2 the down projection.
 """
 
@@ -15,23 +15,23 @@ from .feed_forward import MixtureOfExperts
 from .transformer import Transformer
 
 
-def placements(model: Transformer) -> list[LocalParameter]:
-    """Every parameter of this rank's model with the global tensors it holds, in a fixed order."""
+def local_parameters(model: Transformer) -> list[LocalParameter]:
+    """All parameters of this rank's model with the global tensors in them, in a fixed order."""
     experts_of = {
         name: module.local_experts for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)
     }
-    placed = [_place(name, parameter, experts_of) for name, parameter in model.named_parameters()]
-    names = [name for item in placed for name in item.names]
+    parameters = [_local_parameter(name, parameter, experts_of) for name, parameter in model.named_parameters()]
+    names = [name for item in parameters for name in item.names]
     assert len(set(names)) == len(names), "two parameters claim one global tensor"
-    return placed
+    return parameters
 
 
 def router_biases(model: Transformer) -> dict[str, Tensor]:
-    """The routers' selection biases by global name; every rank holds them all."""
+    """Selection biases of the routers by global name; every rank holds all of a layer."""
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".gate.bias")}
 
 
-def _place(name: str, parameter: nn.Parameter, experts_of: dict[str, tuple[int, ...]]) -> LocalParameter:
+def _local_parameter(name: str, parameter: nn.Parameter, experts_of: dict[str, tuple[int, ...]]) -> LocalParameter:
     path, _, leaf = name.rpartition(".")
     if leaf not in ("weight", "gain"):
         return LocalParameter(parameter, (name,))  # embedding, head
@@ -46,7 +46,7 @@ def _place(name: str, parameter: nn.Parameter, experts_of: dict[str, tuple[int, 
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """First value of a global tensor, FP32 on the CPU: ones for norm gains, else N(0, std) (V3 §4.2)."""
+    """Initial value of a global tensor, FP32 on the CPU: ones for norm gains, else N(0, std) (V3 §4.2)."""
     if len(shape) == 1:
         return torch.ones(shape)
     generator = torch.Generator().manual_seed(seed_of("initial weight", seed, name))
@@ -56,7 +56,7 @@ def initial_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
     """Fill every parameter of `model` with its initial value and every router bias with zero."""
-    for item in placements(model):
+    for item in local_parameters(model):
         for name, tensor in zip(item.names, item.tensors(), strict=True):
             tensor.copy_(initial_tensor(name, item.shape, model.config.initializer_range, seed))
     for bias in router_biases(model).values():

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..phases import memory_of
+from ..saved_tensors import memory_of
 
 RecomputePolicy = Literal["none", "v3", "full"]
 
@@ -115,10 +115,11 @@ class Replay:
     """Drop every tensor that autograd saves; get them back by running the phases again.
 
     One object serves the forward of one block. `phases(saved)` must run its phases with the activations going to
-    `saved`, save the same tensors in the same order each time, and save none after the phase `last` has begun.
+    `saved`, save the same tensors in the same order each time, and save none after the phase `last` has begun (None:
+    all phases may save).
     """
 
-    def __init__(self, phases: Callable[[_Collect], Iterator[str]], last: str) -> None:
+    def __init__(self, phases: Callable[[_Collect], Iterator[str]], last: str | None) -> None:
         self._phases = phases
         self._last = last
         self._dropped = 0

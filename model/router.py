@@ -11,6 +11,7 @@ E experts, K top-k, T tokens, B sequences, S tokens of a sequence, D groups of e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +59,10 @@ class Routing:
         )
 
 
+Selection = Callable[[Tensor], Tensor]
+"""Experts `[T, K]` of tokens, chosen by the tokens' scores `[T, E]` without the bias."""
+
+
 class Router(nn.Module):
     """Scores experts for each token and selects K of them. Computes in FP32 whatever the recipe (V3 §3.3.1)."""
 
@@ -71,6 +76,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         zeros = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.has_router_bias else None
         self.register_buffer("bias", zeros)
+        self.selection: Selection | None = None
+        """Replacement for the router's own `select`, where the experts of the tokens are given from outside."""
 
     def forward(self, x: Tensor, valid: Tensor, dropping: Dropping | None = None) -> Routing:
         """x `[B, S, H]`, valid `[B]` bool: sequences that are padding are routed but not counted.
@@ -79,7 +86,7 @@ class Router(nn.Module):
         of the pairs that stay.
         """
         scores = self.scores(x)
-        expert_ids = self._select(scores.detach().flatten(0, 1))
+        expert_ids = (self.selection or self.select)(scores.detach().flatten(0, 1))
         weights = scores.flatten(0, 1).gather(1, expert_ids)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -109,7 +116,7 @@ class Router(nn.Module):
             return grouped.topk(min(2, grouped.shape[-1]), -1, sorted=False).values.sum(-1)
         return grouped.amax(-1)
 
-    def _select(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor) -> Tensor:
         """Top-k `[T, K]` of the biased scores, inside the best groups where the config limits them."""
         config = self.config
         biased = self.biased(scores)

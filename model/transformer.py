@@ -18,7 +18,7 @@ from ..fp8.recipe import Recipe
 from ..phases import Tape, Uncut, run
 from ..weight_gradients import WeightQueue
 from .balance import BalanceWeights
-from .block import DecoderBlock
+from .block import DecoderBlock, DenseBlock, MoEBlock
 from .capacity import Dropping
 from .config import ModelConfig
 from .feed_forward import MixtureOfExperts
@@ -142,8 +142,9 @@ class Transformer(nn.Module):
         kernels = kernels or Kernels.make()
 
         def block(layer: int) -> DecoderBlock:
-            experts = local_experts if config.is_moe(layer) else None
-            return DecoderBlock(config, experts, dispatcher, kernels, recompute, recipe)
+            if config.is_moe(layer):
+                return MoEBlock(config, local_experts, dispatcher, kernels, recompute, recipe)
+            return DenseBlock(config, kernels, recompute, recipe)
 
         depths = config.num_nextn_predict_layers if part.last else 0
         if part.first or depths:
@@ -201,9 +202,7 @@ class Transformer(nn.Module):
         losses: list[Tensor] = []
         if self.part.last:
             losses = yield from self._predict(batch, x, rotary, tape, routings)
-        moe = [routing for routing in routings if routing is not None]
-        zero = x.new_zeros((), dtype=torch.float32)
-        output = Output(losses[0] if losses else zero, tuple(losses[1:]), *self._statistics(batch, moe, zero))
+        output = self._output(losses, [routing for routing in routings if routing is not None], x.device)
         return (None if self.part.last else tape.leave(x)), output
 
     def _predict(
@@ -235,20 +234,23 @@ class Transformer(nn.Module):
             norm = module.norm
         raise AssertionError("unreachable")
 
-    def _statistics(
-        self, batch: MicroBatch, moe: list[Routing], zero: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-        """What an `Output` has of the routings `moe`: balance losses, counts, drops, the place of the first."""
-        if not moe:
-            counts = batch.tokens.new_zeros(0, self.config.n_routed_experts)
-            return zero, zero, zero, counts, counts.new_zeros(0), self.first_moe
-        losses = ((routing.balance, routing.device, routing.communication) for routing in moe)
-        balance, device, communication = (torch.stack(layers).sum() for layers in zip(*losses, strict=True))
-        counts, dropped = (
-            torch.stack([routing.counts for routing in moe]),
-            torch.stack([routing.dropped for routing in moe]),
+    def _output(self, losses: list[Tensor], routings: list[Routing], device: torch.device) -> Output:
+        """Losses of `_predict` (none before the last stage), and statistics of the MoE layers' routings."""
+
+        def stack(by_layer: list[Tensor], *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            """`[L, *shape]`; a stage without MoE layers has L = 0."""
+            return torch.stack(by_layer) if by_layer else torch.zeros(0, *shape, dtype=dtype, device=device)
+
+        return Output(
+            loss=losses[0] if losses else torch.zeros((), device=device),
+            mtp_losses=tuple(losses[1:]),
+            balance=stack([routing.balance for routing in routings]).sum(),
+            device=stack([routing.device for routing in routings]).sum(),
+            communication=stack([routing.communication for routing in routings]).sum(),
+            counts=stack([routing.counts for routing in routings], self.config.n_routed_experts, dtype=torch.int64),
+            dropped=stack([routing.dropped for routing in routings], dtype=torch.int64),
+            first_moe=self.first_moe,
         )
-        return balance, device, communication, counts, dropped, self.first_moe
 
     @property
     def first_moe(self) -> int:

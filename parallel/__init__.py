@@ -1,0 +1,1 @@
+"""Layout, schedules, executor and optimizer."""

@@ -11,25 +11,25 @@ from .overlap_orders import ORDERS, find_order
 
 
 class StageCosts(Section):
-    """What the parts of the model cost for one micro-batch, forward and backward, in any one unit.
+    """Costs of the parts of the model for one micro-batch, forward and backward, in any one unit.
 
     `counterflow simulate CONFIG --measure` prints this section for the machine it runs on.
     """
 
     dense_layer: float = key(..., "a dense decoder layer", gt=0)
     moe_layer: float = key(..., "a mixture-of-experts decoder layer, on the experts one rank holds", gt=0)
-    mtp_module: float = key(0.0, "an MTP module, its own pass through the output head included", ge=0)
+    mtp_module: float = key(0.0, "an MTP module with its own pass through the output head", ge=0)
     head: float = key(0.0, "the output head with the loss", ge=0)
     embedding: float = key(0.0, "the embedding", ge=0)
 
 
 class ExpertPlacementConfig(Section):
-    """When experts move between the ranks of an expert parallel group, so that these get equal shares of the tokens."""
+    """Moves of experts between the ranks of an expert parallel group, so that these get equal shares of the tokens."""
 
     every: int | None = key(
         None,
-        "steps after which experts are placed by the loads of just these steps; null leaves them where they are. What "
-        "is computed does not change by it",
+        "steps after which experts are placed by the loads of just these steps; null leaves them where they are. "
+        "Moving experts does not change the result",
         unit="steps",
         ge=1,
     )
@@ -45,7 +45,7 @@ class ExpertPlacementConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How ranks are laid out and what they do when. dp = ep x edp; the world size is pp x dp."""
+    """The layout of ranks and the pipeline's schedule. dp = ep x edp; the world size is pp x dp."""
 
     pp: int = key(1, "pipeline parallel ranks", ge=1)
     ep: int = key(1, "expert parallel ranks: each holds n_routed_experts / ep experts of a layer", ge=1)
@@ -60,17 +60,17 @@ class ParallelConfig(Section):
     schedule_options: dict[str, Any] = key({}, "options of the schedule, such as stages_per_rank of interleaved")
     split: Literal["balanced"] | tuple[int, ...] = key(
         "balanced",
-        "layers on each stage, in stage order; balanced makes the costliest stage as cheap as can be; with several "
-        "stages a rank, layers then move off the busiest rank while that makes the ranks more even. The first stage "
-        "has the embedding besides, the last one the MTP modules and the head",
+        "layers on each stage, in stage order; balanced minimises the cost of the costliest stage; with several stages "
+        "per rank, layers then move off the busiest rank while that makes the ranks more even. The first stage also "
+        "has the embedding, the last one the MTP modules and the head",
     )
-    stage_costs: StageCosts | None = key(None, "costs the split is balanced by; null predicts them from FLOPs")
+    stage_costs: StageCosts | None = key(None, "costs by which the split is balanced; null predicts them from FLOPs")
     expert_placement: ExpertPlacementConfig = key(
         ExpertPlacementConfig(), "which rank holds which expert, by measured load"
     )
     overlap_order: Literal["v3", "sequence"] | tuple[str, ...] = key(
         "v3",
-        "order in which the forward and the backward of a pair advance: v3 as DeepSeek's trace shows, sequence one "
+        "order in which the forward and the backward of a pair advance: v3 as in DeepSeek's trace, sequence one "
         "after the other, or a list of phases",
     )
 
@@ -80,7 +80,9 @@ class ParallelConfig(Section):
         if given is None:  # `schedule_options:` with nothing below it
             return {}
         if not isinstance(given, dict):
-            raise ValueError(f"expects options with their values, such as {{stages_per_rank: 2}}, got {_shown(given)}")
+            raise ValueError(
+                f"expects options with their values, such as {{stages_per_rank: 2}}, got {yaml_text(given)}"
+            )
         wrong = [name for name, value in given.items() if not isinstance(value, bool | int | float | str)]
         if wrong:
             raise ValueError(f"expects a number, text, true or false for {' and '.join(wrong)}")
@@ -93,7 +95,7 @@ class ParallelConfig(Section):
             return given
         whole = isinstance(given, list | tuple) and all(type(size) is int for size in given)
         if not whole or not given:
-            raise ValueError(f"expects balanced or the number of layers on each stage, got {_shown(given)}")
+            raise ValueError(f"expects balanced or the number of layers on each stage, got {yaml_text(given)}")
         return tuple(given)
 
     @field_validator("overlap_order", mode="before")
@@ -102,16 +104,17 @@ class ParallelConfig(Section):
         if isinstance(given, str) and given in ORDERS:
             return given
         if not isinstance(given, list | tuple) or not given or not all(isinstance(step, str) for step in given):
-            raise ValueError(f"expects {', '.join(ORDERS)} or a list of phases, got {_shown(given)}")
+            raise ValueError(f"expects {', '.join(ORDERS)} or a list of phases, got {yaml_text(given)}")
         try:
             return find_order(tuple(given))
         except UsageError as error:
             raise ValueError(str(error)) from None
 
 
-def _shown(value: Any) -> str:
+def yaml_text(value: Any) -> str:
+    """`value` as YAML spells it, for messages about keys."""
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(yaml_text, value))}]"
     if isinstance(value, dict):
         return "a section of keys"
     if isinstance(value, bool):
@@ -123,7 +126,7 @@ BF16_BETA2 = 1 - 1 / 258
 """Largest beta2 with which every second moment in BF16 can still fall.
 
 Without gradients v becomes beta2 v, rounded to the nearest of 8 bits. Just above a power of two the neighbour below is
-farthest away: from 1 + 1/128 half a unit is 1/256, and (1 - beta2) (1 + 1/128) has to be more than that.
+farthest away: from 1 + 1/128 half a unit is 1/256, and (1 - beta2) (1 + 1/128) has to be larger.
 """
 
 
@@ -139,8 +142,8 @@ class OptimConfig(Section):
     moments: Literal["bf16", "fp32"] = key("bf16", "storage of both Adam moments (V3 §3.3.3: bf16)")
     ema_decay: float | None = key(
         None,
-        "decay a step of a moving average of the weights in CPU memory, which evaluations measure too: it looks back "
-        "on 1 / (1 - decay) steps; null keeps none (V3 §3.2.3 keeps one, its decay is not published)",
+        "decay per step of a moving average of the weights in CPU memory, which evaluations measure too: it spans "
+        "1 / (1 - decay) steps; null keeps none (V3 §3.2.3 keeps one, its decay is not published)",
         gt=0,
         lt=1,
     )
@@ -152,21 +155,21 @@ class OptimConfig(Section):
     )
     reduce: Literal["fp32", "bf16"] = key(
         "fp32",
-        "format in which gradients travel between replicas: bf16 halves the bytes, and rounds what a rank has added up "
-        "over its micro-batches. The ranks are added up in FP32 either way",
+        "format in which gradients travel between replicas: bf16 halves the bytes, and rounds each rank's sum over its "
+        "micro-batches. The ranks' sums are added up in FP32 either way",
     )
     overlap_gather: bool = key(
         True,
-        "whether new weights are gathered during the next step's first forward; false waits for them at the end of a "
+        "whether new weights are gathered during the next step's first forward; false waits for them at the end of the "
         "step",
     )
 
     def notes(self) -> tuple[str, ...]:
-        """Sentences for the user on what works, but not as well as it looks."""
+        """Sentences for the user on values that work, but not as well as they seem to."""
         if self.moments == "fp32" or self.beta2 <= BF16_BETA2:
             return ()
         return (
-            f"optim.beta2 {self.beta2:g} with optim.moments bf16: second moments stop falling, because the share "
-            f"{1 - self.beta2:.2g} of itself that one can lose in a step is rounded away; set optim.moments to fp32, "
+            f"optim.beta2 {self.beta2:g} with optim.moments bf16: second moments stop falling, because the most "
+            f"that one can lose in a step, the share {1 - self.beta2:.2g}, is rounded away; set optim.moments to fp32, "
             f"or optim.beta2 to at most {BF16_BETA2:.3f}",
         )

@@ -1,8 +1,7 @@
 """Runs one pipeline rank's part of any schedule.
 
-The executor knows no schedule by name. Before each action it posts the sends and receives that `plan_transfers`
-derived, waits for what the action needs, and runs the chunk's phases. Nothing is negotiated between ranks, since shapes
-are known.
+The executor runs every schedule alike. Before each action it posts the sends and receives that `plan_transfers`
+derived, waits for the action's inputs, and runs the chunk's phases. Ranks negotiate nothing, since shapes are known.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -28,15 +27,15 @@ from .schedule.timeline import Span
 from .schedule.transfers import Boundary, Transfer, plan_transfers
 
 SENDS_IN_FLIGHT = 4
-"""Sends that a rank may have under way: enough for receivers that are late, and a bound on the memory they hold."""
+"""Sends that a rank may have in flight: enough for late receivers, and a bound on the memory that they hold."""
 
 
 class PipelineError(RuntimeError):
-    """A transfer failed; the message names the ranks and what was waited for."""
+    """A failed transfer; the message names the ranks and the tensor."""
 
 
 class Watch(Protocol):
-    """Looks on while a step runs."""
+    """Observer of a step."""
 
     def begin(self, action: Action | Overlap) -> None:
         """Called with each action before it runs."""
@@ -45,9 +44,18 @@ class Watch(Protocol):
         """Called when a phase of a backward begins, and when it ends: forwards in between are recomputation."""
 
 
+class Executed(NamedTuple):
+    """Results and times of one rank's part of a step."""
+
+    results: list[Any]
+    """Results of the chunks, in the order of their forwards."""
+    spans: list[Span]
+    """Begin and end of each action, in seconds of `time.perf_counter`."""
+
+
 @dataclass(frozen=True)
 class Program:
-    """One rank's part of a checked schedule."""
+    """Part of a checked schedule that one rank runs."""
 
     rank: int
     actions: tuple[Action | Overlap, ...]
@@ -57,7 +65,7 @@ class Program:
 
     @classmethod
     def of(cls, schedule: Schedule, rank: int, training: bool = True) -> Program:
-        """Raises ScheduleError if the schedule cannot run; `training` False is for one of forwards only."""
+        """Check `schedule` and take the part of `rank`; `training` False is for forwards only. Raises ScheduleError."""
         peak = check(schedule, training).peak[rank]
         return cls(rank, schedule.actions[rank], plan_transfers(schedule)[rank], schedule.num_stages, peak)
 
@@ -70,8 +78,8 @@ class _Pass:
     deferred: deque[Callable[[], None]] = field(default_factory=deque)
 
 
-_Ended = tuple[Tensor | None, None]  # what a backward returns
-_Key = tuple[str, int, int]  # activation or gradient, the stage that made it, micro-batch
+_Ended = tuple[Tensor | None, None]  # returned by a backward
+_Key = tuple[str, int, int]  # activation or gradient, the stage that produced it, micro-batch
 
 
 class Executor:
@@ -79,7 +87,7 @@ class Executor:
 
     Args:
         chunks: by stage.
-        wires: to the other pipeline ranks.
+        channels: to the other pipeline ranks.
         order: in which the phases of an overlapped pair advance, see `overlap.py`.
         shape: of what passes between stages, `[B, S, H]`.
         after_phase: called after each phase; dispatchers whose transfers have several hops go on there.
@@ -88,7 +96,7 @@ class Executor:
     def __init__(
         self,
         chunks: Mapping[int, Chunk],
-        wires: PipelineChannels,
+        channels: PipelineChannels,
         order: Sequence[str],
         shape: torch.Size,
         dtype: torch.dtype,
@@ -96,39 +104,46 @@ class Executor:
         after_phase: Callable[[], None] | None = None,
     ) -> None:
         self.chunks = chunks
-        self.wires = wires
+        self.channels = channels
         self.order = order
         self.buffer = shape, dtype, device
         self.after_phase = after_phase
-        self.watch: Watch | None = None
-        self.timed = False
-        """Whether a GPU is waited for around every action, so that `spans` are its times and not the host's."""
-        self.spans: list[Span] = []
-        """When the actions of the last `train` ran, in seconds of `time.perf_counter`."""
 
-    def train(self, program: Program, micro_batches: Sequence[Any]) -> list[Any]:
-        """Forward and backward of all micro-batches; returns the chunks' results in the order of their forwards."""
-        run = _Run(self, program, micro_batches)
+    def train(
+        self, program: Program, micro_batches: Sequence[Any], timed: bool = False, watch: Watch | None = None
+    ) -> Executed:
+        """Run forward and backward of all micro-batches.
+
+        `timed` waits for a GPU around every action, so that the spans are its times and not the host's.
+        """
+        run = _Run(self, program, micro_batches, timed, watch)
         results = run.run()
         assert run.peak == program.peak_microbatches, (run.peak, program.peak_microbatches)
-        self.spans = run.spans
-        return results
+        return Executed(results, run.spans)
 
     @torch.no_grad()
     def evaluate(self, program: Program, micro_batches: Sequence[Any]) -> list[Any]:
-        """The same for a program of forwards only."""
+        """Run a program of forwards only; returns the chunks' results in the order of their forwards."""
         return _Run(self, program, micro_batches).run()
 
 
 class _Run:
     """The state of one step."""
 
-    def __init__(self, executor: Executor, program: Program, micro_batches: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        program: Program,
+        micro_batches: Sequence[Any],
+        timed: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
         self.executor, self.program, self.micro_batches = executor, program, micro_batches
+        self.timed, self.watch = timed, watch
         self.results: list[Any] = []
         self.spans: list[Span] = []
         self.peak = 0
-        """The largest number of (stage, micro-batch) whose activations were held at once."""
+        """The largest number of (stage, micro-batch) with activations at the same time."""
         self._live: dict[tuple[int, int], _Pass] = {}
         self._made: dict[_Key, Tensor] = {}
         self._arriving: dict[_Key, Transit] = {}
@@ -139,8 +154,8 @@ class _Run:
         for action, boundary in zip(actions, self.program.boundaries, strict=False):
             self._post(boundary)
             self._await(boundary, action)
-            if self.executor.watch is not None:
-                self.executor.watch.begin(action)
+            if self.watch is not None:
+                self.watch.begin(action)
             start = self._clock()
             with self._error_context("in {}".format, action):
                 self._perform(action)
@@ -148,26 +163,26 @@ class _Run:
         self._post(self.program.boundaries[len(actions)])
         while self._sending:
             self._finish_send()
-        assert not (self._live or self._made or self._arriving), "the schedule left something over"
+        assert not (self._live or self._made or self._arriving), "the schedule left something unused"
         return self.results
 
     def _clock(self) -> float:
         device = self.executor.buffer[2]
-        if self.executor.timed and device.type == "cuda":
+        if self.timed and device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    # What passes between ranks
+    # Transfers between ranks
 
     def _post(self, boundary: Boundary) -> None:
-        wires = self.executor.wires
-        for transfer in boundary.sends:  # before the receives: another rank waits for these
+        channels = self.executor.channels
+        for transfer in boundary.sends:  # before the receives, because another rank waits for them
             tensor = self._made.pop(_key(transfer))
             with self._error_context(_describe_send, transfer), comm_errors("beginning to send"):
-                self._sending.append((transfer, wires.send(tensor, transfer.target)))
+                self._sending.append((transfer, channels.send(tensor, transfer.target)))
         for transfer in boundary.receives:
             with self._error_context(_describe_receive, transfer), comm_errors("beginning to receive"):
-                self._arriving[_key(transfer)] = wires.receive(*self.executor.buffer, transfer.source)
+                self._arriving[_key(transfer)] = channels.receive(*self.executor.buffer, transfer.source)
         while len(self._sending) > SENDS_IN_FLIGHT:
             self._finish_send()
 
@@ -192,7 +207,7 @@ class _Run:
         except CommunicationError as error:
             raise PipelineError(f"pipeline rank {self.program.rank} {describe(doing)}: {error}") from error
 
-    # What a rank does
+    # Actions
 
     def _perform(self, action: Action | Overlap) -> None:
         if isinstance(action, Overlap):
@@ -208,10 +223,9 @@ class _Run:
 
     def _overlap(self, action: Overlap) -> None:
         forward, backward = action
-        # With a B the weight gradients fill the gaps of this pair and end with it; with an I they are for later.
-        whole = backward.kind == "B"
+        # With a B the weight gradients fill the gaps of this pair and end with it; with an I they wait for their W.
         queue: deque[Callable[[], None]] = deque()
-        deferred = queue if whole else self._live[backward.stage, backward.microbatch].deferred
+        deferred = queue if backward.kind == "B" else self._live[backward.stage, backward.microbatch].deferred
         sides = self._forward(forward), self._backward(backward, deferred)
         made, (gradient, _) = run_pair(*sides, queue, self.executor.order, self.executor.after_phase)
         drain(queue)
@@ -237,7 +251,7 @@ class _Run:
         assert live.tape is not None, f"{action} has run before"
         tape, live.tape = live.tape, None
         phases = tape.backward(gradient, self.executor.chunks[action.stage].weight_queue, deferred)
-        return phases if self.executor.watch is None else _telling(phases, self.executor.watch)
+        return phases if self.watch is None else _watched(phases, self.watch)
 
     def _end_forward(self, action: Action, made: tuple[Tensor | None, Any]) -> None:
         output, result = made
@@ -249,15 +263,15 @@ class _Run:
         if action.kind == "B":
             del self._live[action.stage, action.microbatch]
         if action.stage:
-            if gradient is None:  # no loss of this stage or behind it counts
+            if gradient is None:  # no loss of this stage or a later one counts
                 shape, dtype, device = self.executor.buffer
                 gradient = torch.zeros(shape, dtype=dtype, device=device)
             self._made["gradient", action.stage, action.microbatch] = gradient
 
 
 def microbatches_of(schedule: Schedule, rank: int) -> dict[int, int]:
-    """How many micro-batches each stage of a rank serves in a step."""
-    served = dict.fromkeys(schedule.placement[rank], 0)
+    """Number of micro-batches that each stage of a rank serves in a step."""
+    served = dict.fromkeys(schedule.stages_of_rank[rank], 0)
     for action in schedule.actions[rank]:
         for part in parts(action):
             served[part.stage] += part.kind == "F"
@@ -265,23 +279,19 @@ def microbatches_of(schedule: Schedule, rank: int) -> dict[int, int]:
 
 
 def _key(transfer: Transfer) -> _Key:
-    return transfer.kind, transfer.stage, transfer.microbatch
-
-
-def _describe(transfer: Transfer) -> str:
-    return f"{transfer.kind} of micro-batch {transfer.microbatch} that stage {transfer.stage} made"
+    return transfer[:3]
 
 
 def _describe_receive(transfer: Transfer) -> str:
-    return f"waited for the {_describe(transfer)} from pipeline rank {transfer.source}"
+    return f"waited for the {transfer.tensor} from pipeline rank {transfer.source}"
 
 
 def _describe_send(transfer: Transfer) -> str:
-    return f"waited for pipeline rank {transfer.target} to take the {_describe(transfer)}"
+    return f"waited for pipeline rank {transfer.target} to take the {transfer.tensor}"
 
 
-def _telling(phases: Generator[str, None, _Ended], watch: Watch) -> Generator[str, None, _Ended]:
-    """The phases of a backward, with `watch` told when they run."""
+def _watched(phases: Generator[str, None, _Ended], watch: Watch) -> Generator[str, None, _Ended]:
+    """The phases of a backward, with a call of `watch` when each begins and ends."""
     while True:
         watch.backward(True)
         try:

@@ -1,7 +1,7 @@
 """Process groups and device meshes of a layout.
 
-Training never communicates on the default group: every collective is given one of these, so two grids can
-live side by side in one world. Groups exist in every layout, also where they have a single member.
+Training never communicates on the default group: every collective gets one of these, so one world can hold two grids.
+Groups exist in every layout, also where they have a single member.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .layout import Coordinates, Layout, holder_rounds
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place in the grid and the groups it belongs to."""
+    """Position of this rank in the grid, and its groups."""
 
     layout: Layout
     rank: int
@@ -33,11 +33,11 @@ class Groups:
     dp_mesh: DeviceMesh
     """The ranks of this stage in one dimension, `dp`: edp and ep together."""
     channels: Mapping[tuple[int, int], dist.ProcessGroup] = field(hash=False, compare=False)
-    """By source and target pipeline rank, this one among them: a group of just these two, for transfers that way."""
+    """Groups of two pipeline ranks by source and target, one of them this rank's: for transfers that way."""
     shared: Mapping[tuple[str, tuple[int, ...]], DeviceMesh] = field(hash=False, compare=False)
-    """By kind and holders: the ranks of several pipeline ranks that hold the same parameters, this one among them."""
+    """Ranks of several pipeline ranks that hold the same parameters, by kind and holders, with this rank."""
     meter: Meter = field(hash=False, compare=False)
-    """Counts what this rank sends in any of them."""
+    """Counter of everything that this rank sends in any of the groups."""
 
     @classmethod
     def create(
@@ -51,12 +51,12 @@ class Groups:
     ) -> Groups:
         """Make the groups; every rank of the grid calls this at the same point of its sequence of new groups.
 
-        `ranks` are the global ranks of the grid, ascending, all of the world by default. `holders` are the sets of
+        `ranks` are the global ranks of the grid, ascending, by default all of the world. `holders` are the sets of
         pipeline ranks that hold a parameter in common, `links` the pairs of pipeline ranks, lower first, that send to
-        each other; both are the same on every rank. Each rank makes only the groups it is in, so the cost does not
-        grow with the number of groups.
+        each other; both are the same on every rank. Each rank makes its own groups alone, so the cost does not grow
+        with the number of groups.
         """
-        make = _Maker.of(layout, device_type, ranks, timeout)
+        make = _Maker(layout, device_type, ranks, timeout)
         sets = list(holders)
         assert all(0 <= pp < layout.pp for held in sets for pp in held), (sets, layout)
         world = make.group(range(layout.world_size), "world")
@@ -69,8 +69,8 @@ class Groups:
         here = layout.coordinates(make.rank).pp
         dp_mesh = make.mesh("dp", (here,))
         channels: dict[tuple[int, int], dist.ProcessGroup] = {}
-        for apart in holder_rounds(links):
-            pair = next((pair for pair in apart if here in pair), None)
+        for pairs in holder_rounds(links):
+            pair = next((pair for pair in pairs if here in pair), None)
             for way in (1, -1):
                 if pair is not None:
                     source, target = pair[::way]
@@ -78,14 +78,14 @@ class Groups:
                 else:
                     make.group([make.rank], "placeholder")  # see _Maker
         shared: dict[tuple[str, tuple[int, ...]], DeviceMesh] = {}
-        for apart in holder_rounds(sets):
-            held = next((held for held in apart if here in held), None)
+        for disjoint in holder_rounds(sets):
+            held = next((held for held in disjoint if here in held), None)
             for kind in ("dp", "edp"):
                 if held is not None:
                     shared[kind, held] = make.mesh(kind, held)
                 else:
                     make.group([make.rank], "placeholder")  # see _Maker
-        meter = Meter({rank: layout.node(place) for place, rank in enumerate(make.members)})
+        meter = Meter({rank: layout.node(grid_rank) for grid_rank, rank in enumerate(make.members)})
         return cls(layout, make.rank, world, mesh, dp_mesh, channels, shared, meter)
 
     @property
@@ -118,9 +118,9 @@ class Groups:
         dist.all_reduce(tensor, group=self.world)
 
     def replicas(self, kind: str, holders: tuple[int, ...] | None = None) -> DeviceMesh:
-        """One-dimensional mesh of the ranks that hold the same parameter: `dp`, or `edp` for experts.
+        """Mesh in one dimension of the ranks that hold the same parameter: `dp`, or `edp` for experts.
 
-        `holders` are the pipeline ranks that hold it, by default this one alone; else a set that `create` was given.
+        `holders` are the pipeline ranks that hold it, by default this one alone; else a set given to `create`.
         """
         here = self.coordinates.pp
         if holders is None or holders == (here,):
@@ -130,34 +130,27 @@ class Groups:
         return self.shared[kind, holders]
 
 
-@dataclass(frozen=True)
 class _Maker:
-    """Makes groups of a grid's ranks, in such a way that all ranks make equally many.
+    """Maker of groups of a grid's ranks, of which every rank makes equally many.
 
-    Groups are made by their members alone. Torch names such a group after its members and the number of groups that
-    the process has already, and members that count differently wait for each other in vain. NCCL moreover splits the
-    world's communicator with all ranks taking part. So whenever some ranks make a group, each of the others makes
-    one too, be it a placeholder of its own.
+    A group is made by its members alone. Torch names it after its members and the number of groups that the process
+    already has, so members with different numbers would wait for each other for ever. NCCL moreover splits the world's
+    communicator with all ranks taking part. So whenever some ranks make a group, each of the others makes one too, if
+    need be a placeholder of its own.
     """
 
-    layout: Layout
-    device_type: str
-    members: list[int]
-    """Global rank of each rank of the grid."""
-    rank: int
-    timeout: timedelta
-
-    @classmethod
-    def of(cls, layout: Layout, device_type: str, ranks: Sequence[int] | None, timeout: float) -> _Maker:
-        members = list(range(layout.world_size)) if ranks is None else list(ranks)
+    def __init__(self, layout: Layout, device_type: str, ranks: Sequence[int] | None, timeout: float) -> None:
+        self.layout, self.device_type, self.timeout = layout, device_type, timedelta(seconds=timeout)
+        self.members = members = list(range(layout.world_size)) if ranks is None else list(ranks)
+        """Global rank of each rank of the grid."""
         assert len(members) == layout.world_size, (members, layout)
         assert members == sorted(set(members)), f"torch sorts the ranks of a group, so these must ascend: {members}"
-        # NCCL splits a communicator with every rank of the world taking part, which a part of the world cannot do.
+        # NCCL splits a communicator with every rank of the world, which a part of the world cannot do.
         assert ranks is None or device_type == "cpu", "a grid on a part of the world is for tests on CPUs"
-        return cls(layout, device_type, members, members.index(dist.get_rank()), timedelta(seconds=timeout))
+        self.rank = members.index(dist.get_rank())
 
     def group(self, local: Iterable[int], name: str) -> dist.ProcessGroup:
-        """A group of the grid's ranks `local`, this one among them."""
+        """Make a group of the grid's ranks `local`, this one among them."""
         made = dist.new_group(
             [self.members[rank] for rank in local],
             timeout=self.timeout,
@@ -168,17 +161,17 @@ class _Maker:
         return made
 
     def containing(self, groups: Iterable[list[int]], name: str) -> dist.ProcessGroup:
-        """The one of `groups` that this rank is in."""
+        """Make the one of `groups` that has this rank."""
         return self.group(next(candidate for candidate in groups if self.rank in candidate), name)
 
     def channel(self, source: int, target: int) -> dist.ProcessGroup:
-        """The ranks of two pipeline ranks at this one's place in edp and ep."""
+        """Make a group of the ranks of two pipeline ranks that have this one's edp and ep coordinates."""
         _, edp, ep = self.layout.coordinates(self.rank)
         ranks = sorted(self.layout.rank(pp, edp, ep) for pp in (source, target))
         return self.group(ranks, f"from pipeline rank {source} to {target}")
 
     def mesh(self, kind: str, holders: tuple[int, ...]) -> DeviceMesh:
-        """The ranks that hold the same as this one, in one dimension called `kind`."""
+        """Make the mesh of the ranks that hold the same values as this one, in one dimension called `kind`."""
         local = self.layout.replica_ranks(self.rank, kind, holders)
         group = self.group(local, f"{kind} of pipeline ranks {holders}" if len(holders) > 1 else kind)
         ranks = [self.members[rank] for rank in local]

@@ -1,6 +1,6 @@
 """The rank grid: which rank holds which slice of the model and of the batch.
 
-Pure arithmetic: nothing here touches `torch.distributed`, so a layout of 16,384 ranks costs nothing.
+Pure arithmetic without `torch.distributed`, so a layout of 16,384 ranks costs nothing.
 Ranks are counted with `ep` fastest (an expert parallel group fills a node first), then `edp`, then `pp`:
 `rank = (pp_index * edp + edp_index) * ep + ep_index`. DeepSeek-V3: 2048 = pp 16 x edp 2 x ep 64 (V3 §3.1).
 """
@@ -15,7 +15,7 @@ from ..settings import UsageError, nearest_multiples
 
 
 class Coordinates(NamedTuple):
-    """Where a rank stands in the grid."""
+    """Position of a rank in the grid."""
 
     pp: int
     edp: int
@@ -24,10 +24,7 @@ class Coordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """`world_size` ranks as a grid pp x edp x ep.
-
-    Raises UsageError, with the numbers that clash and the nearest that work, if no such grid exists.
-    """
+    """A grid pp x edp x ep of `world_size` ranks. Raises UsageError with the nearest sizes if no such grid exists."""
 
     world_size: int
     pp: int = 1
@@ -51,7 +48,7 @@ class Layout:
 
     @classmethod
     def resolve(cls, world_size: int, pp: int, ep: int, dp: int | str, gpus_per_node: int) -> Layout:
-        """The layout that a `parallel` section asks for on `world_size` ranks; `dp` may be "auto"."""
+        """Return the layout of a `parallel` section on `world_size` ranks; `dp` may be "auto"."""
         if isinstance(dp, int):
             if dp % ep:
                 raise UsageError(
@@ -73,7 +70,7 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """Data parallel replicas of everything that is not an expert."""
+        """Data parallel replicas of every parameter outside the experts."""
         return self.ep * self.edp
 
     @property
@@ -103,7 +100,7 @@ class Layout:
                 yield [self.rank(pp, edp, ep) for edp in range(self.edp)]
 
     def dp_groups(self) -> Iterator[list[int]]:
-        """Ranks that hold the same stage: gradients of all that is not an expert are summed over these."""
+        """Ranks that hold the same stage: gradients outside the experts are summed over these."""
         for first in range(0, self.world_size, self.dp):
             yield list(range(first, first + self.dp))
 
@@ -114,29 +111,29 @@ class Layout:
                 yield [self.rank(pp, edp, ep) for pp in range(self.pp)]
 
     def replica_ranks(self, rank: int, kind: str, holders: Iterable[int]) -> list[int]:
-        """Ranks that hold what `rank` holds of a parameter kept by the pipeline ranks `holders`, itself among them.
+        """Ranks that hold the same values as `rank` of a parameter on the pipeline ranks `holders`, itself included.
 
-        `dp`: every rank at those places; `edp`, for experts: those with the same `ep` coordinate. Ascending, so `pp`
-        runs slowest. A rank outside `holders` does not hold the parameter: to ask for it is a bug.
+        `dp`: every rank of these pipeline ranks; `edp`, for experts: the ones with the same `ep` coordinate. Ascending,
+        so `pp` runs slowest. `rank` must be on one of `holders`.
         """
-        at, places = self.coordinates(rank), tuple(holders)
+        at, held_on = self.coordinates(rank), tuple(holders)
         assert kind in ("dp", "edp"), kind
-        assert at.pp in places, f"rank {rank} has pipeline rank {at.pp}, which is not one of the holders {places}"
+        assert at.pp in held_on, f"rank {rank} has pipeline rank {at.pp}, which is not one of the holders {held_on}"
         experts = range(self.ep) if kind == "dp" else (at.ep,)
-        return [self.rank(pp, edp, ep) for pp in sorted(places) for edp in range(self.edp) for ep in experts]
+        return [self.rank(pp, edp, ep) for pp in sorted(held_on) for edp in range(self.edp) for ep in experts]
 
 
 def holder_rounds(holders: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     """The sets of two and more pipeline ranks in `holders`, packed into rounds of sets that do not overlap.
 
-    In each round a rank has at most one group to make. The result does not depend on the order of `holders`.
+    In each round a rank makes at most one group. The result does not depend on the order of `holders`.
     """
     rounds: list[list[tuple[int, ...]]] = []
     for held in sorted({tuple(sorted(set(held))) for held in holders}):
         if len(held) > 1:
-            free = (apart for apart in rounds if not any(set(held) & set(other) for other in apart))
-            apart = next(free, None)
-            if apart is None:
-                rounds.append(apart := [])
-            apart.append(held)
+            free = (sets for sets in rounds if not any(set(held) & set(other) for other in sets))
+            sets = next(free, None)
+            if sets is None:
+                rounds.append(sets := [])
+            sets.append(held)
     return rounds

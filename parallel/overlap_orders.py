@@ -1,7 +1,7 @@
-"""In which order the phases of an overlapped pair advance: data, so that another order is another tuple.
+"""Orders in which the phases of an overlapped pair advance: data, so that another order is another tuple.
 
 An entry is a phase of the pair's forward (F.attention) or backward (B.experts), or W: run the weight gradients that
-wait. The order is gone through over and over; an entry whose phase is not its side's next one is passed over.
+wait. The order repeats until both sides have ended; an entry whose phase is not its side's next one is skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..settings import UsageError
 FORWARD_PHASES = ("embedding", "dense", "attention", "dispatch", "shared", "experts", "combine", "finish", "head")
 """The phases of a chunk's forward, as `model/block.py` and `model/transformer.py` name them."""
 REDONE_PHASES = tuple(f"redo.{phase}" for phase in ("dense", "attention", "dispatch", "shared", "experts"))
-"""What a backward runs again with full recompute."""
+"""Phases that a backward runs again with full recompute."""
 ENTRIES = (
     "W",
     *(f"F.{phase}" for phase in FORWARD_PHASES),
@@ -22,8 +22,8 @@ ENTRIES = (
 )
 
 V3 = (
-    # The order inside a layer pair that DeepSeek's published trace shows (V3 Figure 4), with every transfer launched
-    # as soon as what it carries is there. In the comments, what travels while the phase computes.
+    # The order inside a layer pair of DeepSeek's published trace (V3 Figure 4), with every transfer launched as soon as
+    # its data is there. The comments list the transfers that run while the phase computes.
     "B.finish",  # sends gradients to the experts: combine(B)
     "W",  # combine(F) of the layer before, combine(B)
     "F.finish",
@@ -36,7 +36,7 @@ V3 = (
     "B.shared",  # dispatch(F), dispatch(B)
     "W",
     "F.shared",
-    "F.experts",  # dispatch(B), or with full recompute the dispatch that is repeated
+    "F.experts",  # dispatch(B), or with full recompute the repeated dispatch
     "F.combine",
     "B.redo.shared",  # with full recompute these could not run before
     "B.redo.experts",
@@ -53,7 +53,7 @@ ORDERS: dict[str, tuple[str, ...]] = {"v3": V3, "sequence": ()}
 
 
 def find_order(order: str | Sequence[str]) -> tuple[str, ...]:
-    """The order of that name, or the given one; raises UsageError for one that cannot be."""
+    """Return the order of that name, or the given one; raises UsageError for an unknown name or phase."""
     if isinstance(order, str):
         if order not in ORDERS:
             raise UsageError(f"{order!r} is no order of phases; there are {', '.join(ORDERS)}, or a list of phases")

@@ -1,9 +1,7 @@
-"""Which layers make up which pipeline stage: an explicit list, or the split whose heaviest stage is lightest.
+"""The split of layers into pipeline stages: an explicit list, or the split whose costliest stage is cheapest.
 
-Where a rank holds several stages, layers then move off the busiest rank, one at a time, while the ranks get more even.
-
-The embedding is on the first stage; the head and the MTP modules are on the last. They are no layers and come on top.
-Pure arithmetic on costs, which are numbers in any one unit.
+The embedding is on the first stage; the head and the MTP modules are on the last. They are no layers and are added to
+these. Pure arithmetic on costs, which are numbers in any one unit.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from ..settings import UsageError
 
 @dataclass(frozen=True)
 class Split:
-    """The layers of every stage, in order: consecutive, complete, at least one a stage."""
+    """The layers of every stage, in order: consecutive, complete, at least one per stage."""
 
     layers: tuple[range, ...]
 
@@ -52,7 +50,7 @@ class Split:
 
 
 def sizes_fault(sizes: Sequence[int], num_layers: int, num_stages: int) -> str | None:
-    """What is wrong with an explicit split, with the numbers and an even split that works; None where it fits."""
+    """The faults of an explicit split, with the numbers and an even split that works; None where it fits."""
     wrong = []
     if len(sizes) != num_stages:
         wrong.append(f"{_count(len(sizes), 'stage')}, but the schedule has {num_stages}")
@@ -72,20 +70,19 @@ def balance(
     first_extra: float,
     last_extra: float,
     num_stages: int,
-    placement: Sequence[Sequence[int]] = (),
+    stages_of_rank: Sequence[Sequence[int]] = (),
 ) -> Split:
-    """The contiguous split into `num_stages` stages whose largest cost is smallest, or where a rank holds several
-    stages, what that becomes when layers move off the busiest rank.
+    """The contiguous split into `num_stages` stages whose largest cost is smallest.
 
     Stage i costs the sum of `layer_costs` over its layers; the first costs `first_extra` (the embedding) and the last
-    `last_extra` (head and MTP) more. Of the splits with the same largest cost the one with the smallest sum of
-    squares, that is the most even; of those the one that puts fewer layers on earlier stages, where most micro-batches
-    are alive. Exact: costs are compared as fractions, not as rounded sums.
+    `last_extra` (head and MTP) more. Ties go to the smallest sum of squares, which is the most even split, then to
+    fewer layers on earlier stages, where most micro-batches are alive. Exact: costs are compared as fractions, not as
+    rounded sums.
 
-    `placement`, the stages of each rank, matters where a rank holds several: the step takes as long as the busiest
-    rank, not the costliest stage. From the split above layers then move, one at a time, off the busiest rank for as
-    long as that makes the ranks more even. This is greedy, so another split may be more even still. A stage on several
-    ranks serves an equal share of micro-batches on each.
+    `stages_of_rank` matters where a rank holds several stages: the step takes as long as the busiest rank, not the
+    costliest stage. From the split above layers then move, one at a time, off the busiest rank while that makes the
+    ranks more even. This is greedy, so another split may be more even still. A stage on several ranks serves an equal
+    share of micro-batches on each.
 
     Raises UsageError where there are fewer layers than stages.
     """
@@ -103,33 +100,34 @@ def balance(
     denominator = max(cost.denominator for cost in costs)  # powers of two, as floats are
     sums = [0, *itertools.accumulate(int(cost * denominator) for cost in costs)]
     split = Split(_most_even(sums, num_stages, _smallest_maximum(sums, num_stages)))
-    if all(len(stages) == 1 for stages in placement):
+    if all(len(stages) == 1 for stages in stages_of_rank):
         return split
-    return Split.of_sizes(_relieve_ranks(sums, split.sizes, placement), len(layer_costs), num_stages)
+    return Split.of_sizes(_relieve_ranks(sums, split.sizes, stages_of_rank), len(layer_costs), num_stages)
 
 
-def rank_loads(stage_costs: Sequence[float], placement: Sequence[Sequence[int]]) -> list[float]:
-    """What each rank computes for one micro-batch of the pipeline, on average, in the unit of the costs."""
-    holders = Counter(stage for stages in placement for stage in stages)
-    return [sum(stage_costs[stage] / holders[stage] for stage in stages) for stages in placement]
+def rank_loads(stage_costs: Sequence[float], stages_of_rank: Sequence[Sequence[int]]) -> list[float]:
+    """Mean work of each rank for one micro-batch of the pipeline, in the unit of the costs."""
+    holders = Counter(stage for stages in stages_of_rank for stage in stages)
+    return [sum(stage_costs[stage] / holders[stage] for stage in stages) for stages in stages_of_rank]
 
 
-def _relieve_ranks(sums: list[int], sizes: Sequence[int], placement: Sequence[Sequence[int]]) -> list[int]:
+def _relieve_ranks(sums: list[int], sizes: Sequence[int], stages_of_rank: Sequence[Sequence[int]]) -> list[int]:
     """Sizes after every move of a layer off the busiest rank that lowers, in this order: the largest load, the loads'
     sum of squares, the stages' sum of squares."""
-    holders = Counter(stage for stages in placement for stage in stages)
+    holders = Counter(stage for stages in stages_of_rank for stage in stages)
     whole = math.lcm(*holders.values())  # loads in this part of the costs' unit are whole numbers
 
     def weigh(sizes: Sequence[int]) -> tuple[tuple[int, int, int], list[int]]:
         ends = itertools.accumulate(sizes, initial=0)
         costs = [sums[stop] - sums[start] for start, stop in itertools.pairwise(ends)]
-        loads = [sum(costs[stage] * (whole // holders[stage]) for stage in stages) for stages in placement]
+        loads = [sum(costs[stage] * (whole // holders[stage]) for stage in stages) for stages in stages_of_rank]
         return (max(loads), sum(load * load for load in loads), sum(cost * cost for cost in costs)), loads
 
     best, loads = weigh(sizes)
     while True:
-        busiest = placement[loads.index(max(loads))]
-        moves = [_moved(sizes, a, b) for a in busiest if sizes[a] > 1 for b in range(len(sizes)) if b != a]
+        busiest, stages = stages_of_rank[loads.index(max(loads))], range(len(sizes))
+        pairs = [(a, b) for a in busiest if sizes[a] > 1 for b in stages if b != a]
+        moves = [[size - (stage == a) + (stage == b) for stage, size in enumerate(sizes)] for a, b in pairs]
         found = min(moves, key=lambda moved: weigh(moved)[0], default=sizes)
         weight, loads = weigh(found)
         if weight >= best:
@@ -137,12 +135,8 @@ def _relieve_ranks(sums: list[int], sizes: Sequence[int], placement: Sequence[Se
         best, sizes = weight, found
 
 
-def _moved(sizes: Sequence[int], source: int, target: int) -> list[int]:
-    return [size - (stage == source) + (stage == target) for stage, size in enumerate(sizes)]
-
-
 def _smallest_maximum(sums: list[int], num_stages: int) -> int:
-    """The smallest possible cost of the heaviest stage; `sums[i]` is the cost of the first i layers."""
+    """The smallest possible cost of the costliest stage; `sums[i]` is the cost of the first i layers."""
     low, high = max(after - before for before, after in itertools.pairwise(sums)), sums[-1]
     while low < high:
         middle = (low + high) // 2
@@ -154,7 +148,7 @@ def _smallest_maximum(sums: list[int], num_stages: int) -> int:
 
 
 def _stages_needed(sums: list[int], limit: int) -> int:
-    """The fewest stages of at most `limit`. More stages only need a cut, so any larger number works too."""
+    """The fewest stages that cost at most `limit` each. Cutting one gives more, so any larger number works too."""
     stages, start = 1, 0
     for before, after in itertools.pairwise(sums):
         if after - start > limit:
@@ -163,23 +157,23 @@ def _stages_needed(sums: list[int], limit: int) -> int:
 
 
 def _most_even(sums: list[int], num_stages: int, limit: int) -> tuple[range, ...]:
-    """Of the splits with no stage above `limit` the one with the smallest sum of squares, then shortest first stages.
+    """The split with no stage above `limit` that has the smallest sum of squares, then the shortest first stages.
 
-    `best[i]` is the smallest sum of squares of layers i and later in the stages that are left, `cuts[i]` where the
-    first of these stages ends.
+    `best[i]` is the smallest sum of squares of layers i and later in the remaining stages, `cuts[i]` the end of the
+    first of these stages.
     """
     num_layers = len(sums) - 1
     best: dict[int, int] = {num_layers: 0}
     plans: list[dict[int, int]] = []
     for stages_left in range(1, num_stages + 1):
-        before, best, cuts = best, {}, {}
+        rest, best, cuts = best, {}, {}
         for start in range(num_stages - stages_left, num_layers - stages_left + 1):
             for stop in range(start + 1, num_layers - stages_left + 2):
                 cost = sums[stop] - sums[start]
                 if cost > limit:
                     break
-                if stop in before and (start not in best or before[stop] + cost * cost < best[start]):
-                    best[start], cuts[start] = before[stop] + cost * cost, stop
+                if stop in rest and (start not in best or rest[stop] + cost * cost < best[start]):
+                    best[start], cuts[start] = rest[stop] + cost * cost, stop
         plans.append(cuts)
     layers, start = [], 0
     for cuts in reversed(plans):
@@ -189,7 +183,7 @@ def _most_even(sums: list[int], num_stages: int, limit: int) -> tuple[range, ...
 
 
 def _even(num_layers: int, num_stages: int) -> list[int]:
-    """As many layers a stage as any other, the rest on the first stages: the last has head and MTP besides."""
+    """Equally many layers per stage, the remainder on the first stages: the last also has head and MTP."""
     each, rest = divmod(num_layers, num_stages)
     return [each + (stage < rest) for stage in range(num_stages)]
 

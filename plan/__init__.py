@@ -1,0 +1,1 @@
+"""Predictions: costs, simulation, steps of a run."""

@@ -37,4 +37,4 @@ def make_split(config: Config) -> Split:
         return Split.of_sizes(config.parallel.split, layers, schedule.num_stages)
     before, each, behind = costs_of_layers(config)
     costs = [layer.total for layer in each]
-    return balance(costs, before.total, behind.total, schedule.num_stages, schedule.placement)
+    return balance(costs, before.total, behind.total, schedule.num_stages, schedule.stages_of_rank)

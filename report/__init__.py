@@ -1,0 +1,1 @@
+"""Metrics, and pages and text made from them."""

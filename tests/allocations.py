@@ -1,4 +1,4 @@
-"""Counts the memory that operations have made and that is still held."""
+"""Count of the memory that operations have allocated and that is still held."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def storages(values: Any) -> list[UntypedStorage]:
 
 
 class Allocations(TorchDispatchMode):
-    """Remembers every storage that operations make, without keeping it alive."""
+    """Record of every storage that operations allocate; it keeps none of them alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {storage.data_ptr() for storage in storages((args, kwargs))}  # a view makes nothing
+        given = {storage.data_ptr() for storage in storages((args, kwargs))}  # a view allocates nothing
         for storage in storages(result):
             if storage.data_ptr() not in given:
                 self._made[StorageWeakRef(storage)] = storage.nbytes()

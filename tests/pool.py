@@ -1,22 +1,22 @@
-"""One pool of gloo processes for every multi-process test.
+"""Pool of gloo processes that all tests of several ranks share.
 
     def test_ranks_agree(pool):
         assert pool.run(_sum_of_ranks, 4) == [6, 6, 6, 6]
 
-    def _sum_of_ranks(worker):                      # a lambda, a closure or a method does as well
+    def _sum_of_ranks(worker):                      # a lambda, a closure or a method works too
         total = torch.tensor(worker.rank)
         torch.distributed.all_reduce(total)
         return int(total)
 
-`pool.run(function, world_size, *args)` calls `function(worker, *args)` in `world_size` processes and returns what
-each rank returned, in rank order. While it runs, torch's default process group holds exactly these ranks, freshly
-made; afterwards every group is destroyed, so no run sees another's groups. Functions, arguments and results travel by
-cloudpickle: what a test file defines travels by value, what `counterflow` defines by name.
+`pool.run(function, world_size, *args)` calls `function(worker, *args)` in `world_size` processes. It returns the
+ranks' results in rank order. During a run torch's default process group is new and holds exactly these ranks.
+Afterwards every group is destroyed, so no run sees another's groups. Functions, arguments and results travel by
+cloudpickle: definitions of test files by value, definitions of `counterflow` by name.
 
-An exception in a rank fails the test with that rank's traceback; a rank that is still running after `timeout` seconds
-fails it with the stack of every rank, and the pool starts anew for the next test.
+An exception in a rank fails the test with that rank's traceback. A rank that is still running after `timeout` seconds
+fails the test with the stacks of all ranks, and the pool starts new processes for the next test.
 
-Starting a process that knows torch costs seconds, so one process (the nursery) imports everything and forks the rest.
+Importing torch takes a process seconds, so one process (the nursery) imports everything and forks the others.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ from typing import Any
 import cloudpickle
 
 POOL_SIZE = 8
-START_TIMEOUT = 120.0  # seconds; a start takes 3 on two idle cores, forking anew half of one
-GRACE = 5.0  # seconds for the others after the first rank has failed
+START_TIMEOUT = 120.0  # seconds; a start takes 3 on two idle cores, forking again half of one
+TIMEOUT = 300.0  # seconds; a run takes 10 at most, and a busy machine makes it ten times as long
+GRACE = 20.0  # seconds for the others after the first rank has failed
 TESTS = os.path.dirname(os.path.realpath(__file__)) + os.sep
 
-# What workers use, imported once before the fork: torch.optim imports torch._dynamo, a second for each process.
+# Modules of the workers, imported once before the fork: torch.optim imports torch._dynamo, a second per process.
 PRELOAD = (
     "torch._dynamo",
     "torch.distributed.checkpoint",
@@ -62,13 +63,13 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # no C++ stack traces when workers are killed
-    "GLOO_SOCKET_IFNAME": "lo",  # never ask a name server what this machine is called
+    "GLOO_SOCKET_IFNAME": "lo",  # no name server has to resolve this machine's name
 }
 
 
 @dataclass
 class Worker:
-    """What a function run by the pool knows about its place."""
+    """Rank of a process, and the ranks of its run."""
 
     rank: int
     world_size: int
@@ -76,27 +77,27 @@ class Worker:
 
 
 class RankFailure(AssertionError):
-    """A rank raised or hung; the message holds its traceback or all stacks."""
+    """Error of a rank that raised or hung; the message holds its traceback or all stacks."""
 
 
 class Pool:
-    """Up to 8 gloo processes with one thread each, started at the first `run`."""
+    """Eight gloo processes with one thread each, started at the first `run`."""
 
     def __init__(self) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # the socket and the workers' stacks
         self._listener: socket.socket | None = None
         self._nursery: subprocess.Popen[bytes] | None = None
-        self._connections: list[Connection] = []  # by rank; empty: no workers yet, or none any more
+        self._connections: list[Connection] = []  # by rank; empty: no workers are running
         self._pids: list[int] = []
         self._runs = 0
 
-    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
         """Call `function(worker, *args)` on ranks 0 to world_size - 1.
 
         Args:
             function: called with a `Worker` first.
             world_size: number of ranks, 1 to 8.
-            args: the same for every rank; pickled.
+            args: further arguments, the same for every rank; pickled.
             timeout: seconds until the run counts as hung.
 
         Returns:
@@ -134,7 +135,7 @@ class Pool:
         self._connections, self._pids = [], []
 
     def _start(self) -> None:
-        """Fork new workers, in a new nursery if there is none yet; those of before are killed."""
+        """Fork new workers and kill the old ones; start the nursery first if there is none."""
         if self._nursery is None:
             self._folder = tempfile.TemporaryDirectory(prefix="counterflow-pool-")
             self._listener = socket.socket(socket.AF_UNIX)
@@ -150,7 +151,7 @@ class Pool:
                 ],
                 stdin=subprocess.PIPE,
                 env=os.environ | ENVIRONMENT,
-                start_new_session=True,  # Ctrl-C is for pytest, which then closes the pool
+                start_new_session=True,  # Ctrl-C ends pytest, which then closes the pool
             )
         assert self._nursery.stdin is not None
         self._nursery.stdin.write(b"fork\n")
@@ -175,7 +176,7 @@ class Pool:
 
     def _collect(self, world_size: int, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
-        failures: dict[int, tuple[float, str]] = {}  # when, and the traceback
+        failures: dict[int, tuple[float, str]] = {}  # time and traceback
         dead: list[int] = []
         waiting = {self._connections[rank]: rank for rank in range(world_size)}
         deadline = time.monotonic() + timeout
@@ -200,7 +201,7 @@ class Pool:
         stacks = self._dump_stacks(world_size) if hung else ""
         if hung or dead:
             self._drop_workers()
-        # Only now may ranks close their connections: until here another could still be making its end of one.
+        # Ranks close their connections only now: until here another rank could still be opening its end.
         for connection in self._connections[:world_size]:
             connection.send_bytes(b"leave")
         if hung or failures:
@@ -225,7 +226,7 @@ def _describe(
 ) -> str:
     parts = []
     if failures:
-        # The earliest is the cause; the others mostly lost their connection to it.
+        # The earliest failure is the cause; the others mostly lost their connection to that rank.
         cause, *echoes = sorted(failures, key=lambda rank: failures[rank][0])
         parts.append(f"rank {cause} of {world_size} failed:\n{failures[cause][1]}")
         parts += [f"rank {rank} failed after it: {failures[rank][1].strip().splitlines()[-1]}\n" for rank in echoes]
@@ -236,7 +237,7 @@ def _describe(
 
 
 def _dumps_by_value(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
-    """Pickle with everything that test files define by value: a worker cannot import them by name."""
+    """Pickle all definitions of test files by value: a worker cannot import them by name."""
     modules = [module for module in list(sys.modules.values()) if _is_test_file(module)]
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
@@ -253,20 +254,20 @@ def _is_test_file(module: ModuleType) -> bool:
     return inside and module.__name__ != __name__
 
 
-# Below: what runs in the other processes.
+# Below: functions that run in the other processes.
 
 
 def nursery() -> None:
-    """Import everything once; fork a new set of workers for every line read, end them with the last."""
+    """Import everything once, fork new workers for every line of stdin, and end them when stdin closes."""
     for name in PRELOAD:
         __import__(name)
     children: list[int] = []
-    for _ in sys.stdin.buffer:  # ends when the other end closes, also because pytest died
+    for _ in sys.stdin.buffer:  # ends when the other end closes, even if pytest died
         _kill(children)
         with socket.create_server(("127.0.0.1", 0)) as store_listener:
             children = [_fork_worker(rank, store_listener, Path(sys.argv[1])) for rank in range(POOL_SIZE)]
     _kill(children)
-    os._exit(0)  # without a second of tidying up
+    os._exit(0)  # without a second of cleaning up
 
 
 def _kill(children: list[int]) -> None:
@@ -291,7 +292,7 @@ def _fork_worker(rank: int, store_listener: socket.socket, folder: Path) -> int:
 
 
 def _serve(rank: int, store_listener: socket.socket, folder: Path) -> None:
-    """Answer runs until the other end closes."""
+    """Answer one run after another until the other end closes."""
     import torch
     import torch.distributed as dist
 
@@ -317,7 +318,7 @@ def _serve(rank: int, store_listener: socket.socket, folder: Path) -> None:
 
 
 def _answer(rank: int, world_size: int, timeout: float, payload: bytes, store: Any) -> bytes:
-    """Run one function in a world of its own; pickled (succeeded, result or traceback)."""
+    """Run one function in a new world; return `(succeeded, result or traceback)`, pickled."""
     import torch.distributed as dist
 
     try:
@@ -329,7 +330,7 @@ def _answer(rank: int, world_size: int, timeout: float, payload: bytes, store: A
         return cloudpickle.dumps((True, result))
     except BaseException:
         failure = time.monotonic(), traceback.format_exc()
-    _leave_world()  # breaks the connections that others wait on, so that they fail now and not by timeout
+    _leave_world()  # breaks the connections that others wait on: they fail at once instead of by timeout
     return cloudpickle.dumps((False, failure))
 
 

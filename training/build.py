@@ -17,28 +17,24 @@ from ..fp8.recipe import Recipe
 from ..local_parameter import LocalParameter
 from ..model.feed_forward import MixtureOfExperts
 from ..model.kernels import Kernels
-from ..model.naming import initial_tensor, placements, router_biases
+from ..model.naming import initial_tensor, local_parameters, router_biases
 from ..model.router import Router
 from ..model.transformer import Part, Transformer
 from ..parallel.executor import Executor
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
 from ..parallel.optimizer.adamw import adamw
+from ..parallel.optimizer.bucket import DTYPES
 from ..parallel.optimizer.fused_adamw import FusedAdamW
 from ..parallel.optimizer.sharded import ShardedOptimizer
 from ..parallel.overlap_orders import find_order
 from ..parallel.schedule.actions import Schedule
 from ..parallel.schedule.choose import example
-from ..parallel.schedule.transfers import links
 from ..parallel.stages import Split
-from ..plan.pipeline import make_schedule, make_split
+from ..plan.pipeline import make_split
 from .backend import choose_recipe
 from .dispatch import make_dispatcher
-
-FEW_MICROBATCHES = (1, 2, 3)
-"""Besides a full pipeline's number, those for which a schedule could use other links."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from .schedules import links_of_run
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Model:
         """Every parameter of this rank once: the embedding, then stage by stage."""
         found: dict[int, LocalParameter] = {}
         for stage, chunk in self.chunks.items():
-            for item in placements(chunk):
+            for item in local_parameters(chunk):
                 held_by = replace(item, holders=self._holders(item.names[0], stage))
                 found.setdefault(id(item.parameter), held_by)
         # Both ends of the model hold the embedding: it comes first on all of them, for replicas share one order.
@@ -125,9 +121,8 @@ def make_groups(config: Config, layout: Layout, device_type: str, ranks: Sequenc
     schedule = _any_schedule(config)
     holders = {schedule.holders(stage) for stage in range(schedule.num_stages)}
     holders.add(embedding_holders(schedule, config.model.num_nextn_predict_layers > 0))
-    few = [make_schedule(config, count) for count in FEW_MICROBATCHES]
-    pairs = set().union(*(links(made) for made in (schedule, *few)))
-    return Groups.create(layout, device_type, ranks, config.parallel.timeout, sorted(holders), sorted(pairs))
+    links = sorted(links_of_run(config, layout))
+    return Groups.create(layout, device_type, ranks, config.parallel.timeout, sorted(holders), links)
 
 
 def _any_schedule(config: Config) -> Schedule:
@@ -144,7 +139,7 @@ def build_model(
     split, schedule, recipe = make_split(config), _any_schedule(config), choose_recipe(config, device)
     dispatcher = make_dispatcher(config, groups, recipe, device, partial_sums)
     chunks: dict[int, Transformer] = {}
-    for stage in sorted(schedule.placement[groups.coordinates.pp]):
+    for stage in sorted(schedule.stages_of_rank[groups.coordinates.pp]):
         chunks[stage] = _build_chunk(config, groups, device, recipe, dispatcher, split, stage)
     first, last = chunks.get(0), chunks.get(split.num_stages - 1)
     if first is not None and last is not None and hasattr(last, "embedding"):
@@ -207,7 +202,7 @@ def build_executor(config: Config, model: Model, groups: Groups, device: torch.d
         torch.Size((batch.micro_sequences, batch.sequence_length, config.model.hidden_size)),
         DTYPES[config.precision.format],
         device,
-        model.dispatcher.underway.boundary,
+        model.dispatcher.options.in_flight.boundary,
     )
 
 

@@ -41,9 +41,8 @@ def dispatcher_name(config: Config, layout: Layout, device_type: str = "cpu") ->
 
 def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
     """What the run would have DeepEP carry."""
-    import torch
-
     from ..comm.deepep.library import Job
+    from ..parallel.optimizer.bucket import DTYPES
 
     batch, model = config.batch, config.model
     return Job(
@@ -51,7 +50,7 @@ def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
         model.hidden_size,
         model.num_experts_per_tok,
         batch.micro_sequences * batch.sequence_length,
-        torch.bfloat16 if config.precision.format == "bf16" else torch.float32,
+        DTYPES[config.precision.format],
         fp8=wire_format(config) == "fp8",
         sms=config.comm.sms,
     )
@@ -109,19 +108,20 @@ def make_dispatcher(
     """
     from ..comm.flat import FlatDispatcher
     from ..comm.one_process import OneProcessDispatcher
+    from ..comm.routed import DispatchOptions
     from ..comm.two_hop import TwoHopDispatcher
 
     layout = groups.layout
     name = dispatcher_name(config, layout, device.type)
-    experts, wire = config.model.n_routed_experts, make_wire(config, recipe, device.type)
+    experts = config.model.n_routed_experts
+    options = DispatchOptions(recipe.alignment, make_wire(config, recipe, device.type), groups.meter)
     if nodes is not None:
-        return OneProcessDispatcher(experts, nodes, recipe.alignment, wire)
-    common = groups.ep, experts, recipe.alignment, wire, groups.meter
+        return OneProcessDispatcher(experts, nodes, options)
     if name == "flat":
-        return FlatDispatcher(*common)
+        return FlatDispatcher(groups.ep, experts, options)
     of_ranks = nodes_of_group(layout, groups.rank)
     if name == "two-hop":
-        return TwoHopDispatcher(*common, nodes=of_ranks)
+        return TwoHopDispatcher(groups.ep, experts, options, nodes=of_ranks)
     from ..comm.deepep.adapter import DeepEPDispatcher
     from ..comm.deepep.buffers import open_buffer
     from ..comm.deepep.library import find_library
@@ -130,7 +130,7 @@ def make_dispatcher(
     if faults:
         raise UsageError("\n".join(f"comm.dispatcher is deepep: {fault}" for fault in faults))
     buffer = open_buffer(find_library(), groups.ep, deepep_job(config, layout, groups.rank))
-    return DeepEPDispatcher(*common, buffer=buffer, nodes=of_ranks)
+    return DeepEPDispatcher(groups.ep, experts, options, buffer=buffer, nodes=of_ranks)
 
 
 def nodes_of_group(layout: Layout, rank: int) -> list[int]:

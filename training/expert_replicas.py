@@ -34,9 +34,7 @@ def replicated(
     experts, own_dispatcher = layer.experts, layer.dispatcher
     own = experts.gate_up, experts.down
     experts.gate_up, experts.down = (_copied(linear, present, replicas, groups) for linear in own)
-    layer.dispatcher = FlatDispatcher(
-        groups.ep, len(replicas), dispatcher.alignment, dispatcher.wire, groups.meter, dispatcher.underway
-    )
+    layer.dispatcher = FlatDispatcher(groups.ep, len(replicas), dispatcher.options)
     layer.hold(replicas, rank, ranks)
     try:
         yield

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from ..comm.dispatcher import Dispatched, Pending
 from ..configs.config import Config
 from ..fp8.linear import Linear
-from ..launcher.bootstrap import choose_device
-from ..model.block import DecoderBlock
+from ..model.block import DecoderBlock, DenseBlock, MoEBlock
 from ..model.counts import count_parameters
 from ..model.kernels import EmbeddingFunction, Kernels
 from ..model.loss import LOGITS_BYTES, cross_entropy_sum
 from ..model.rope import rotary_factors
+from ..parallel.optimizer.bucket import DTYPES
 from ..settings import UsageError
 from .backend import choose_recipe
-from .build import DTYPES
 
 ROUNDS = 5
 ENOUGH_SECONDS = 20.0
@@ -37,13 +36,12 @@ Part = Callable[[], None]
 """Runs one part forward and backward."""
 
 
-def measure_parts(config: Config) -> str:
+def measure_parts(config: Config, device: torch.device) -> str:
     """`parallel.stage_costs` as YAML that a config can take in: milliseconds a micro-batch, forward and backward.
 
     The parts run in turn, so that a slow moment of the machine meets all of them. Raises UsageError where the parts do
     not fit this machine's memory.
     """
-    device, _ = choose_device(config.run.device, "auto", 0, 1)
     _refuse_too_large(config, device)
     batch = config.batch
     print(f"timing micro-batches of {batch.micro_sequences} x {batch.sequence_length} tokens", file=sys.stderr)
@@ -103,7 +101,12 @@ def _build(config: Config, device: torch.device) -> dict[str, Part]:
 
     def layer(local_experts: range | None) -> Part:
         with torch.device("meta"):
-            block = DecoderBlock(model, local_experts, _EvenShare(experts), kernels, config.memory.recompute, recipe)
+            policy, even = config.memory.recompute, EvenShare(experts)
+            block: DecoderBlock = (
+                DenseBlock(model, kernels, policy, recipe)
+                if local_experts is None
+                else MoEBlock(model, local_experts, even, kernels, policy, recipe)
+            )
         for parameter in block.parameters():
             parameter.data = parameter.data.to(dtype)
         _fill(block.to_empty(device=device), generator)
@@ -143,14 +146,14 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
                 tensor.fill_(1.0 if tensor.is_floating_point() else 0)
 
 
-class _Ready:
+class NoTravel:
     """Counts that need not travel."""
 
     def complete(self) -> None:
         """They are here."""
 
 
-class _EvenShare:
+class EvenShare:
     """The rows that one rank of an expert parallel group gets from an even router, taken from its own tokens.
 
     T tokens with K experts each make T K rows on every rank; row r is token r mod T's and the experts' rows follow each
@@ -160,8 +163,8 @@ class _EvenShare:
     def __init__(self, num_local: int) -> None:
         self.num_local = num_local
 
-    def begin_route(self, expert_ids: Tensor) -> _Ready:
-        return _Ready()
+    def begin_route(self, expert_ids: Tensor) -> NoTravel:
+        return NoTravel()
 
     def begin_dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor, route: Any = None) -> Pending[Dispatched]:
         rows = expert_ids.numel()

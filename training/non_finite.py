@@ -1,26 +1,27 @@
-"""Where a number stopped being finite: rank, layer and tensor.
+"""Origin of a number that is not finite: rank, layer and tensor.
 
-Looking at every tensor of every step would cost more than it is worth, and the loss or the gradient norm shows the
-damage in the same step anyhow. So that step, which changed no weight, is run again with an eye on every module.
+A look at every tensor of every step would cost more than it is worth, and the loss or the gradient norm shows the
+damage in the same step. So that step, which changed no weight, is run again with hooks on every module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data.loader import Batch
+from ..parallel.executor import Watch
+from ..parallel.groups import Groups
 from ..parallel.schedule.actions import Action, Overlap
+from .build import Model
 
-if TYPE_CHECKING:
-    from ..model.transformer import Weights
-    from .build import Model
-    from .trainer import Trainer
+RunAgain = Callable[[Watch], Mapping[str, Tensor]]
+"""Function that runs a step again under a watch; returns the sums of the gradients on this rank, by global name."""
 
 
 class NonFiniteError(RuntimeError):
@@ -40,38 +41,40 @@ class Finding(NamedTuple):
     micro_batch: int
     backward: bool
     stage: int
-    """Its place in the micro-batch's way: counted down in the backward."""
+    """Position of the stage on the micro-batch's way: counted down in the backward."""
     position: int
+    """Number of the tensor among those looked at, in the order in which they were made."""
     rank: int
     what: str
 
 
 @torch.no_grad()
-def explain_non_finite(trainer: Trainer, micro_batches: list[Batch], weights: Weights) -> NonFiniteError:
-    """Find the first non-finite tensor on any rank. Every rank calls it with its own micro-batches of the step."""
-    step = trainer.progress.step + 1
+def explain_non_finite(step: int, model: Model, groups: Groups, run_again: RunAgain) -> NonFiniteError:
+    """Find the first non-finite tensor of `step` on any rank. Every rank calls it, with its own part of the step."""
     # All ranks look at their weights before any runs the step again, for that takes all of them.
-    found = _gather(trainer, _first_bad_parameter(trainer))
-    if not found:
-        found = _gather(trainer, _replay(trainer, micro_batches, weights))
-    if not found:
-        again = "running it again was finite, so the fault is not in data or weights: suspect memory, device or network"
-        return NonFiniteError(step, again)
-    first = min(found)
-    return NonFiniteError(step, f"rank {first.rank}, {first.what}", elsewhere=first.rank != trainer.groups.rank)
+    findings = _gather(groups, _first_bad_parameter(model, groups.rank))
+    if not findings:
+        findings = _gather(groups, _replay(model, groups.rank, run_again))
+    if not findings:
+        finite = (
+            "running it again was finite, so the fault is not in data or weights: suspect memory, device or network"
+        )
+        return NonFiniteError(step, finite)
+    first = min(findings)
+    return NonFiniteError(step, f"rank {first.rank}, {first.what}", elsewhere=first.rank != groups.rank)
 
 
-def _gather(trainer: Trainer, mine: Finding | None) -> list[Finding]:
-    """What the ranks have found, on every rank."""
-    everyone: list[Any] = [None] * trainer.groups.layout.world_size
-    dist.all_gather_object(everyone, mine, group=trainer.groups.world)
-    return [finding for finding in everyone if finding is not None]
+def _gather(groups: Groups, own: Finding | None) -> list[Finding]:
+    """Findings of all ranks, on every rank."""
+    of_ranks: list[Any] = [None] * groups.layout.world_size
+    dist.all_gather_object(of_ranks, own, group=groups.world)
+    return [finding for finding in of_ranks if finding is not None]
 
 
-def _first_bad_parameter(trainer: Trainer) -> Finding | None:
-    for position, (name, tensor) in enumerate(_weights(trainer.model)):
+def _first_bad_parameter(model: Model, rank: int) -> Finding | None:
+    for position, (name, tensor) in enumerate(_weights(model)):
         if (bad := _describe(tensor)) is not None:
-            return Finding(-1, False, 0, position, trainer.groups.rank, f"weight {name}: {bad}")
+            return Finding(-1, False, 0, position, rank, f"weight {name}: {bad}")
     return None
 
 
@@ -82,32 +85,28 @@ def _weights(model: Model) -> Iterator[tuple[str, Tensor]]:
         yield name, bias
 
 
-def _replay(trainer: Trainer, micro_batches: list[Batch], weights: Weights) -> Finding | None:
-    """Run the step's micro-batches again, watching each module's inputs, outputs and their gradients."""
-    watch = _Watch(trainer.groups.rank, trainer.model.schedule.num_stages)
+def _replay(model: Model, rank: int, run_again: RunAgain) -> Finding | None:
+    """Run the step again and look at each module's inputs, outputs and their gradients."""
+    watch = _ModuleWatch(rank, model.schedule.num_stages)
     handles = []
-    for name, module in trainer.model.modules():
+    for name, module in model.modules():
         handles += watch.follow(name, module)
-    trainer.executor.watch = watch
     try:
-        # Starts from gradients of zero, or a fault that does not come again would be found in its traces.
+        # The sums start from zero: traces of the first run would be found as a fault that does not come again.
         with torch.enable_grad():
-            trainer.forward_backward(micro_batches, weights)
-        trainer.optimizer.reduce_gradients()  # which has begun with the last backward
+            gradients = run_again(watch)
     finally:
-        trainer.executor.watch = None
         for handle in handles:
             handle.remove()
     if watch.first is None:
-        for position, (name, gradient) in enumerate(trainer.optimizer.gradients().items()):
-            if (bad := _describe(gradient)) is not None:
-                what = f"gradient of {name}: {bad}"
-                return Finding(len(micro_batches), True, 0, position, trainer.groups.rank, what)
+        for position, (name, gradient) in enumerate(gradients.items()):
+            if (bad := _describe(gradient)) is not None:  # behind all that modules show of any micro-batch
+                return Finding(sys.maxsize, True, 0, position, rank, f"gradient of {name}: {bad}")
     return watch.first
 
 
-class _Watch:
-    """Hooks that remember the non-finite tensor that came first on its micro-batch's way.
+class _ModuleWatch:
+    """Hooks that keep the non-finite tensor that came first on its micro-batch's way.
 
     Ranks of one stage run the same modules in the same order, so positions compare.
     """
@@ -121,14 +120,15 @@ class _Watch:
         self._recomputing = False
 
     def begin(self, action: Action | Overlap) -> None:
-        """What is seen from now on belongs to this action: to a pair's forward or backward, whichever it is."""
+        """Attribute the tensors to come to this action; of a pair, to its forward or to its backward."""
         self._forward, self._backward = action if isinstance(action, Overlap) else (action, action)
 
     def backward(self, running: bool) -> None:
-        """What a backward recomputes of its forward has been looked at before."""
+        """Pass over the tensors that a backward recomputes: the forward has shown them."""
         self._recomputing = running
 
     def follow(self, name: str, module: nn.Module) -> list[Any]:
+        """Hook into a module; returns the handles of the hooks."""
         return [
             module.register_forward_pre_hook(lambda _, given: self._look(f"input of {name}", given)),
             module.register_forward_hook(lambda _, given, made: self._look(f"output of {name}", made)),
@@ -170,7 +170,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _describe(tensor: Tensor) -> str | None:
-    if not tensor.is_floating_point() or tensor.itemsize == 1:  # a code of eight bits, seen before it was one
+    if not tensor.is_floating_point() or tensor.itemsize == 1:  # eight-bit codes: their values were looked at before
         return None
     bad = ~tensor.detach().isfinite()
     count = int(bad.sum())

@@ -25,6 +25,7 @@ from ..plan.steps import Progress, total_steps
 from ..settings import UsageError
 from .backend import backend_faults
 from .dispatch import dispatch_faults, routing_notes
+from .schedules import distinct_forms, sizes_of_run
 
 T = TypeVar("T")
 
@@ -56,8 +57,13 @@ class RunPlan:
         return self.progress.step >= self.total_steps
 
 
-def prepare_run(config: Config, world_size: int, ranks_per_node: int, fresh: bool = False) -> RunPlan:
-    """Check a run on `world_size` ranks. `fresh` means that an existing run folder will be moved aside."""
+def prepare_run(config: Config, world_size: int, ranks_per_node: int, cache: Path, fresh: bool = False) -> RunPlan:
+    """Check a run on `world_size` ranks.
+
+    Args:
+        cache: folder for tokenised text where `data.cache_dir` is null.
+        fresh: whether an existing run folder will be moved aside.
+    """
     faults: list[str] = []
     layout = _collect(faults, lambda: _layout(config, world_size, ranks_per_node))
     if layout is not None:
@@ -66,7 +72,7 @@ def prepare_run(config: Config, world_size: int, ranks_per_node: int, fresh: boo
     faults += _vocabulary_faults(config)
     faults += backend_faults(config)
     faults += dispatch_faults(config, layout) if layout is not None else []
-    data = _collect(faults, lambda: _open_data(config))
+    data = _collect(faults, lambda: _open_data(config, cache))
     run_dir = Path(config.run.dir).expanduser() / config.run.name
     faults += _folder_faults(run_dir)
     found = None if fresh else _collect(faults, lambda: _latest_checkpoint(config, run_dir))
@@ -83,17 +89,11 @@ def prepare_run(config: Config, world_size: int, ranks_per_node: int, fresh: boo
     return RunPlan(config, layout, run_dir, total_steps(config), data, checkpoint, progress, notes)
 
 
-def _open_data(config: Config) -> Data:
+def _open_data(config: Config, cache: Path) -> Data:
     extra = 1 + config.model.num_nextn_predict_layers
-    return open_data(config.data, config.batch.sequence_length, extra, config.run.seed, data_cache(config))
-
-
-def data_cache(config: Config) -> Path:
-    """Where tokenised text is kept: `data.cache_dir`, or the user's cache folder."""
     if config.data.cache_dir is not None:
-        return Path(config.data.cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "counterflow"
+        cache = Path(config.data.cache_dir).expanduser()
+    return open_data(config.data, config.batch.sequence_length, extra, config.run.seed, cache)
 
 
 def _list(heading: str, faults: list[str]) -> str:
@@ -121,16 +121,15 @@ def _layout(config: Config, world_size: int, ranks_per_node: int) -> Layout:
 def _schedule_faults(config: Config, layout: Layout) -> list[str]:
     """Numbers of micro-batches, from those of the whole run, that the schedule cannot serve.
 
-    Of a ramp's many sizes those up to four times the pipeline are tried, which is where schedules change their form.
+    Of a ramp's many numbers those with a form of their own are tried.
     """
-    parallel = config.parallel
-    counts = {config.batch.microbatches(size, layout.dp): size for size in _sizes_of_the_run(config)}
-    ends = min(counts), max(counts)
-    for count in sorted(counts):
+    counts = {config.batch.microbatches(size, layout.dp): size for size in sizes_of_run(config)}
+    parallel, ends = config.parallel, (min(counts), max(counts))
+    for count in distinct_forms(counts, layout.pp):
         try:
             if count in ends:
                 make_schedule(config, count)
-            elif count <= 4 * parallel.pp:
+            else:  # checking every one would take seconds
                 generate(parallel.schedule, parallel.pp, count, parallel.schedule_options)
         except UsageError as error:
             return [f"a global batch of {counts[count]} sequences is {count} micro-batches a pipeline: {error}"]
@@ -139,7 +138,7 @@ def _schedule_faults(config: Config, layout: Layout) -> list[str]:
 
 def bubble_notes(config: Config, layout: Layout) -> tuple[str, ...]:
     """What too few micro-batches for the pipeline cost, simulated with predicted costs; empty where it is little."""
-    sizes = _sizes_of_the_run(config)
+    sizes = sizes_of_run(config)
     fewest, most = (config.batch.microbatches(size, layout.dp) for size in (sizes[0], sizes[-1]))
     costs = stage_costs(config, make_split(config))
     if fewest >= 8 * len(costs.forward):  # the rest is the split's affair
@@ -170,14 +169,6 @@ def placement_notes(config: Config, layout: Layout) -> tuple[str, ...]:
             f"nodes of {layout.gpus_per_node}",
         )
     return ()
-
-
-def _sizes_of_the_run(config: Config) -> list[int]:
-    """Every size that a global batch has during the run, ascending."""
-    batch = config.batch
-    if batch.ramp is None:
-        return [batch.global_sequences]
-    return [*range(batch.ramp.start, batch.global_sequences, batch.ramp.increment), batch.global_sequences]
 
 
 def _folder_faults(run_dir: Path) -> list[str]:

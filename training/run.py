@@ -11,6 +11,7 @@ import torch
 from ..configs.config import Config
 from ..model.counts import FLOP_CONVENTION, count_parameters
 from ..parallel.groups import Groups
+from ..parallel.optimizer.bucket import DTYPES
 from ..report.hardware import Peak, peak_tflops
 from ..report.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
 from ..report.progress import ProgressDisplay
@@ -19,11 +20,10 @@ from ..report.text.layout import draw_layout
 from ..report.text.split import describe_split
 from ..report.traffic import mean_step
 from ..settings import UsageError
-from .build import DTYPES
 from .dispatch import describe_dispatch
 from .preflight import RunPlan
-from .trace import PipelineTrace
-from .trainer import Trainer
+from .trace import PipelineTrace, gather_trace
+from .trainer import PipelineRun, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ def run_training(plan: RunPlan, groups: Groups, device: torch.device) -> None:
         metrics: StepMetrics | None = None
         while trainer.progress.step < plan.total_steps:
             timed = config.parallel.pp > 1 and trainer.progress.step + 1 == config.log.trace_step
-            metrics = trainer.step(timed)
-            trace = trainer.trace() if timed else None
+            runs: list[PipelineRun] = []
+            metrics = trainer.step(runs.append if timed else None)
+            trace = gather_trace(groups, runs[0]) if runs else None
             step, last = metrics.step, metrics.step == plan.total_steps
             if last or step % config.train.evaluate_every == 0:
                 metrics = metrics.model_copy(update=trainer.validate())

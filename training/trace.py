@@ -1,4 +1,4 @@
-"""What the pipeline did in a step: the measured times of every action, drawn above the same step simulated."""
+"""Trace of the pipeline in a step: the measured times of every action, drawn above the same step simulated."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..parallel.executor import Program
 from ..parallel.groups import Groups
-from ..parallel.schedule.actions import Schedule
 from ..parallel.schedule.measured import measured_costs
 from ..parallel.schedule.simulate import simulate
 from ..parallel.schedule.timeline import Span, Timeline
 from ..report.pages.timeline import draw_html
 from ..report.text.numbers import number, share
 from ..report.traffic import HEADER, Sent, traffic_table
+from .trainer import PipelineRun
 
 MILLISECONDS = 1e3
 ROUNDS = 5  # of barriers, after which all clocks are read at about the same moment
@@ -27,13 +26,13 @@ ROUNDS = 5  # of barriers, after which all clocks are read at about the same mom
 
 @dataclass(frozen=True)
 class PipelineTrace:
-    """A step as it ran on the first pipeline, and its schedule simulated with the costs that were measured in it."""
+    """A step as it ran on the first pipeline, and its schedule simulated with the costs measured in that step."""
 
     measured: Timeline
     simulated: Timeline
 
     def describe(self) -> str:
-        """Both in a line."""
+        """Return both in one line."""
         measured, simulated = self.measured, self.simulated
         return (
             f"pipeline {measured.schedule.name}: measured {number(measured.step_time)} ms with "
@@ -42,7 +41,7 @@ class PipelineTrace:
         )
 
     def write(self, path: Path, step: int, traffic: Sequence[Sent] = ()) -> None:
-        """Draw both as a page, with what the step sent."""
+        """Draw both as a page, with the traffic of the step."""
         path.parent.mkdir(parents=True, exist_ok=True)
         timelines = [("measured", self.measured), ("simulated with the measured costs", self.simulated)]
         notes = ["Forward and backward of all micro-batches, without reading the batch and without the optimizer."]
@@ -50,34 +49,34 @@ class PipelineTrace:
         path.write_text(draw_html(timelines, "ms", notes, title=f"Step {step}", tables=tables), encoding="utf-8")
 
 
-def gather_trace(groups: Groups, schedule: Schedule, program: Program, spans: list[Span]) -> PipelineTrace | None:
-    """The last step on the pipeline of rank 0, there; None elsewhere. Every rank of the grid calls it."""
-    place = groups.coordinates
-    if place.edp or place.ep:
+def gather_trace(groups: Groups, run: PipelineRun) -> PipelineTrace | None:
+    """Trace of a run, on rank 0, of the pipeline that rank 0 is in; None elsewhere. Every rank of the grid calls it."""
+    at = groups.coordinates
+    if at.edp or at.ep:
         return None
     offset = _clock_offset(groups.pp)
-    mine = [(position, span.start - offset, span.end - offset) for position, span in enumerate(spans)]
-    everyone: list[Any] | None = [None] * groups.layout.pp if place.pp == 0 else None
-    dist.gather_object((mine, program.peak_microbatches), everyone, group=groups.pp, group_dst=0)
-    if everyone is None:
+    times_here = [(span.start - offset, span.end - offset) for span in run.spans]
+    of_ranks: list[Any] | None = [None] * groups.layout.pp if at.pp == 0 else None
+    dist.gather_object((times_here, run.program.peak_microbatches), of_ranks, group=groups.pp, group_dst=0)
+    if of_ranks is None:
         return None
-    first = min(start for times, _ in everyone for _, start, _ in times)
+    first = min(start for times, _ in of_ranks for start, _ in times)
     measured = Timeline(
-        schedule,
+        run.schedule,
         tuple(
             tuple(
-                Span(actions[i], (start - first) * MILLISECONDS, (end - first) * MILLISECONDS)
-                for i, start, end in times
+                Span(action, (start - first) * MILLISECONDS, (end - first) * MILLISECONDS)
+                for action, (start, end) in zip(actions, times, strict=True)
             )
-            for actions, (times, _) in zip(schedule.actions, everyone, strict=True)
+            for actions, (times, _) in zip(run.schedule.actions, of_ranks, strict=True)
         ),
-        tuple(peak for _, peak in everyone),
+        tuple(peak for _, peak in of_ranks),
     )
-    return PipelineTrace(measured, simulate(schedule, measured_costs(measured)))
+    return PipelineTrace(measured, simulate(run.schedule, measured_costs(measured)))
 
 
 def _clock_offset(group: dist.ProcessGroup) -> float:
-    """How far this rank's clock is ahead of the first rank's, in seconds, to about the time of a barrier."""
+    """Seconds that this rank's clock is ahead of the first rank's, to about the time of a barrier."""
     ahead = []
     for _ in range(ROUNDS):
         dist.barrier(group)

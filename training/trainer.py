@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +21,43 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from ..checkpoint import store
 from ..checkpoint.manifest import check_same_model, read_manifest
-from ..comm.meter import numbers_of, traffic_of
 from ..configs.config import Config
 from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.open import Data
 from ..model.counts import flops_per_token
 from ..model.router import update_bias
 from ..model.transformer import MicroBatch, Output, Weights
-from ..parallel.executor import Program, microbatches_of
+from ..parallel.executor import Program, Watch, microbatches_of
 from ..parallel.groups import Groups
 from ..parallel.schedule.actions import Schedule, forward_only
+from ..parallel.schedule.timeline import Span
 from ..plan.pipeline import make_schedule
 from ..plan.steps import Progress, steps_from
 from ..report.balance import measure_balance
 from ..report.hardware import Peak, memory_gib
 from ..report.metrics import StepMetrics, utilization
-from ..report.traffic import Sent
 from .build import build_executor, build_model, build_optimizer, dp_rank
 from .expert_balance import ExpertBalance
 from .non_finite import explain_non_finite
 from .objective import dropping_of, loss_weights
-from .trace import PipelineTrace, gather_trace
+from .totals import Totals, mean_losses, sum_outputs, sum_over_ranks, traffic_of_step
 
 AVERAGE = "ema."
-"""How the names of the moving average's tensors begin in a checkpoint."""
+"""Prefix of the moving average's tensors in a checkpoint."""
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Totals:
-    """Sums over micro-batches, and after `all_reduce` over ranks."""
+@dataclass(frozen=True)
+class PipelineRun:
+    """One rank's part of a step: all micro-batches through the pipeline, forward and backward."""
 
-    losses: Tensor
-    """FP64 `[4 + D]`: next-token loss, three balance losses, one MTP loss a depth."""
-    counts: Tensor
-    """`[L, E]` int64: tokens that chose each expert."""
-    dropped: Tensor
-    """`[L]` int64: (token, expert) pairs of them that were dropped."""
-    sent: Tensor
-    """What ranks sent since the sums of the step before, as `comm/meter.py: numbers_of` lists it."""
+    outputs: list[Output]
+    """Losses and counts of every chunk of this rank for every micro-batch that it served."""
+    schedule: Schedule
+    program: Program
+    spans: list[Span]
+    """Begin and end of each action of the program, in seconds of `time.perf_counter`."""
 
 
 class Trainer:
@@ -85,64 +83,59 @@ class Trainer:
         self._programs: dict[tuple[int, bool], tuple[Schedule, Program]] = {}
         self._flops = flops_per_token(config.model, config.batch.sequence_length)
 
-    def step(self, timed: bool = False) -> StepMetrics:
+    def step(self, timed: Callable[[PipelineRun], None] | None = None) -> StepMetrics:
         """Train on the next global batch. Raises NonFiniteError, before any weight moves, if a number is not finite.
 
-        `timed` makes a GPU finish each action of the pipeline before the next, so that `trace` shows its time.
+        `timed` is given the pipeline's run: a GPU then finishes each action before the next, so that spans are true.
         """
         started = time.perf_counter()
         config, before = self.config, self.progress
         self.experts.rebalance(before.step)
         micro_batches, sequences = self._next_batch()
-        tokens = sequences * self.config.batch.sequence_length
-        lr = self.config.optim.lr.at(before.tokens)
-        speed = config.balance.bias_update_speed.at(before.tokens)
-        mtp_weight = config.train.mtp_weight.at(before.tokens)
-        weights = loss_weights(self.config, before, sequences)
+        lr = config.optim.lr.at(before.tokens)
+        speed = config.balance.bias_update_speed.at(before.tokens) if config.model.has_router_bias else 0.0
+        weights = loss_weights(config, before, sequences)
 
-        if timed:
-            self.optimizer.finish_gathers()  # the trace is of the pipeline alone
-        self.executor.timed = timed
-        totals = self._sum(self.forward_backward(micro_batches, weights))
+        if timed is not None:
+            self.optimizer.finish_gathers()  # so that the times are the pipeline's alone
+        run = self.forward_backward(micro_batches, weights, timed=timed is not None)
+        totals = self._totals(run.outputs)
         norm = self.optimizer.reduce_gradients()
         if not math.isfinite(norm) or not bool(totals.losses.isfinite().all()):  # equal on all ranks: all stop
-            raise explain_non_finite(self, micro_batches, weights)
-        self.optimizer.step(lr, norm, blocking=not self.config.optim.overlap_gather)
+            again = partial(self._gradients, micro_batches, weights)
+            raise explain_non_finite(before.step + 1, self.model, self.groups, again)
+        self.optimizer.step(lr, norm, blocking=not config.optim.overlap_gather)
         for layer, router in self.model.routers():
             if router.bias is not None:
                 update_bias(router.bias, totals.counts[layer], speed)
         self.experts.measure(totals.counts, before.step + 1)
+        self.progress = before.advanced(sequences, config.batch.sequence_length)
+        if timed is not None:
+            timed(run)
+        return self._metrics(before, totals, norm, lr, speed, started)
 
-        self.progress = before.advanced(sequences, self.config.batch.sequence_length)
-        losses = self._losses(totals, tokens, sequences)  # waits for the device, so the clock is read after it
-        seconds = time.perf_counter() - started
-        return StepMetrics(
-            step=self.progress.step,
-            tokens=self.progress.tokens,
-            sequences=sequences,
-            **losses,
-            grad_norm=norm,
-            lr=lr,
-            bias_update_speed=speed if self.config.model.has_router_bias else 0.0,
-            mtp_weight=mtp_weight,
-            memory_gib=memory_gib(self.device).peak,
-            step_seconds=seconds,
-            traffic=_traffic(totals.sent),
-            **self._speed(tokens / seconds),
-        )
+    def forward_backward(
+        self, batches: list[Batch], weights: Weights, timed: bool = False, watch: Watch | None = None
+    ) -> PipelineRun:
+        """Run all micro-batches of a step through the pipeline; their gradients go to the optimizer's FP32 sums.
 
-    def forward_backward(self, batches: list[Batch], weights: Weights) -> list[Output]:
-        """All micro-batches of a step through the pipeline: their gradients are in the optimizer's FP32 sums.
-
-        Returns the losses and counts of every chunk of this rank for every micro-batch it served.
+        `timed` and `watch`: see `Executor.train`.
         """
         self.model.recipe.monitor.infinite.clear()
         for chunk in self.model.chunks.values():
             chunk.train()
-        schedule, program = self._last = self._program(len(batches))
+        schedule, program = self._program(len(batches))
         served = microbatches_of(schedule, program.rank)
         self.optimizer.begin_step(self.model.accumulations(served))
-        return self.executor.train(program, [self._on_device(batch, weights) for batch in batches])
+        micro_batches = [self._on_device(batch, weights) for batch in batches]
+        outputs, spans = self.executor.train(program, micro_batches, timed, watch)
+        return PipelineRun(outputs, schedule, program, spans)
+
+    def _gradients(self, batches: list[Batch], weights: Weights, watch: Watch) -> Mapping[str, Tensor]:
+        """Sums of the gradients on this rank by global name, of a step run with `watch`."""
+        self.forward_backward(batches, weights, watch=watch)
+        self.optimizer.reduce_gradients()  # ends what the last backward has begun
+        return self.optimizer.gradients()
 
     def validate(self) -> dict[str, float]:
         """`validation_loss`, and `validation_loss_ema` of the averaged weights where there are any."""
@@ -238,11 +231,6 @@ class Trainer:
             )
         return next(self._loader), self.config.batch.sequences_at(self.progress.tokens)
 
-    def trace(self) -> PipelineTrace | None:
-        """How the pipeline spent the last step, on rank 0; None elsewhere. Every rank calls it."""
-        schedule, program = self._last
-        return gather_trace(self.groups, schedule, program, self.executor.spans)
-
     def _program(self, num_microbatches: int, training: bool = True) -> tuple[Schedule, Program]:
         """The schedule of a step, or of its forwards alone, and this rank's part of it."""
         if (num_microbatches, training) not in self._programs:
@@ -272,47 +260,45 @@ class Trainer:
         }
         return {**self.optimizer.state(), **biases, **self.optimizer.averages()}
 
-    def _sum(self, parts: list[Output]) -> Totals:
-        """Sum over micro-batches, stages and ranks, in FP64 so that the order cannot be seen."""
-        model = self.config.model
-        depths = model.num_nextn_predict_layers
-        losses = torch.zeros(4 + depths, dtype=torch.float64, device=self.device)
-        counts = torch.zeros(model.num_moe_layers, model.n_routed_experts + 1, dtype=torch.int64, device=self.device)
-        for part in parts:
-            numbers = (part.loss, part.balance, part.device, part.communication, *part.mtp_losses)
-            losses[: len(numbers)] += torch.stack(numbers).double()
-            counted = torch.cat((part.counts, part.dropped.unsqueeze(1)), 1)
-            counts[part.first_moe : part.first_moe + len(counted)] += counted
-        if self.model.recipe.monitor.infinite:  # where this step quantised an infinity, which then is a finite number
+    def _totals(self, outputs: list[Output]) -> Totals:
+        """Sums of the step over micro-batches, stages and ranks."""
+        losses, counts = sum_outputs(outputs, self.config.model, self.device)
+        if self.model.recipe.monitor.infinite:  # quantising made a finite number of an infinity in this step
             losses.fill_(math.nan)
-        self.groups.sum(losses)
-        sent = torch.tensor(numbers_of(self.groups.meter.take()), device=self.device)
-        whole = torch.cat((counts.view(-1), sent))
-        self.groups.sum(whole)
-        counts, sent = whole[: counts.numel()].view(counts.shape), whole[counts.numel() :]
-        return Totals(losses, counts[:, :-1], counts[:, -1], sent)
+        return sum_over_ranks(losses, counts, self.groups)
 
-    def _losses(self, totals: Totals, tokens: int, sequences: int) -> dict[str, Any]:
-        loss, balance, device, communication, *mtp = totals.losses.tolist()
-        losses = {"loss": loss / tokens, "loss_mtp": sum(mtp) / len(mtp) / tokens if mtp else None}
-        if not totals.counts.numel():
-            return losses
-        losses["loss_balance"] = balance / sequences
-        if self.config.model.n_group > 1:
-            losses |= {"loss_device": device / sequences, "loss_communication": communication / sequences}
-        layers = measure_balance(totals.counts.cpu(), totals.dropped.cpu(), self.experts.rank_of_expert, self._nodes())
-        return {**losses, **layers.summary(), "layers": layers}
-
-    def _nodes(self) -> list[int]:
-        """For each rank of the first expert parallel group its node."""
-        return [self.groups.layout.node(rank) for rank in next(self.groups.layout.ep_groups())]
-
-    def _speed(self, tokens_per_second: float) -> dict[str, Any]:
-        mfu = None
+    def _metrics(
+        self, before: Progress, totals: Totals, norm: float, lr: float, speed: float, started: float
+    ) -> StepMetrics:
+        """Measurements of the step from `before`, which began at `started`."""
+        sequences = self.progress.sequences - before.sequences
+        losses = mean_losses(totals, self.config.model, sequences, self.config.batch.sequence_length)
+        balance = None
+        if totals.counts.numel():
+            nodes = [self.groups.layout.node(rank) for rank in next(self.groups.layout.ep_groups())]
+            balance = measure_balance(totals.counts.cpu(), totals.dropped.cpu(), self.experts.rank_of_expert, nodes)
+        seconds = time.perf_counter() - started  # read after the losses, which wait for the device
+        rate, mfu = (self.progress.tokens - before.tokens) / seconds, None
         if self.peak is not None:
-            mfu = utilization(tokens_per_second, self._flops, self.groups.layout.world_size, self.peak.tflops)
-        return {"tokens_per_second": tokens_per_second, "mfu": mfu}
-
-
-def _traffic(sent: Tensor) -> tuple[Sent, ...]:
-    return tuple(Sent(**vars(kind), **vars(tally)) for kind, tally in traffic_of(sent.tolist()).items())
+            mfu = utilization(rate, self._flops, self.groups.layout.world_size, self.peak.tflops)
+        return StepMetrics(
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            sequences=sequences,
+            loss=losses.next_token,
+            loss_mtp=losses.mtp,
+            loss_balance=losses.balance,
+            loss_device=losses.device,
+            loss_communication=losses.communication,
+            grad_norm=norm,
+            lr=lr,
+            bias_update_speed=speed,
+            mtp_weight=self.config.train.mtp_weight.at(before.tokens),
+            tokens_per_second=rate,
+            mfu=mfu,
+            layers=balance,
+            memory_gib=memory_gib(self.device).peak,
+            step_seconds=seconds,
+            traffic=traffic_of_step(totals),
+            **({} if balance is None else balance.summary()),
+        )

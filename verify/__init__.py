@@ -1,0 +1,1 @@
+"""A layout compared with a single process."""

@@ -1,9 +1,9 @@
 """The verification itself: the grid's steps against the single process's, each from the same state.
 
-Every step of the grid begins with the state that the single process had before it. So what one step rounds otherwise
-is not carried into the next, where AdamW makes much of little (it moves a weight by the learning rate for a gradient
-near zero too, whatever its sign), and one tolerance serves all steps. The weights are compared with what the single
-process makes of the grid's own gradients, for the same reason.
+Every step of the grid begins with the state that the single process had before that step. So a difference of rounding
+is not carried into the next step, where AdamW makes it large: AdamW moves a weight by the learning rate for a gradient
+near zero too, whatever its sign. One tolerance then serves all steps. For the same reason updated weights are compared
+with those of the single process after the grid's own gradients.
 """
 
 from __future__ import annotations
@@ -38,48 +38,49 @@ from .compare import (
     moved_choices,
     tolerances,
 )
-from .run import Alone, Seen, Watched
+from .run import ObservedTrainer, RankStep, SingleProcess
 from .shrink import Shrunk
 from .text import Text, open_text
 
 MOST_SEEDS = 3
-"""Seeds that are tried before ties are taken for a fault."""
+"""Number of seeds that are tried before ties are taken for a fault."""
 
 
 @dataclass
 class Attempt:
-    """One seed's run."""
+    """The run of one seed."""
 
     seed: int
     differences: list[Difference] = field(default_factory=list)
-    moved: list[Moved] = field(default_factory=list)
+    moved: list[MovedChoices] = field(default_factory=list)
     closest: float = float("inf")
     """Least gap between a routing score that was chosen and one that was not."""
     near_balance: int = 0
-    """Of the first step that departs though no token moved: choices within rounding that the balance loss counts."""
+    """Choices within rounding that the balance loss counts, in the first step that departs though no token moved."""
 
     @property
     def tied(self) -> bool:
-        """Whether rounding alone can explain that this run went another way. With other seeds it then does not."""
+        """Whether rounding alone can explain the differences, so that another seed has to be tried."""
         return any(moved.tie for moved in self.moved) or self.near_balance > 0
 
     @property
     def first(self) -> Difference | None:
-        """What departs first."""
+        """The first difference that is out of bounds."""
         return next((found for found in self.differences if found.departs), None)
 
 
 @dataclass(frozen=True)
-class Moved:
-    """Tokens that went to other experts than in the single process."""
+class MovedChoices:
+    """Choices of experts that are others than in the single process."""
 
     step: int
     layer: int
-    """Among all MoE layers."""
+    """Number among all MoE layers."""
     choices: int
     near: int
-    """As many as choices of that layer that are within rounding can move."""
+    """Largest number of choices that rounding can move in this layer."""
     closest: float
+    """Least gap of scores in the step."""
 
     @property
     def tie(self) -> bool:
@@ -88,16 +89,16 @@ class Moved:
 
 @dataclass
 class Outcome:
-    """What was found in one set of formats."""
+    """Findings in one set of formats."""
 
     recipe: str
     """The formats, as `label` names them."""
     tolerances: Tolerances
     attempts: list[Attempt]
     microbatches: tuple[int, ...]
-    """Of each pipeline in each step."""
+    """Micro-batches of each pipeline, by step."""
     origin: str
-    """Of the text."""
+    """Origin of the text, in words."""
 
     @property
     def last(self) -> Attempt:
@@ -109,13 +110,14 @@ class Outcome:
 
 
 def verify_ranks(shrunk: Shrunk, groups: Groups) -> list[Outcome]:
-    """Every rank of the grid calls this; rank 0 gets the outcome in the configured precision and in the closest one in
-    FP32, which sees faults that coarser formats hide. The other ranks get nothing.
+    """Verify in the configured precision and in the closest one in FP32, which shows faults that coarser formats hide.
+
+    Every rank of the grid calls this. Rank 0 gets the outcomes, the other ranks none.
     """
     text = _share(groups, open_text(shrunk.config.data) if groups.rank == 0 else None)
     single = None
     if groups.rank == 0:
-        single = make_groups(shrunk.alone(), Layout(1), "cpu", [dist.get_global_rank(groups.world, 0)])
+        single = make_groups(shrunk.single_process(), Layout(1), "cpu", [dist.get_global_rank(groups.world, 0)])
     outcomes = []
     for changes in _formats(shrunk.config):
         outcomes.append(_verify(_with(shrunk, **changes), groups, single, text))
@@ -125,8 +127,8 @@ def verify_ranks(shrunk: Shrunk, groups: Groups) -> list[Outcome]:
 def _formats(config: Config) -> list[dict[str, dict[str, Any]]]:
     """Changes to the configured formats, by section: none, and those that make them FP32.
 
-    With FP8 that is all that is not quantised. Scales are powers of two there, since with others what shares a tile
-    changes the numbers, and ranks share tiles otherwise than the single process.
+    With FP8 the changes make FP32 of all that is not quantised, and powers of two of the scales: with other scales the
+    values that share a tile change each other, and in other layouts other tokens share a tile.
     """
     precision: dict[str, Any] = {"recipe": "fp32"}
     if config.precision.recipe == "fp8":
@@ -153,56 +155,60 @@ def _verify(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text) -
 
 
 def _attempt(shrunk: Shrunk, groups: Groups, single: Groups | None, text: Text, bounds: Tolerances) -> Attempt | None:
-    """One seed. Rank 0 runs the single process first, then all run the grid, step by step."""
+    """Try one seed. Rank 0 runs the single process first, then all ranks run the grid, step by step."""
     config, steps = shrunk.config, shrunk.config.train.steps
     assert steps is not None
     partial_sums = partial_sums_of(config, groups.layout)
-    alone = None if single is None else Alone(shrunk.alone(), single, text, steps, partial_sums)
+    reference = None if single is None else SingleProcess(shrunk.single_process(), single, text, steps, partial_sums)
     attempt = None
-    if alone is not None:
-        closest = min(step.choices.closest() for step in alone.steps)
-        attempt = Attempt(config.run.seed, list(compare_formula(alone, bounds)), closest=closest)
-    grid = Watched(Trainer(config, groups, torch.device("cpu"), text.data(config)))
+    if reference is not None:
+        closest = min(step.choices.closest() for step in reference.steps)
+        attempt = Attempt(config.run.seed, list(compare_formula(reference, bounds)), closest=closest)
+    grid = ObservedTrainer(Trainer(config, groups, torch.device("cpu"), text.data(config)))
     for number in range(steps):
-        if number:  # the first begins with initial weights of the grid's own
-            grid.begin_with(_share(groups, None if alone is None else alone.steps[number].before))
+        if number:  # the first step begins with the grid's own initial weights
+            grid.begin_with(_share(groups, None if reference is None else reference.steps[number].before))
         ranks = _collect(groups, grid.step())
-        if alone is not None and attempt is not None:
-            _compare(attempt, alone, number, ranks, bounds)
+        if reference is not None and attempt is not None:
+            _compare(attempt, reference, number, ranks, bounds)
         if _share(groups, attempt is not None and bool(attempt.moved or attempt.near_balance)):
             break
     grid.trainer.close()
     return attempt
 
 
-def _compare(attempt: Attempt, alone: Alone, number: int, ranks: Sequence[Seen], bounds: Tolerances) -> None:
-    expected, step = alone.steps[number], number + 1
-    found = list(_differences(alone, number, ranks, bounds))
+def _compare(
+    attempt: Attempt, reference: SingleProcess, number: int, ranks: Sequence[RankStep], bounds: Tolerances
+) -> None:
+    expected, step = reference.steps[number], number + 1
+    found = list(_differences(reference, number, ranks, bounds))
     attempt.differences += found
     if (moved := moved_choices(expected, ranks)) is not None:
         layer, choices = moved
-        near = expected.choices.near(layer, bounds.tie, alone.trainer.config.model.num_experts_per_tok)
-        attempt.moved.append(Moved(step, layer, choices, near, expected.choices.closest()))
+        near = expected.choices.near(layer, bounds.tie, reference.trainer.config.model.num_experts_per_tok)
+        attempt.moved.append(MovedChoices(step, layer, choices, near, expected.choices.closest()))
     elif any(each.departs for each in found):
         attempt.near_balance = expected.choices.near_balance(bounds.tie)
 
 
-def _differences(alone: Alone, number: int, ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
-    expected, step = alone.steps[number], number + 1
-    # In the order in which a step makes them: what departs first is then the cause of what departs later.
+def _differences(
+    reference: SingleProcess, number: int, ranks: Sequence[RankStep], bounds: Tolerances
+) -> Iterator[Difference]:
+    expected, step = reference.steps[number], number + 1
+    # In the order in which a step computes them: the first departure is then the cause of later ones.
     yield from compare_numbers(step, expected, ranks, LOSSES, bounds.loss)
-    yield from compare_gradients(step, alone, ranks, bounds)
+    yield from compare_gradients(step, reference, ranks, bounds)
     yield from compare_numbers(step, expected, ranks, ("grad_norm",), bounds.gradient)
     yield from compare_biases(step, expected, ranks)
-    gradients = merge([seen.gradients for seen in ranks])
-    if gradients.keys() == expected.seen.gradients.keys():
-        state = alone.updated(number, gradients, alone.trainer.config.optim.lr.at(0))
+    gradients = merge([each.gradients for each in ranks])
+    if gradients.keys() == expected.values.gradients.keys():
+        state = reference.updated(number, gradients, reference.trainer.config.optim.lr.at(0))
         yield from compare_state(step, state, ranks, bounds)
     yield from compare_copies(step, ranks)
 
 
 def _with(shrunk: Shrunk, **sections: dict[str, Any]) -> Shrunk:
-    """The same with other values in some sections."""
+    """Return a copy with other values in some sections."""
     tree = plain(shrunk.config)
     for name, values in sections.items():
         tree[name].update(values)
@@ -211,21 +217,21 @@ def _with(shrunk: Shrunk, **sections: dict[str, Any]) -> Shrunk:
 
 def _microbatches(shrunk: Shrunk) -> Iterator[int]:
     config = shrunk.config
-    plan = steps_from(Progress(), config.batch)
-    for _, (_, sequences) in zip(range(config.train.steps or 0), plan, strict=False):
+    steps = steps_from(Progress(), config.batch)
+    for _, (_, sequences) in zip(range(config.train.steps or 0), steps, strict=False):
         yield config.batch.microbatches(sequences, shrunk.layout.dp)
 
 
 def _share(groups: Groups, value: Any) -> Any:
     """Rank 0's value on every rank of the grid."""
-    carried = [value]
-    dist.broadcast_object_list(carried, src=dist.get_global_rank(groups.world, 0), group=groups.world)
-    return carried[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=dist.get_global_rank(groups.world, 0), group=groups.world)
+    return values[0]
 
 
-def _collect(groups: Groups, mine: Seen) -> list[Seen]:
-    """What all ranks have seen, on rank 0."""
-    everyone: list[Any] = [None] * groups.layout.world_size
+def _collect(groups: Groups, own: RankStep) -> list[RankStep]:
+    """The steps of all ranks, on rank 0."""
+    of_ranks: list[Any] = [None] * groups.layout.world_size
     first = dist.get_global_rank(groups.world, 0)
-    dist.gather_object(mine, everyone if groups.rank == 0 else None, dst=first, group=groups.world)
-    return everyone
+    dist.gather_object(own, of_ranks if groups.rank == 0 else None, dst=first, group=groups.world)
+    return of_ranks

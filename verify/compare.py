@@ -1,4 +1,4 @@
-"""Compares what the ranks of a grid made of a step with what a single process made of it."""
+"""Comparison of a step on the ranks of a grid with the same step in a single process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..configs.config import Config
-from .run import Alone, Rows, Seen, Step
+from .run import OwnedRows, RankStep, ReferenceStep, SingleProcess
 
 EXACT = 0.0
 LOSSES = ("loss", "loss_mtp", "loss_balance", "loss_device", "loss_communication")
@@ -20,50 +20,53 @@ CLASSES = ("embedding", "attention", "router", "experts", "shared experts", "den
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far a difference may go, in parts of the single process's figure or of a tensor's largest value."""
+    """Bounds of differences, in parts of the single process's figure or of a tensor's largest value."""
 
     loss: float
     gradient: float
     weight: float
-    """Of master weights, against a single process that steps with the same gradients."""
+    """Bound of master weights, against a single process that steps with the same gradients."""
     moment: float
     tie: float
-    """How far rounding moves a routing score: choices that are closer may come out either way."""
+    """Distance that rounding moves a routing score: closer choices may come out either way."""
 
 
 TOLERANCES = {
     "fp32": Tolerances(loss=1e-5, gradient=1e-5, weight=1e-6, moment=1e-5, tie=2e-6),
-    # Gradients are rounded to BF16 once a micro-batch, and an expert's micro-batch has other rows in other layouts:
+    # Gradients are rounded to BF16 once per micro-batch, and an expert's micro-batch has other rows in other layouts:
     # 2^-8 of an element each time, and 6.4e-3 of a tensor's largest value was seen.
     "bf16": Tolerances(loss=1e-4, gradient=2e-2, weight=1e-6, moment=1e-5, tie=2e-3),
-    # A sum that came out otherwise in its last bit makes another code of eight bits now and then: 2^-4 of an element.
+    # A sum that differs in its last bit becomes another code of eight bits now and then: 2^-4 of an element.
     # With FP32 scales every code of a tile follows the tile's largest value, and in other layouts an expert's tiles
     # hold other tokens: 3.6e-2 was seen.
     "fp8": Tolerances(loss=1e-3, gradient=1e-1, weight=1e-6, moment=1e-5, tie=1e-2),
     "fp8 on fp32": Tolerances(loss=1e-5, gradient=1e-3, weight=1e-6, moment=1e-5, tie=1e-4),
 }
 BF16_REDUCE = 2e-2
-"""Where gradients travel in BF16: each rank's sum of its micro-batches is rounded by up to 2^-9 of an element, and
-3.5e-3 of a tensor's largest value was seen, 8e-3 with weights in BF16."""
+"""Bound of gradients that travel in BF16.
+
+Each rank's sum of its micro-batches is rounded by up to 2^-9 of an element. 3.5e-3 of a tensor's largest value was
+seen, 8e-3 with weights in BF16.
+"""
 
 BF16_MOMENT = 1e-2
-"""Where moments are kept in BF16, a last bit of FP32 may turn into one of BF16."""
+"""Bound of moments that are kept in BF16: a last bit of FP32 may turn into one of BF16."""
 
 
 def precision_name(config: Config) -> str:
-    """What a precision is called here: one of TOLERANCES."""
+    """Name of the precision, one of TOLERANCES."""
     precision = config.precision
     return "fp8 on fp32" if precision.recipe == "fp8" and precision.high == "fp32" else precision.recipe
 
 
 def label(config: Config) -> str:
-    """Which of a configuration's runs this is: the formats that it computes in and adds up gradients from."""
+    """Formats that the configuration computes in and reduces gradients in, in words."""
     name = precision_name(config)
     return f"{name}, reduce bf16" if config.optim.reduce == "bf16" else name
 
 
 def tolerances(config: Config) -> Tolerances:
-    """What is allowed in the configuration's formats."""
+    """Bounds for the configuration's formats."""
     bounds = TOLERANCES[precision_name(config)]
     if config.optim.reduce == "bf16":
         bounds = replace(bounds, gradient=max(bounds.gradient, BF16_REDUCE))
@@ -72,21 +75,21 @@ def tolerances(config: Config) -> Tolerances:
 
 @dataclass(frozen=True)
 class Difference:
-    """One quantity of one step, here and in the single process."""
+    """Difference of one quantity of one step between the grid and the single process."""
 
     step: int
     quantity: str
     name: str
-    """The global tensor's, or the number's."""
+    """Name of the global tensor, or of the number."""
     kind: str
     """One of CLASSES for tensors."""
     largest: float
-    """The largest difference of two elements; infinite where there is something on one side only."""
+    """Largest difference of two elements; infinite where only one side has the quantity."""
     scale: float
-    """The largest value in the single process."""
+    """Largest value in the single process."""
     bound: float
     ranks: tuple[int, ...]
-    """Those that hold it."""
+    """Ranks that hold the quantity."""
 
     @property
     def error(self) -> float:
@@ -100,7 +103,7 @@ class Difference:
 
 
 def parameter_class(name: str) -> str:
-    """Which of CLASSES a global tensor belongs to, by its name."""
+    """Class of a global tensor, one of CLASSES, by its name."""
     if name in ("embedding", "head"):
         return name
     if name.startswith("mtp."):
@@ -115,48 +118,50 @@ def parameter_class(name: str) -> str:
 
 
 def compare_numbers(
-    step: int, expected: Step, ranks: Sequence[Seen], names: Sequence[str], bound: float
+    step: int, expected: ReferenceStep, ranks: Sequence[RankStep], names: Sequence[str], bound: float
 ) -> Iterator[Difference]:
-    """Those of the step's numbers, on the rank where each is furthest off."""
-    everyone = tuple(seen.rank for seen in ranks)
+    """Differences of the step's numbers, each on the rank that is furthest off."""
+    all_ranks = tuple(each.rank for each in ranks)
     for name in names:
-        if name in expected.seen.numbers:
-            number = expected.seen.numbers[name]
-            largest = max(_known(abs(seen.numbers.get(name, math.nan) - number)) for seen in ranks)
-            yield Difference(step, "number", name, name, largest, abs(number), bound, everyone)
+        if name in expected.values.numbers:
+            number = expected.values.numbers[name]
+            largest = max(_known(abs(each.numbers.get(name, math.nan) - number)) for each in ranks)
+            yield Difference(step, "number", name, name, largest, abs(number), bound, all_ranks)
 
 
-def compare_gradients(step: int, alone: Alone, ranks: Sequence[Seen], bounds: Tolerances) -> Iterator[Difference]:
-    """Summed gradients, as backward reaches them: a fault at one place is then the first of those it causes."""
-    expected = alone.steps[step - 1].seen.gradients
-    merged, held = merge([seen.gradients for seen in ranks]), holders(ranks)
-    for name in backward_order(alone.formula):
+def compare_gradients(
+    step: int, reference: SingleProcess, ranks: Sequence[RankStep], bounds: Tolerances
+) -> Iterator[Difference]:
+    """Differences of summed gradients in the order of the backward: a fault comes before those that it causes."""
+    expected = reference.steps[step - 1].values.gradients
+    merged, held = merge([each.gradients for each in ranks]), holders(ranks)
+    for name in backward_order(reference.formula):
         tensor = expected[name].values
         yield difference(step, "gradient", name, merged.get(name), tensor, bounds.gradient, held.get(name, ()))
 
 
-def compare_formula(alone: Alone, bounds: Tolerances) -> Iterator[Difference]:
-    """The single process's gradients of step 1 against plain autograd's."""
-    found = alone.steps[0].seen.gradients
-    for name in backward_order(alone.formula):
-        expected = alone.formula[name]
+def compare_formula(reference: SingleProcess, bounds: Tolerances) -> Iterator[Difference]:
+    """Differences of the single process's gradients of step 1 from those of plain autograd."""
+    found = reference.steps[0].values.gradients
+    for name in backward_order(reference.formula):
+        expected = reference.formula[name]
         yield difference(1, "plain gradient", name, found[name].values, expected, bounds.gradient, (0,))
 
 
-def compare_biases(step: int, expected: Step, ranks: Sequence[Seen]) -> Iterator[Difference]:
-    """Router biases of every rank that holds them, which equal counts make equal to the last bit."""
-    for name, bias in expected.seen.biases.items():
-        copies = {seen.rank: seen.biases[name] for seen in ranks if name in seen.biases}
+def compare_biases(step: int, expected: ReferenceStep, ranks: Sequence[RankStep]) -> Iterator[Difference]:
+    """Differences of router biases on every rank that holds them. Equal counts make them equal to the last bit."""
+    for name, bias in expected.values.biases.items():
+        copies = {each.rank: each.biases[name] for each in ranks if name in each.biases}
         worst = max(copies, key=lambda rank: _off(copies[rank], bias), default=None)
         found = None if worst is None else copies[worst]
         yield difference(step, "bias", name, found, bias, EXACT, tuple(copies))
 
 
 def compare_state(
-    step: int, expected: Mapping[str, Tensor], ranks: Sequence[Seen], bounds: Tolerances
+    step: int, expected: Mapping[str, Tensor], ranks: Sequence[RankStep], bounds: Tolerances
 ) -> Iterator[Difference]:
-    """Master weights and moments after the step, against `expected`, made of the same gradients."""
-    merged, held = merge([seen.state for seen in ranks]), holders(ranks)
+    """Differences of master weights and moments after the step from `expected`, made of the same gradients."""
+    merged, held = merge([each.state for each in ranks]), holders(ranks)
     for quantity, bound in (("weight", bounds.weight), ("exp_avg", bounds.moment), ("exp_avg_sq", bounds.moment)):
         prefix = "weights." if quantity == "weight" else f"{quantity}."
         for full_name, tensor in expected.items():
@@ -165,11 +170,11 @@ def compare_state(
                 yield difference(step, quantity, name, merged.get(full_name), tensor, bound, held.get(name, ()))
 
 
-def compare_copies(step: int, ranks: Sequence[Seen]) -> Iterator[Difference]:
-    """Every rank's copy of a weight against the master weights, rounded: replicas are equal to the last bit."""
-    masters, held = merge([seen.state for seen in ranks]), holders(ranks)
+def compare_copies(step: int, ranks: Sequence[RankStep]) -> Iterator[Difference]:
+    """Differences of every rank's copy of a weight from the rounded master weight, which replicas equal bit for bit."""
+    masters, held = merge([each.state for each in ranks]), holders(ranks)
     for name, at in held.items():
-        copies = {seen.rank: seen.copies[name] for seen in ranks if name in seen.copies}
+        copies = {each.rank: each.copies[name] for each in ranks if name in each.copies}
         expected = masters[f"weights.{name}"]
         for rank in at:
             copy = copies[rank]
@@ -180,21 +185,21 @@ def compare_copies(step: int, ranks: Sequence[Seen]) -> Iterator[Difference]:
             yield Difference(step, "copy", name, parameter_class(name), 0.0, float(expected.abs().max()), EXACT, at)
 
 
-def moved_choices(expected: Step, ranks: Sequence[Seen]) -> tuple[int, int] | None:
-    """The first MoE layer whose experts were sent other numbers of tokens, and how many went elsewhere.
+def moved_choices(expected: ReferenceStep, ranks: Sequence[RankStep]) -> tuple[int, int] | None:
+    """The first MoE layer whose experts were sent other numbers of tokens, and how many choices moved there.
 
-    What a layer before it did otherwise moves tokens too, so only the first says how it came about.
+    A difference in one layer moves tokens in later layers too, so only the first layer shows the cause.
     """
-    found = torch.stack([seen.counts for seen in ranks]).sum(0)
-    off = (found - expected.seen.counts).abs().sum(1)
+    found = torch.stack([each.counts for each in ranks]).sum(0)
+    off = (found - expected.values.counts).abs().sum(1)
     if not bool(off.any()):
         return None
     layer = int(off.nonzero()[0])
     return layer, -(-int(off[layer]) // 2)
 
 
-def merge(parts: Sequence[Mapping[str, Rows]]) -> dict[str, Tensor]:
-    """Whole tensors from the rows that the ranks own; NaN where nobody owns a row, or several do."""
+def merge(parts: Sequence[Mapping[str, OwnedRows]]) -> dict[str, Tensor]:
+    """Whole tensors from the rows that the ranks own; NaN where no rank or several own a row."""
     owners: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
     for part in parts:
@@ -209,19 +214,19 @@ def merge(parts: Sequence[Mapping[str, Rows]]) -> dict[str, Tensor]:
     return whole
 
 
-def holders(ranks: Sequence[Seen]) -> dict[str, tuple[int, ...]]:
-    """For every global tensor the ranks that have a copy of it."""
+def holders(ranks: Sequence[RankStep]) -> dict[str, tuple[int, ...]]:
+    """Ranks that have a copy, of every global tensor."""
     held: dict[str, tuple[int, ...]] = {}
-    for seen in ranks:
-        for name in seen.copies:
-            held[name] = (*held.get(name, ()), seen.rank)
+    for each in ranks:
+        for name in each.copies:
+            held[name] = (*held.get(name, ()), each.rank)
     return held
 
 
 def backward_order(names: Iterable[str]) -> list[str]:
-    """Global tensors, given in the order of the model's modules, from what backward reaches first to the embedding."""
+    """Global tensors in the order in which the backward reaches them, from the order of the model's modules."""
 
-    def place(name: str) -> tuple[int, int]:
+    def position(name: str) -> tuple[int, int]:
         first, _, rest = name.partition(".")
         order = {"mtp": 0, "head": 1, "norm": 2, "layers": 3, "embedding": 4}
         number = rest.partition(".")[0]
@@ -229,14 +234,14 @@ def backward_order(names: Iterable[str]) -> list[str]:
 
     ordered = [*names]
     ordered.reverse()
-    ordered.sort(key=place)
+    ordered.sort(key=position)
     return ordered
 
 
 def difference(
     step: int, quantity: str, name: str, found: Tensor | None, expected: Tensor, bound: float, ranks: tuple[int, ...]
 ) -> Difference:
-    """Of two tensors, the largest difference of their elements beside the largest value of the expected one."""
+    """Largest difference of the elements of two tensors, with the largest value of the expected one."""
     largest = math.inf if found is None else _off(found, expected)
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     return Difference(step, quantity, name, parameter_class(name), largest, scale, bound, ranks)

@@ -1,4 +1,4 @@
-"""Which small grid of ranks stands for a large one, and how many micro-batches for many. Pure arithmetic."""
+"""Small grids of ranks that stand for large ones, and few micro-batches that stand for many. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..parallel.schedule.choose import generate, schedule_name
 from ..settings import UsageError
 
 MOST_RANKS = 8
-"""Processes that are started where `--nproc` does not say how many."""
+"""Largest number of processes where `--nproc` gives none."""
 
 STEADY = 3
-"""Micro-batches of a rank of the pipeline that are enough for every schedule to reach its steady state."""
+"""Micro-batches per pipeline rank with which every schedule reaches its steady state."""
 
 
 class Grid(NamedTuple):
-    """Ranks along each axis. `edp` is None where the world decides."""
+    """Ranks along each axis. `edp` is None where it follows from the number of processes."""
 
     pp: int
     ep: int
@@ -45,7 +45,7 @@ class Pipeline:
     options: dict[str, Any]
 
     def schedule(self, wanted: int) -> Schedule | None:
-        """With `wanted` micro-batches, or the next larger number that it takes; None where it refuses all."""
+        """Return it with `wanted` micro-batches or the next larger number that it takes; None where it refuses all."""
         for count in range(wanted, wanted + 4 * self.ranks + 1):
             try:
                 return generate(self.name, self.ranks, count, self.options)
@@ -64,7 +64,7 @@ def pipeline_of(config: Config, ranks: int) -> Pipeline:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a schedule asks of those who run it, whatever its size."""
+    """Properties of a schedule that do not depend on its size."""
 
     forms: frozenset[str]
     """Kinds of its actions, alone and in pairs: `F`, `F+B`."""
@@ -79,31 +79,31 @@ class Structure:
             for actions in schedule.actions
             for action in actions
         }
-        return cls(frozenset(forms), frozenset(map(len, schedule.placement)), schedule.num_stages > 2)
+        return cls(frozenset(forms), frozenset(map(len, schedule.stages_of_rank)), schedule.num_stages > 2)
 
 
 def choose_grid(config: Config, nproc: int | None) -> Grid:
     """The grid for at most `nproc` processes, or for as few as show the topology if it is None (8 at most).
 
-    In this order it keeps: every axis above 1 that is; pp rather than ep rather than edp; every form of action of the
-    schedule and its stages a rank; a stage in the middle. With `nproc` given it is then the largest. Where dp is auto,
-    experts get two replicas if there is room.
+    In this order the grid keeps: all axes above 1; pp rather than ep rather than edp; all forms of actions of the
+    schedule and its stages per rank; a stage in the middle. With `nproc` given it is then the largest such grid. Where
+    dp is auto, experts get two replicas if there is room.
     """
     most = MOST_RANKS if nproc is None else nproc
-    yours = grid_of(config)
-    whole = pipeline_of(config, yours.pp).schedule(STEADY * yours.pp)
+    configured = grid_of(config)
+    whole = pipeline_of(config, configured.pp).schedule(STEADY * configured.pp)
     assert whole is not None, "the configuration was checked"
-    aim = Structure.of(whole)
+    wanted = Structure.of(whole)
 
     def kept(grid: Grid) -> tuple[Any, ...]:
-        axes = [(mine or 2) == 1 or (here or 1) > 1 for mine, here in zip(yours, grid, strict=True)]
+        axes = [(size or 2) == 1 or (here or 1) > 1 for size, here in zip(configured, grid, strict=True)]
         schedule = pipeline_of(config, grid.pp).schedule(STEADY * grid.pp)
         assert schedule is not None
         found = Structure.of(schedule)
-        same = found.forms == aim.forms and found.stages_per_rank == aim.stages_per_rank
-        return sum(axes), axes, same, found.middle == aim.middle
+        same = found.forms == wanted.forms and found.stages_per_rank == wanted.stages_per_rank
+        return sum(axes), axes, same, found.middle == wanted.middle
 
-    grids = list(_grids(config, yours, most))
+    grids = list(_grids(config, configured, most))
     best = max(map(kept, grids))
     candidates = [grid for grid in grids if kept(grid) == best]
     if nproc is None:
@@ -112,50 +112,50 @@ def choose_grid(config: Config, nproc: int | None) -> Grid:
 
 
 def missing(config: Config, grid: Grid) -> list[str]:
-    """In words, what of the configured topology `grid` has no room for."""
-    yours = grid_of(config)
+    """Properties of the configured topology that `grid` has no room for, in words."""
+    configured = grid_of(config)
     names = ("pp", "ep", "edp")
     lost = [
-        f"{name} {mine or 'auto'} is 1 here"
-        for name, mine, here in zip(names, yours, grid, strict=True)
-        if (mine or 2) > 1 and (here or 1) == 1
+        f"{name} {size or 'auto'} is 1 here"
+        for name, size, here in zip(names, configured, grid, strict=True)
+        if (size or 2) > 1 and (here or 1) == 1
     ]
     if grid.pp == 1:
         return lost
-    aim, found = (pipeline_of(config, ranks).schedule(STEADY * ranks) for ranks in (yours.pp, grid.pp))
-    assert aim is not None and found is not None
-    gone = Structure.of(aim).forms - Structure.of(found).forms
+    wanted, found = (pipeline_of(config, ranks).schedule(STEADY * ranks) for ranks in (configured.pp, grid.pp))
+    assert wanted is not None and found is not None
+    gone = Structure.of(wanted).forms - Structure.of(found).forms
     lost += [f"the schedule has no {' or '.join(sorted(gone))} here"] if gone else []
-    lost += ["no stage lies between the first and the last"] if aim.num_stages > 2 >= found.num_stages else []
+    lost += ["no stage lies between the first and the last"] if wanted.num_stages > 2 >= found.num_stages else []
     return lost
 
 
 def choose_microbatches(config: Config, grid: Grid) -> dict[str, int]:
     """Micro-batches of a pipeline, `global_sequences` for the full batch and `ramp.start` for a ramp's first.
 
-    As many for each pipeline rank as the configuration has, up to what reaches the steady state of the schedule.
+    Each pipeline rank gets as many as in the configuration, up to the number that reaches the schedule's steady state.
     """
-    yours, batch = grid_of(config), config.batch
+    configured, batch = grid_of(config), config.batch
     pipeline = pipeline_of(config, grid.pp)
     counts = {}
     for name, sequences in config.batch.sizes().items():
         if name == "ramp.increment":
             continue
-        given = STEADY * yours.pp  # with dp auto any number is possible
-        if yours.edp is not None:
-            given = sequences // (yours.ep * yours.edp * batch.micro_sequences)
-        wanted = max(1, round(min(float(STEADY), given / yours.pp) * grid.pp))
+        given = STEADY * configured.pp  # with dp auto any number is possible
+        if configured.edp is not None:
+            given = sequences // (configured.ep * configured.edp * batch.micro_sequences)
+        wanted = max(1, round(min(float(STEADY), given / configured.pp) * grid.pp))
         schedule = pipeline.schedule(wanted)
         assert schedule is not None, (pipeline, wanted)
         counts[name] = schedule.num_microbatches
     return counts
 
 
-def _grids(config: Config, yours: Grid, most: int) -> Iterator[Grid]:
+def _grids(config: Config, configured: Grid, most: int) -> Iterator[Grid]:
     """Every smaller grid of up to `most` ranks that the schedule runs on; an axis of 1 stays."""
-    for pp in range(1, min(yours.pp, most) + 1):
+    for pp in range(1, min(configured.pp, most) + 1):
         if pipeline_of(config, pp).schedule(STEADY * pp) is None:
             continue
-        for ep in (ep for ep in range(1, min(yours.ep, most // pp) + 1) if yours.ep % ep == 0):
+        for ep in (ep for ep in range(1, min(configured.ep, most // pp) + 1) if configured.ep % ep == 0):
             room = most // (pp * ep)
-            yield from (Grid(pp, ep, edp) for edp in range(1, min(yours.edp or room, room) + 1))
+            yield from (Grid(pp, ep, edp) for edp in range(1, min(configured.edp or room, room) + 1))

@@ -1,4 +1,4 @@
-"""What `counterflow verify` prints: in 80 columns for a person, or as plain data."""
+"""Text of `counterflow verify` in 80 columns for a person, and its plain data for programs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..configs.config import Config
 from ..report.text.lines import WIDTH, wrap_row
 from ..report.text.numbers import count, plural
 from ..report.text.table import align
-from .check import MOST_SEEDS, Attempt, Moved, Outcome
+from .check import MOST_SEEDS, Attempt, MovedChoices, Outcome
 from .compare import CLASSES, Difference
 from .grid import grid_of
 from .shrink import Shrunk
 
 INDENT = 14  # columns before the texts of rows
 MOST_COLUMNS = 5
-"""Steps that have a column of their own; of more, the one that is furthest off is shown."""
+"""Largest number of steps that have a column each; of more steps the one that is furthest off is shown."""
 
 NUMBERS = {
     "loss": "loss",
@@ -40,7 +40,7 @@ QUANTITIES = {
 
 
 def heading(config: Config, shrunk: Shrunk) -> str:
-    """What stands for what: the keys that are others here, and what stays."""
+    """The small run: keys whose values differ from the configuration's, and properties that stay."""
     ranks = shrunk.layout.world_size
     steps = shrunk.config.train.steps
     assert steps is not None, "a shrunk run has a number of steps"
@@ -64,7 +64,7 @@ def heading(config: Config, shrunk: Shrunk) -> str:
 
 
 def body(outcomes: Sequence[Outcome], ranks: int) -> str:
-    """The table of every precision, and what was found."""
+    """Tables of all precisions, and the verdicts."""
     parts = [wrap_row("text", outcomes[0].origin, INDENT)]
     for outcome in outcomes:
         parts += [_ties(outcome), _table(outcome, ranks)]
@@ -124,7 +124,7 @@ def _finite(value: float) -> float | None:
 
 
 def _kept(config: Config, shrunk: Shrunk) -> list[str]:
-    """What of the topology is as in the configuration."""
+    """Properties of the topology that are as in the configuration."""
     model, parallel = config.model, config.parallel
     changed = {change.key for change in shrunk.changes}
     options = "".join(f" {name}={value}" for name, value in parallel.schedule_options.items())
@@ -200,7 +200,7 @@ def _legend(ranks: int) -> str:
 
 
 def _ties(outcome: Outcome) -> list[str]:
-    """What became of seeds that were given up."""
+    """Reasons why seeds were given up."""
     lines = []
     for attempt in outcome.attempts[:-1]:
         what = _why_unsure(attempt)
@@ -219,7 +219,7 @@ def _why_unsure(attempt: Attempt) -> str:
     )
 
 
-def _describe(moved: Moved) -> str:
+def _describe(moved: MovedChoices) -> str:
     return (
         f"in step {moved.step}, MoE layer {moved.layer}, {count(moved.choices, 'choice')} of experts came out "
         f"otherwise; rounding can move {moved.near} there (the closest scores are {moved.closest:.1e} apart)"

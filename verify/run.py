@@ -1,4 +1,4 @@
-"""What a step of training leaves behind on a rank, and the single process that it is compared with.
+"""A step of training as one rank has it afterwards, and the single process that grids are compared with.
 
 L MoE layers, E experts, K top-k, T tokens.
 """
@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from ..configs.config import Config
 from ..data.loader import Loader
 from ..model.kernels import Kernels
-from ..model.naming import initialise, placements
+from ..model.naming import initialise, local_parameters
 from ..model.router import Router
 from ..model.transformer import Transformer
 from ..parallel.groups import Groups
+from ..parallel.optimizer.bucket import DTYPES
 from ..plan.steps import Progress, steps_from
-from ..training.build import DTYPES
 from ..training.dispatch import make_dispatcher
 from ..training.objective import dropping_of
 from ..training.trainer import Trainer
@@ -35,99 +35,105 @@ State = dict[str, Tensor]
 
 
 @dataclass
-class Rows:
+class OwnedRows:
     """The consecutive rows of a global tensor that a rank owns."""
 
     start: int
     shape: tuple[int, ...]
-    """Of the global tensor."""
+    """Shape of the global tensor."""
     values: Tensor
 
     @classmethod
-    def of(cls, tensor: DTensor) -> Rows:
+    def of(cls, tensor: DTensor) -> OwnedRows:
         return cls(_first_row(tensor), tuple(tensor.shape), tensor.to_local().detach().clone())
 
 
 @dataclass
-class Seen:
-    """What one rank has at the end of a step."""
+class RankStep:
+    """Values of one rank at the end of a step."""
 
     rank: int
     numbers: dict[str, float]
-    gradients: dict[str, Rows]
-    state: dict[str, Rows]
+    gradients: dict[str, OwnedRows]
+    state: dict[str, OwnedRows]
     """Master weights and moments."""
     copies: dict[str, Tensor]
-    """The global tensors in this rank's parameters, in the format of the recipe."""
+    """Global tensors in this rank's parameters, in the format of the recipe."""
     biases: dict[str, Tensor]
     counts: Tensor
     """`[L, E]` tokens that this rank's routers sent to each expert."""
 
 
 @dataclass
-class Choices:
-    """How near a router's choices in a step were to coming out otherwise, by MoE layer."""
+class ChoiceGaps:
+    """Gaps between the scores of the last chosen and the first not chosen, in a step."""
 
     gaps: dict[int, list[Tensor]] = field(default_factory=dict)
+    """`[3, T]` by MoE layer, one tensor per micro-batch, see `choice_gaps`."""
 
     def closest(self) -> float:
+        """Least gap of all; infinite for a model without experts."""
         return min((float(gap.min()) for gaps in self.gaps.values() for gap in gaps), default=float("inf"))
 
     def near(self, layer: int, bound: float, top_k: int) -> int:
-        """How many experts of a layer's tokens the choices move whose last chosen and first not chosen scores are
-        `bound` apart or less: one each, and all K of a token where it is a choice of groups."""
-        near = sum(((gap[:2] <= bound).sum(1) for gap in self.gaps.get(layer, [])), torch.zeros(2, dtype=torch.int64))
-        return int(near[0]) * top_k + int(near[1])
+        """Experts of a layer's tokens that choices with gaps of `bound` or less can move.
+
+        A choice of experts moves one, a choice of groups all K of its token.
+        """
+        groups, experts = sum(
+            ((gap[:2] <= bound).sum(1) for gap in self.gaps.get(layer, [])), torch.zeros(2, dtype=torch.int64)
+        )
+        return int(groups) * top_k + int(experts)
 
     def near_balance(self, bound: float) -> int:
-        """As near choices of the experts that the balance loss counts, of all layers; they move no token."""
+        """Choices with such gaps among the experts that the balance loss counts, of all layers. They move no token."""
         return sum(int((gap[2] <= bound).sum()) for gaps in self.gaps.values() for gap in gaps)
 
 
 @dataclass
-class Step:
-    """A step of the single process: the state it began with, and what it made."""
+class ReferenceStep:
+    """A step of the single process: the state before, and the values after."""
 
     before: State
-    seen: Seen
-    choices: Choices
+    values: RankStep
+    choices: ChoiceGaps
 
 
-class Watched:
-    """A trainer whose routers are watched."""
+class ObservedTrainer:
+    """A trainer with hooks on its routers."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
-    def step(self, choices: Choices | None = None) -> Seen:
-        """Train a step; `choices` is filled in if given."""
+    def step(self, choices: ChoiceGaps | None = None) -> RankStep:
+        """Train a step; gaps are added to `choices` if given."""
         trainer = self.trainer
-        with _routers_watched(trainer, choices) as counts:
+        with _observed_routers(trainer, choices) as counts:
             metrics = trainer.step()
         optimizer = trainer.optimizer
         optimizer.finish_gathers()
         placed = trainer.model.placed()
-        return Seen(
+        return RankStep(
             rank=trainer.groups.rank,
             numbers={
                 name: value
                 for name in NUMBERS
                 if (value := getattr(metrics, name)) is not None and name not in _unused(trainer.config)
             },
-            gradients={name: Rows.of(tensor) for name, tensor in optimizer.reduced_gradients().items()},
-            state={name: Rows.of(tensor) for name, tensor in optimizer.state().items()},
+            gradients={name: OwnedRows.of(tensor) for name, tensor in optimizer.reduced_gradients().items()},
+            state={name: OwnedRows.of(tensor) for name, tensor in optimizer.state().items()},
             copies={n: t.clone() for item in placed for n, t in zip(item.names, item.tensors(), strict=True)},
             biases={name: bias.clone() for name, bias, _ in trainer.model.biases()},
             counts=counts,
         )
 
     def state(self) -> State:
-        """A copy of what the next step begins with; for a single process, which has all of it."""
+        """A copy of the state that the next step begins with; for a single process, which has whole tensors."""
         biases = {name: bias.clone() for name, bias, _ in self.trainer.model.biases()}
         return {name: t.to_local().clone() for name, t in self.trainer.optimizer.state().items()} | biases
 
     def begin_with(self, state: State) -> None:
-        """Go on from `state` instead, whatever part of it this rank holds."""
+        """Continue from `state`, of which this rank takes its part."""
         for name, tensor in self.trainer.optimizer.state().items():
             local, start = tensor.to_local(), _first_row(tensor)
             local.copy_(state[name][start : start + local.shape[0]])
@@ -136,10 +142,10 @@ class Watched:
         self.trainer.optimizer.publish()
 
 
-class Alone(Watched):
-    """The single process: every step of it, with plain autograd's gradients of the first.
+class SingleProcess(ObservedTrainer):
+    """The single process: all its steps, and plain autograd's gradients of the first.
 
-    `partial_sums` as in `build_model`: where the layout rounds partial sums of what experts make, so does this.
+    `partial_sums` as in `build_model`: this process rounds partial sums of experts' outputs where the layout does.
     """
 
     def __init__(
@@ -147,19 +153,19 @@ class Alone(Watched):
     ) -> None:
         trainer = Trainer(config, groups, torch.device("cpu"), text.data(config), partial_sums=partial_sums)
         super().__init__(trainer)
-        self.steps: list[Step] = []
+        self.steps: list[ReferenceStep] = []
         self.formula = plain_gradients(config, groups, text, partial_sums)
         for _ in range(steps):
-            before, choices = self.state(), Choices()
-            self.steps.append(Step(before, self.step(choices), choices))
+            before, choices = self.state(), ChoiceGaps()
+            self.steps.append(ReferenceStep(before, self.step(choices), choices))
         self.trainer.close()
 
     def updated(self, number: int, gradients: Mapping[str, Tensor], lr: float) -> State:
-        """What its optimizer makes of other gradients in step `number` (from 0)."""
+        """State after step `number` (from 0) with other gradients."""
         optimizer = self.trainer.optimizer
         self.begin_with(self.steps[number].before)
         optimizer.steps = number
-        optimizer.zero_gradients()
+        optimizer.begin_step()
         for name, accumulated in optimizer.gradients().items():
             accumulated.copy_(gradients[name].view_as(accumulated))
         optimizer.step(lr, optimizer.reduce_gradients())
@@ -167,7 +173,7 @@ class Alone(Watched):
 
 
 def _unused(config: Config) -> set[str]:
-    """Losses that are measured, but have no weight in this run."""
+    """Losses that are measured but have no weight in this run."""
     weights = {"loss_device": config.balance.device_loss, "loss_communication": config.balance.communication_loss}
     return {name for name, weight in weights.items() if not weight}
 
@@ -177,8 +183,8 @@ def plain_gradients(
 ) -> dict[str, Tensor]:
     """Gradients of the first step by plain autograd on the whole model, by global name, FP32.
 
-    Neither schedule nor executor, cut graph, recomputation nor optimizer takes part, only the model's own forward on
-    one micro-batch after another.
+    The model's own forward runs on one micro-batch after another. No schedule, executor, cut graph, recomputation or
+    optimizer takes part.
     """
     model = config.model
     experts, recipe = range(model.n_routed_experts), config.precision.make()
@@ -214,21 +220,21 @@ def plain_gradients(
     by_parameter = dict(zip(parameters, sums, strict=True))
     return {
         name: tensor
-        for item in placements(network)
+        for item in local_parameters(network)
         for name, tensor in zip(item.names, item.tensors(by_parameter[item.parameter]), strict=True)
     }
 
 
 def _first_row(tensor: DTensor) -> int:
-    """Where the rows of a tensor sharded over one mesh dimension begin on this rank."""
+    """First row on this rank of a tensor that is sharded over one mesh dimension."""
     mesh = tensor.device_mesh
     rows = -(-tensor.shape[0] // mesh.size())
     return min(int(tensor.shape[0]), rows * mesh.get_local_rank())
 
 
 @contextmanager
-def _routers_watched(trainer: Trainer, choices: Choices | None) -> Iterator[Tensor]:
-    """Within it routers add what they count to the tensor yielded: not what the trainer makes of it."""
+def _observed_routers(trainer: Trainer, choices: ChoiceGaps | None) -> Iterator[Tensor]:
+    """Count tokens `[L, E]` by hooks on the routers, independently of the trainer's own counts."""
     model = trainer.config.model
     counts = torch.zeros(model.num_moe_layers, model.n_routed_experts, dtype=torch.int64)
     routers = trainer.model.routers()
@@ -250,8 +256,10 @@ def _routers_watched(trainer: Trainer, choices: Choices | None) -> Iterator[Tens
 
 @torch.no_grad()
 def choice_gaps(router: Router, x: Tensor) -> Tensor:
-    """`[3, T]`: by how much each of the router's choices for x `[B, S, H]` was made, of groups, of experts, and of the
-    unbiased experts that the balance loss counts."""
+    """Gaps `[3, T]` of a router's choices for x `[B, S, H]`.
+
+    They are of the choices of groups, of experts, and of the unbiased experts that the balance loss counts.
+    """
     config, top_k = router.config, router.config.num_experts_per_tok
     scores = router.scores(x).flatten(0, 1)
     grouped = router.biased(scores).unflatten(1, (config.n_group, -1))
@@ -263,7 +271,7 @@ def choice_gaps(router: Router, x: Tensor) -> Tensor:
 
 
 def _gaps(scores: Tensor, chosen: int) -> Tensor:
-    """Difference between the last chosen and the first not chosen, of each row; infinite where all are chosen."""
+    """Gap between the last chosen score and the first not chosen, of each row; infinite where all are chosen."""
     if chosen == scores.shape[1]:
         return scores.new_full(scores.shape[:1], float("inf"))
     best = scores.topk(chosen + 1, -1).values

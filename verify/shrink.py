@@ -37,11 +37,11 @@ TOP_K = 8
 BUCKET_MB = 0.05
 TIMEOUT = 120.0
 LOGIT_SPREAD = 0.5
-"""Least standard deviation of a router's logits at the start: scores that lie close together are near ties."""
+"""Least standard deviation of a router's logits at the start, because close scores are near ties."""
 
 
 class Change(NamedTuple):
-    """A key that is another here than in the configuration; `why` is empty where it is only smaller."""
+    """A key whose value differs from the configuration's; `why` is empty where the value is only smaller."""
 
     key: str
     yours: Any
@@ -57,9 +57,9 @@ class Shrunk:
     layout: Layout
     changes: tuple[Change, ...]
     lost: tuple[str, ...]
-    """What of the topology these ranks have no room for, in words."""
+    """Properties of the topology that these ranks have no room for, in words."""
 
-    def alone(self) -> Config:
+    def single_process(self) -> Config:
         """The same model and data for a single process: no pipeline, no groups."""
         tree = plain(self.config)
         tree["parallel"] = {"timeout": TIMEOUT, "dp": 1}
@@ -69,7 +69,7 @@ class Shrunk:
 def shrink(config: Config, nproc: int | None = None, steps: int = 2) -> Shrunk:
     """The small run for at most `nproc` processes, by default as few as show the topology.
 
-    Raises UsageError where no process is allowed, no step is asked for, or the vocabulary cannot hold bytes.
+    Raises UsageError where `nproc` or `steps` is below 1, or the vocabulary cannot hold bytes.
     """
     if nproc is not None and nproc < 1:
         raise UsageError(f"--nproc is {nproc}: it must be at least 1")
@@ -103,7 +103,7 @@ def shrink(config: Config, nproc: int | None = None, steps: int = 2) -> Shrunk:
 
 
 class _Edits:
-    """A configuration as plain data that is being changed, and what was changed."""
+    """A configuration as plain data, and the changes made to it."""
 
     def __init__(self, config: Config) -> None:
         self.tree: dict[str, Any] = plain(config)
@@ -115,7 +115,7 @@ class _Edits:
             self.changes.append(Change(path, before, value, why))
 
     def quietly(self, path: str, value: Any) -> Any:
-        """Change what makes no difference to what is verified, and say nothing; returns what it was."""
+        """Change a key without recording it, where verification does not depend on it; returns the value before."""
         *sections, name = path.split(".")
         tree = self.tree
         for section in sections:
@@ -143,15 +143,15 @@ def _shrink_parallel(config: Config, grid: Grid, edits: _Edits) -> None:
 
 
 def _shrink_layers(config: Config, edits: _Edits) -> None:
-    """A layer on every stage and one more somewhere, the dense ones besides; an explicit split keeps its form."""
-    model, yours = config.model, config.parallel.split
+    """Keep a layer per stage, one more, and the dense layers; an explicit split keeps its form."""
+    model, configured = config.model, config.parallel.split
     schedule = pipeline_of(config, edits.tree["parallel"]["pp"]).schedule(edits.tree["parallel"]["pp"])
     assert schedule is not None
     stages = schedule.num_stages
     dense = min(model.first_k_dense_replace, DENSE_LAYERS)
     layers = min(model.num_hidden_layers, stages + dense + 1)
-    if yours != "balanced":
-        split = resize_split(yours, stages)
+    if configured != "balanced":
+        split = resize_split(configured, stages)
         layers = sum(split)
         edits.set("parallel.split", split)
     if model.first_k_dense_replace >= model.num_hidden_layers:
@@ -175,18 +175,18 @@ def resize_split(sizes: tuple[int, ...], stages: int) -> list[int]:
 
 def _shrink_widths(model: ModelConfig, edits: _Edits) -> None:
     for name, width in WIDTHS.items():
-        if (yours := getattr(model, name)) is not None:
-            edits.set(f"model.{name}", min(yours, width))
+        if (configured := getattr(model, name)) is not None:
+            edits.set(f"model.{name}", min(configured, width))
     edits.set("model.vocab_size", ByteTokenizer().vocab_size, "bytes")
     hidden = edits.tree["model"]["hidden_size"]
-    # The spread of what a matrix makes of its input goes with std x sqrt(width).
+    # The spread of a matrix's outputs is proportional to std x sqrt(width).
     std = model.initializer_range * math.sqrt(model.hidden_size / hidden)
     std = float(f"{max(std, LOGIT_SPREAD / math.sqrt(hidden)):.2g}")
     edits.set("model.initializer_range", std, "for these widths")
 
 
 def _shrink_experts(config: Config, grid: Grid, edits: _Edits) -> None:
-    """As few experts as leave the router and every rank a choice; groups, shared experts and what is usable stay."""
+    """Keep as few experts as leave the router and every rank a choice; groups and shared experts stay."""
     model = config.model
     experts, groups = model.n_routed_experts, model.n_group
     top_k = min(model.num_experts_per_tok, TOP_K)
@@ -221,7 +221,7 @@ def _shrink_batch(config: Config, grid: Grid, edits: _Edits) -> None:
 
 
 def _make_constant(config: Config, edits: _Edits) -> None:
-    """A warm-up is longer than this run: without the largest value there would be nothing to see."""
+    """Set schedules to their largest value: a warm-up is longer than this run, which would begin with zeros."""
     schedules: Mapping[str, TokenSchedule] = {
         "optim.lr": config.optim.lr,
         "balance.bias_update_speed": config.balance.bias_update_speed,

@@ -1,4 +1,4 @@
-"""A little text to verify a run on: the beginning of the configured one, or of the running Python's own library."""
+"""A little text to verify a run on: the beginning of the configured text, or of the running Python's own library."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ..settings import UsageError
 
 ENOUGH_BYTES = 1 << 16
 LARGEST_FILE = 1 << 22
-"""Files above this are not read for the sake of their beginning."""
+"""Size in bytes above which a file is not read for its beginning."""
 
 MOST_ENTRIES = 20_000
-"""A folder with more files than this is not listed."""
+"""Number of files above which a folder is not listed."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Text:
     tokens: NDArray[np.uint16]
     offsets: NDArray[np.int64]
     origin: str
-    """Where it is from, in words."""
+    """Origin of the text, in words."""
 
     def data(self, config: Config) -> Data:
-        """The samples of a run on it; order and seed are the configuration's."""
+        """Samples of a run on this text; order and seed are the configuration's."""
         length, extra = config.batch.sequence_length, 1 + config.model.num_nextn_predict_layers
         train = PackedDataset(self.tokens, self.offsets, length, extra, config.run.seed)
         held_out = OrderedDataset(self.tokens, length, extra)
@@ -45,7 +45,7 @@ class Text:
 
 
 def open_text(config: DataConfig) -> Text:
-    """The first documents of the configured text if it can be opened at little cost, else of the built-in one."""
+    """The first documents of the configured text if opening it costs little, else of the built-in text."""
     if config.source != "builtin":
         assert config.path is not None
         reason = _too_many(Path(config.path).expanduser())
@@ -66,7 +66,7 @@ def _too_many(root: Path) -> str:
 
 
 def _read(source: Source, origin: str) -> Text:
-    """Raises UsageError where there is not enough to read."""
+    """Read the first documents. Raises UsageError where there is not enough text."""
     files = tuple(file for file in source.files if file.size <= LARGEST_FILE)
     tokenizer = ByteTokenizer()
     end = np.array([tokenizer.end_of_document], dtype=np.uint16)
@@ -85,5 +85,5 @@ def _read(source: Source, origin: str) -> Text:
 
 def _documents(source: Source) -> Iterator[bytes]:
     for document in source.documents():
-        # No single document is all there is: their ends are part of what is verified.
+        # Ends of documents are verified too, so no document may fill the text.
         yield document.read()[: ENOUGH_BYTES // 8]

@@ -1,0 +1,1 @@
+"""DeepEP behind the dispatcher's interface."""

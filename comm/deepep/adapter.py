@@ -1,10 +1,10 @@
-"""Token dispatch by DeepEP's kernels, as one more `RoutedDispatcher`.
+"""Token dispatch by DeepEP's kernels, a `RoutedDispatcher` like the others.
 
-What arrives at a rank is one row a token, whatever the number of its experts there, with their local numbers; rows of
-experts are made of it and summed again here, as in the second hop of `comm/two_hop.py`.
+One row per token arrives at a rank, whatever the number of the token's experts there, with the local numbers of these
+experts. The experts' rows are made of it and summed again here, as in the second hop of `comm/two_hop.py`.
 
     dispatch            dispatch                                  new handle
-    dispatch backward   combine of the rows' gradients, with those of the gate weights
+    dispatch backward   combine of the rows' gradients and of the gate weights' gradients
     combine             combine, a plain sum
     combine backward    dispatch with the handle: the CPU waits for nothing
 
@@ -25,18 +25,17 @@ from ...fp8.quantize import BlockQuantized
 from ...fp8.tensor_formats import SIDE, WIRE_FORMAT
 from ...settings import UsageError
 from ..expand import Expansion
-from ..hops import Hops, InFlight
-from ..meter import Meter
-from ..routed import Arrived, Returned, RoutedDispatcher
-from ..wire import Direction, FP8Wire, Rows, WireFormat
+from ..hops import Hops
+from ..routed import Arrived, DispatchOptions, Returned, RoutedDispatcher
+from ..wire import Decoded, Direction, FP8Wire
 from .buffers import Buffer, Payload
-from .crossings import BESIDES, Crossings
+from .crossings import BYTES_PER_CHOICE, Crossings
 
 
 class DeepEPDispatcher(RoutedDispatcher):
     """Token dispatch by DeepEP; see `RoutedDispatcher`.
 
-    Rows are BF16. Their sums are those of `comm/two_hop.py`, up to the order in which DeepEP adds ranks and nodes.
+    Rows are BF16. Their sums equal those of `comm/two_hop.py`, up to the order in which DeepEP adds ranks and nodes.
 
     Args:
         group: the expert parallel group, of at least two ranks.
@@ -48,15 +47,12 @@ class DeepEPDispatcher(RoutedDispatcher):
         self,
         group: dist.ProcessGroup,
         num_experts: int,
-        alignment: int = 1,
-        wire: WireFormat | None = None,
-        meter: Meter | None = None,
-        underway: InFlight | None = None,
+        options: DispatchOptions | None = None,
         *,
         buffer: Buffer,
         nodes: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(group, num_experts, alignment, wire, meter, underway)
+        super().__init__(group, num_experts, options)
         self.buffer = buffer
         self.rank, self.ranks = group.rank(), group.size()
         self.nodes = len(set(nodes)) if nodes is not None else 1
@@ -71,17 +67,17 @@ class DeepEPDispatcher(RoutedDispatcher):
 
 
 class DeepEPRoute:
-    """Where the tokens of one dispatch go."""
+    """Route of the tokens of one dispatch."""
 
     tokens_per_expert: list[int]
     offsets: Tensor
 
     def __init__(self, expert_ids: Tensor, dispatcher: DeepEPDispatcher) -> None:
-        self._at = dispatcher
-        most = dispatcher.buffer.tokens
-        if most is not None and expert_ids.shape[0] > most:
+        self._dispatcher = dispatcher
+        limit = dispatcher.buffer.tokens
+        if limit is not None and expert_ids.shape[0] > limit:
             raise UsageError(
-                f"a rank dispatches {expert_ids.shape[0]} tokens, and DeepEP's buffer was made for {most} a rank"
+                f"a rank dispatches {expert_ids.shape[0]} tokens, and DeepEP's buffer was made for {limit} a rank"
             )
         self._expert_ids = expert_ids.to(dispatcher.buffer.ids).contiguous()
         self._layout = dispatcher.buffer.begin(self._expert_ids, dispatcher.num_experts)
@@ -94,14 +90,16 @@ class DeepEPRoute:
         self._arrival: Tensor | None = None
 
     def complete(self) -> None:
-        """Nothing: DeepEP sends the counts with the tokens, and waits for them in its dispatch."""
+        """Do nothing: DeepEP sends the counts with the tokens, and waits for them in its dispatch."""
 
     def dispatch(self, x: Tensor, weights: Tensor) -> Hops[Arrived]:
-        at, dtype, width = self._at, x.dtype, x.shape[1]
+        dispatcher, dtype, width = self._dispatcher, x.dtype, x.shape[1]
         payload = self._payload(x, "forward")
-        sent = at.buffer.dispatch(payload, self._expert_ids, weights.contiguous(), at.num_experts, self._layout)
+        sent = dispatcher.buffer.dispatch(
+            payload, self._expert_ids, weights.contiguous(), dispatcher.num_experts, self._layout
+        )
         self._layout, self._handle = None, sent.handle
-        self._count("dispatch", _row_bytes(payload) + self._expert_ids.shape[1] * BESIDES)
+        self._count("dispatch", _row_bytes(payload) + self._expert_ids.shape[1] * BYTES_PER_CHOICE)
         del x, weights, payload
         yield
         payload, local_ids, arrived_weights, self._arrival = sent.launched.wait()
@@ -117,72 +115,74 @@ class DeepEPRoute:
         slots = None if weights is None else self._by_arrival(self._expansion.slots(weights)).contiguous()
         if rows is not None:
             partial = self._by_arrival(self._expansion.sum(rows))
-        else:  # it combines no weights without rows
+        else:  # DeepEP combines no weights without rows
             assert slots is not None
             partial = slots.new_zeros((slots.shape[0], self._width), dtype=self._dtype)
-        wanted = rows is not None
+        rows_need_grad = rows is not None
         unit = _row_bytes(partial) + (0 if slots is None else slots.shape[1] * slots.element_size())
         del rows, weights
-        launched = self._at.buffer.combine(partial.contiguous(), self._handle, slots)
+        launched = self._dispatcher.buffer.combine(partial.contiguous(), self._handle, slots)
         self._count("dispatch backward", unit)
         yield
         sums, sums_of_weights = launched.wait()
-        return Returned(sums if wanted else None, sums_of_weights)
+        return Returned(sums if rows_need_grad else None, sums_of_weights)
 
     def combine(self, y: Tensor) -> Hops[Tensor]:
         assert self._expansion is not None
         partial = self._by_arrival(self._expansion.sum(y)).contiguous()
         del y
-        launched = self._at.buffer.combine(partial, self._handle, None)
+        launched = self._dispatcher.buffer.combine(partial, self._handle, None)
         self._count("combine", _row_bytes(partial))
         yield
         return launched.wait()[0]
 
-    def combine_backward(self, grad: Tensor) -> Hops[Rows]:
+    def combine_backward(self, grad: Tensor) -> Hops[Decoded]:
         dtype, width = grad.dtype, grad.shape[1]
-        # The same format as forward: between nodes the handle's tables depend on the size of a row.
+        # In the forward's format: between nodes the handle's tables depend on the size of a row.
         payload = self._payload(grad, "backward")
         del grad
-        launched = self._at.buffer.dispatch_again(payload, self._handle)
+        launched = self._dispatcher.buffer.dispatch_again(payload, self._handle)
         self._count("combine backward", _row_bytes(payload))
         yield
         return self._rows(launched.wait(), dtype, width)
 
     def _payload(self, x: Tensor, direction: Direction) -> Payload:
         self._width, self._dtype = x.shape[1], x.dtype
-        if not isinstance(self._at.wire, FP8Wire):
+        wire = self._dispatcher.options.wire
+        if not isinstance(wire, FP8Wire):
             return x.contiguous()
-        # By way of a message, for a fused kernel makes it without asking the device, and taking it apart is one copy.
-        codes = unpack_message(self._at.wire.encode(x, direction), x.shape[1])
+        # Through a message: a fused kernel makes one without waiting for the device, and splitting it takes one copy.
+        codes = unpack_message(wire.encode(x, direction), x.shape[1])
         return codes.data.contiguous(), codes.scale.contiguous()
 
-    def _rows(self, payload: Payload, dtype: torch.dtype, width: int) -> Rows:
-        """The experts' rows of the tokens that have arrived; zeros, with scales of zero, where they are aligned."""
+    def _rows(self, payload: Payload, dtype: torch.dtype, width: int) -> Decoded:
+        """Experts' rows of the tokens that have arrived; rows of padding are zeros with scales of zero."""
         assert self._expansion is not None
         if isinstance(payload, Tensor):
-            return Rows(self._expansion.rows(payload), None)
+            return Decoded(self._expansion.rows(payload), None)
         data, scale = payload
-        data = self._expansion.rows(data.view(torch.uint8)).view(data.dtype)  # not all indexing knows FP8
+        data = self._expansion.rows(data.view(torch.uint8)).view(data.dtype)  # not every indexing kernel takes FP8
         codes = BlockQuantized(data, self._expansion.rows(scale), (1, SIDE), WIRE_FORMAT.fmt, width, WIRE_FORMAT.pow2)
-        return Rows(codes.dequantize(dtype), codes)
+        return Decoded(codes.dequantize(dtype), codes)
 
     def _expand(self, local_ids: Tensor, rows_per_expert: list[int]) -> Expansion:
         counts = torch.tensor(rows_per_expert).to(local_ids.device, non_blocking=True)
-        made = Expansion(local_ids, counts, rows_per_expert, self._at.alignment, self._arrival)
-        self._expansion = made
-        self.tokens_per_expert, self.offsets = made.aligned.tokens_per_expert, made.aligned.offsets
-        return made
+        alignment = self._dispatcher.options.alignment
+        expansion = Expansion(local_ids, counts, rows_per_expert, alignment, self._arrival)
+        self._expansion = expansion
+        self.tokens_per_expert, self.offsets = expansion.aligned.tokens_per_expert, expansion.aligned.offsets
+        return expansion
 
     def _by_arrival(self, rows: Tensor) -> Tensor:
-        """From the order of (source rank, token) to that of arrival."""
+        """Rows in the order of arrival, from the order of (source rank, token)."""
         if self._arrival is None:
             return rows
         return torch.empty_like(rows).index_copy_(0, self._arrival, rows)
 
     def _count(self, purpose: str, unit: int) -> None:
         if self._crossings is not None:
-            assert self._at.meter is not None
-            self._crossings.count(self._at.meter, purpose, unit)
+            assert self._dispatcher.meter is not None
+            self._crossings.count(self._dispatcher.meter, purpose, unit)
 
 
 def _row_bytes(payload: Payload) -> int:

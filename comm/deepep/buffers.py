@@ -1,10 +1,10 @@
 """DeepEP's two generations behind one small interface.
 
-Both are called so that they launch and do not wait: kernels run on DeepEP's own stream, behind all that the current
-stream was given before the call, and what they return may be used once the current stream waits for their event. The
-host waits in one place only: a dispatch needs to know how many tokens arrive before it can return.
+Calls launch and do not wait: kernels run on DeepEP's own stream, after the work that was on the current stream at the
+call. Their results may be used once the current stream waits for their event. The host waits in one place only: a
+dispatch cannot return before the number of arriving tokens is known.
 
-A buffer belongs to a group, not to a layer: its memory is used while a call runs, and calls run one after another.
+A buffer belongs to a group, not to a layer: its memory is in use while a call runs, and calls run one after another.
 T tokens of this rank, K top-k, H hidden, A tokens that arrive, E_local experts of this rank.
 """
 
@@ -26,77 +26,77 @@ Payload = Tensor | tuple[Tensor, Tensor]
 """Rows BF16 [T, H], or their codes E4M3 [T, H] with scales FP32 [T, H / 128]."""
 
 QUEUE_PAIRS = 24
-"""The legacy generation's default for each rank; its kernels want at least one an SM."""
+"""Queue pairs per rank by the legacy generation's default; its kernels need at least one per SM."""
 
 
 class Received(NamedTuple):
-    """What a dispatch brings."""
+    """Result of a dispatch."""
 
     payload: Payload
     """[A, ...]"""
     local_ids: Tensor
-    """int64 [A, K], this rank's experts by their local number, -1 for those of others."""
+    """int64 [A, K], local numbers of this rank's experts, -1 for experts of other ranks."""
     weights: Tensor
-    """FP32 [A, K], of meaning only for this rank's experts."""
+    """FP32 [A, K], valid for this rank's experts only."""
     arrival: Tensor | None
-    """int64 [A], where the tokens lie when taken by (source rank, token); None if they lie so already."""
+    """int64 [A], rows of the tokens in the order of (source rank, token); None if they are in it already."""
 
 
 class Launched(Generic[Result]):
-    """A call under way; `wait` once for its result, which makes the current stream wait, not the host."""
+    """Launched call; `wait` once for its result, which makes the current stream wait, not the host."""
 
     def __init__(self, event: Any, finish: Callable[[], Result]) -> None:
         self._left: list[tuple[Any, Callable[[], Result]]] = [(event, finish)]
 
     def wait(self) -> Result:
-        event, finish = self._left.pop()  # and with them, in the end, the last references to what was received
+        event, finish = self._left.pop()  # no reference to the received tensors may stay here
         event.current_stream_wait()
         return finish()
 
 
 class Dispatching(NamedTuple):
-    """A dispatch under way. What is known on the host is there at once."""
+    """Launched dispatch. Values on the host are there at once."""
 
     launched: Launched[Received]
     handle: Any
-    """What brings the rows back, and sends others the same way."""
+    """DeepEP's record of the way, for bringing the rows back and for sending other rows the same way."""
     tokens_per_expert: list[int]
-    """Of each expert of this rank."""
+    """Tokens of each expert of this rank."""
 
 
 class Buffer(Protocol):
-    """One of the generations."""
+    """Buffer of one of the two generations."""
 
     tokens: int | None
-    """The most tokens of a rank that it can dispatch, None for any number."""
+    """Largest number of tokens of a rank in one dispatch, None for any number."""
     ids: torch.dtype
-    """Of the expert ids that it takes."""
+    """Type of expert ids."""
 
     def begin(self, expert_ids: Tensor, num_experts: int) -> Any:
-        """Launch what can be done as soon as the experts are chosen; expert_ids [T, K], -1 is sent nowhere."""
+        """Launch the part that needs the chosen experts only; expert_ids [T, K], -1 is sent nowhere."""
 
     def dispatch(
         self, payload: Payload, expert_ids: Tensor, weights: Tensor, num_experts: int, layout: Any
     ) -> Dispatching:
-        """To the experts, with gate weights FP32 [T, K]; `layout` is from `begin`. Waits for the counts."""
+        """Send rows to the experts, with gate weights FP32 [T, K]; `layout` is from `begin`. Waits for the counts."""
 
     def dispatch_again(self, payload: Payload, handle: Any) -> Launched[Payload]:
-        """Other rows the way of an earlier dispatch, to arrive where its own did: [A, ...]."""
+        """Send other rows the way of an earlier dispatch, to the same positions: [A, ...]."""
 
     def combine(self, rows: Tensor, handle: Any, weights: Tensor | None) -> Launched[tuple[Tensor, Tensor | None]]:
-        """Rows BF16 [A, H], and FP32 [A, K], back to the tokens and summed, without weights: [T, H] and [T, K]."""
+        """Return rows BF16 [A, H] and numbers FP32 [A, K] to the tokens, as unweighted sums [T, H] and [T, K]."""
 
     def close(self) -> None:
-        """Give its memory back; every rank of the group does. A process that fails must not, for it would wait."""
+        """Free the memory, on every rank of the group. A failing process must not: it would wait for the others."""
 
 
 class LegacyBuffer:
-    """`deep_ep.Buffer`: the ranks of a token are found first, then the token is sent."""
+    """`deep_ep.Buffer`: computes the ranks of the tokens first, then sends the tokens."""
 
     def __init__(self, library: Library, group: dist.ProcessGroup, job: Job) -> None:
         kind = library.module.Buffer
-        # Counts of SMs are a global of theirs; both configurations are kept, so nobody changes it between two calls,
-        # which have to agree on it.
+        # The library keeps the number of SMs in a global. Both configurations are made now and kept, because two calls
+        # that belong together have to agree on the number.
         kind.set_num_sms(job.sms)
         self._dispatch = kind.get_dispatch_config(group.size())
         self._combine = kind.get_combine_config(group.size())
@@ -112,7 +112,7 @@ class LegacyBuffer:
         self.ids: torch.dtype = getattr(library.module, "topk_idx_t", torch.int64)
 
     def begin(self, expert_ids: Tensor, num_experts: int) -> Any:
-        # Its event is not needed: what it computes is read on DeepEP's own stream only.
+        # The event is not needed: the results are read on DeepEP's own stream only.
         return self._buffer.get_dispatch_layout(expert_ids, num_experts, async_finish=True)[:-1]
 
     def dispatch(
@@ -130,7 +130,7 @@ class LegacyBuffer:
             config=self._dispatch,
             async_finish=True,
         )
-        # Tokens come by source rank, and by their number within it.
+        # Tokens arrive in the order of (source rank, token).
         return Dispatching(
             Launched(event, lambda: Received(received, local_ids.long(), row_weights, None)), handle, counts
         )
@@ -154,8 +154,8 @@ class LegacyBuffer:
 class ElasticBuffer:
     """`deep_ep.ElasticBuffer`: made for a number of tokens, and the handle keeps the experts.
 
-    Its own estimate of SMs assumes that any ranks are chosen, which is wrong for node-limited routing, so every call
-    says how many: where a call does not, it estimates, and a cached dispatch could not even do that.
+    Every call is given the number of SMs. The library's own estimate assumes that any ranks can be chosen, which is
+    wrong for node-limited routing, and a cached dispatch could not make one.
     """
 
     def __init__(self, library: Library, group: dist.ProcessGroup, job: Job) -> None:
@@ -187,8 +187,8 @@ class ElasticBuffer:
         )
 
         def finish() -> Received:
-            # Tokens come in another order each time, and with them the sums of weight gradients would change. The
-            # first column of the handle's table numbers them by (source rank, token); sorting it sorts no rows.
+            # Tokens arrive in a different order each time, which would change the sums of weight gradients. The first
+            # column of the handle's table numbers them by (source rank, token); sorting it moves no rows.
             arrival = handle.recv_src_metadata[:, 0].argsort()
             return Received(received, local_ids.long(), row_weights, arrival)
 
@@ -219,9 +219,9 @@ BUFFERS: dict[Generation, type[LegacyBuffer] | type[ElasticBuffer]] = {
 def open_buffer(
     library: Library, group: dist.ProcessGroup, job: Job, generation: Generation | None = None
 ) -> LegacyBuffer | ElasticBuffer:
-    """DeepEP's memory for a group, which all layers and chunks share; every rank of the group makes it, alike.
+    """Open DeepEP's memory for a group, which all layers and chunks share; every rank of the group makes the same.
 
-    Raises UsageError if it cannot be had: a GPU without NVLink or a network without RDMA is first noticed here.
+    Raises UsageError if DeepEP cannot: a GPU without NVLink or a network without RDMA is first noticed here.
     """
     chosen = library.choose(generation)
     try:

@@ -1,15 +1,15 @@
-"""What DeepEP sends, counted from the routing: its kernels keep no count of bytes.
+"""Count of what DeepEP sends, computed from the routing, because its kernels count no bytes.
 
-A token crosses to each node it needs once, to the GPU with the sender's local index, and inside the node once to each
-other rank that has some of its experts; combine goes the same way back. So `comm/two_hop.py` sends as well, whose
-counts these are, but for two things:
+A token crosses once to each node that it needs, to the GPU with the sender's local index, and inside the node once to
+each other rank with some of its experts; combine takes the same way back. `comm/two_hop.py` sends in the same way, and
+the counts are equal but for two differences:
 
-- A rank counts all that its tokens make travel, also what is passed on inside other nodes, where two-hop counts at
-  the rank that sends. Over a group the sums are equal.
-- With a token DeepEP sends its experts and weights in 4 bytes each, two-hop in 2 and 4 and filled up to 16.
+- A rank counts every transfer of its tokens, including the second hop inside other nodes; two-hop counts at the rank
+  that sends. The sums over a group are equal.
+- With a token, DeepEP sends its experts and weights in 4 bytes each; two-hop in 2 and 4, filled up to 16.
 
-Left out are the counts of tokens, the numbers of their places (some bytes a token), and that DeepEP sends in pieces of
-a few tokens: a message here is all that goes to one rank. A GPU's domain of fast links is taken to be its node.
+Not counted are the counts of tokens and the numbers of their positions (some bytes per token). DeepEP sends in pieces
+of a few tokens, while a message here is all that goes to one rank. A node stands for a GPU's domain of fast links.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from torch import Tensor
 
 from ..meter import GroupMeter, LinkKind
 
-BESIDES = 4 + 4
-"""Bytes of one choice that travel to the experts beside the token: the expert's number and its weight."""
+BYTES_PER_CHOICE = 4 + 4
+"""Bytes that are sent to the experts per choice of a token, besides the token: the expert's number and its weight."""
 
 
 class Crossings:
-    """How many tokens of this rank go where in one dispatch.
+    """Numbers of tokens of this rank that one dispatch sends to each node and rank.
 
     Args:
         expert_ids: [T, K], -1 is sent nowhere.
-        rank, ranks: this rank in its group, and the size of that.
-        nodes: how many nodes the group is on, equally many ranks on each.
-        per_rank: experts of a rank.
+        rank, ranks: this rank in its group, and the size of the group.
+        nodes: number of nodes of the group, equally many ranks on each.
+        per_rank: experts per rank.
     """
 
     def __init__(self, expert_ids: Tensor, rank: int, ranks: int, nodes: int, per_rank: int) -> None:
-        place = torch.div(expert_ids, per_rank, rounding_mode="floor").masked_fill(expert_ids < 0, ranks).long()
-        wanted = torch.zeros(place.shape[0], ranks + 1, dtype=torch.bool, device=place.device)
-        wanted = wanted.scatter_(1, place, True)[:, :ranks].view(place.shape[0], nodes, ranks // nodes)
+        to = torch.div(expert_ids, per_rank, rounding_mode="floor").masked_fill(expert_ids < 0, ranks).long()
+        wanted = torch.zeros(to.shape[0], ranks + 1, dtype=torch.bool, device=to.device)
+        wanted = wanted.scatter_(1, to, True)[:, :ranks].view(to.shape[0], nodes, ranks // nodes)
         to_node, to_rank = wanted.any(2).sum(0), wanted.sum(0)
         self._node, self._index = divmod(rank, ranks // nodes)
         self._on_device: Tensor | None = torch.cat((to_node[:, None], to_rank), 1)
         self._on_host: dict[LinkKind, list[int]] = {}
 
     def count(self, meter: GroupMeter, purpose: str, unit: int) -> None:
-        """`unit` bytes a token. Waits for the device the first time, right after a dispatch did so anyway."""
+        """Count `unit` bytes per token. Waits for the device the first time, right after a dispatch that did so too."""
         for link, tokens in self._tokens().items():
             if tokens:
                 meter.meter.count(purpose, "all_to_all", link, sum(tokens) * unit, len(tokens))
 
     def _tokens(self) -> dict[LinkKind, list[int]]:
-        """Of every rank that is sent some."""
+        """Tokens for each rank that is sent some, by kind of link."""
         if self._on_device is not None:
             rows = self._on_device.tolist()
             self._on_device = None

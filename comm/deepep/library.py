@@ -1,7 +1,7 @@
-"""DeepEP as it is found on this machine, or the reasons why it cannot carry a run's tokens.
+"""DeepEP as found on this machine, or the reasons why it cannot send a run's tokens.
 
-Two generations of its interface are known: `deep_ep.Buffer`, with which DeepSeek-V3's kernels were published
-(NVSHMEM), and `deep_ep.ElasticBuffer` of version 2 (NCCL), which holds both.
+Two generations of its interface are supported: `deep_ep.Buffer`, with which DeepSeek-V3's kernels were published
+(NVSHMEM), and `deep_ep.ElasticBuffer` of version 2 (NCCL), a release that has both.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from ...settings import UsageError, nearest_multiples
 
 Generation = Literal["elastic", "legacy"]
 CLASSES: dict[Generation, str] = {"elastic": "ElasticBuffer", "legacy": "Buffer"}
-"""What a generation is known by; the one to prefer first."""
+"""Class that identifies a generation, the preferred one first."""
 
 CHECKED = ("1.2.1", "2.1.0")
-"""The releases whose signatures every call was checked against (tests/comm/deepep_signatures.json)."""
+"""Releases against whose signatures every call was checked (tests/comm/deepep_signatures.json)."""
 
 SMS = 20
-"""Streaming multiprocessors for its kernels where nobody says: V3 gave them 20 of an H800's 132 (V3 §3.2.2)."""
+"""Default number of streaming multiprocessors for its kernels: V3 gave them 20 of an H800's 132 (V3 §3.2.2)."""
 
 LEGACY_NODE = 8
-"""GPUs of a node, where the legacy generation's group has several nodes; a constant in its kernels."""
+"""GPUs per node of a legacy group on several nodes; a constant in its kernels."""
 MOST_TOP_K = 32
-"""In both generations' kernels a warp's lane holds one of a token's choices."""
+"""Largest top-k: in both generations' kernels each lane of a warp holds one of a token's choices."""
 LARGEST_GROUP = 1024
-"""Where the search for group sizes that have a configuration ends; the largest known is 160."""
+"""End of the search for group sizes that have a configuration; the largest known is 160."""
 
 INSTEAD = "comm.dispatcher two-hop needs neither it nor a GPU and sends no more bytes"
 INSTALL = "https://github.com/deepseek-ai/DeepEP says how to install it"
@@ -41,15 +41,15 @@ INSTALL = "https://github.com/deepseek-ai/DeepEP says how to install it"
 
 @dataclass(frozen=True)
 class Library:
-    """The module `deep_ep`, imported."""
+    """Imported module `deep_ep`."""
 
     module: ModuleType
     version: str
     generations: tuple[Generation, ...]
-    """Those it has, the one to prefer first."""
+    """Generations that it has, the preferred one first."""
 
     def choose(self, wanted: Generation | None = None) -> Generation:
-        """The generation to use; raises UsageError if it lacks the wanted one."""
+        """Return the generation to use; raises UsageError if the library lacks the wanted one."""
         if wanted is None or wanted in self.generations:
             return wanted or self.generations[0]
         found = " and ".join(CLASSES[generation] for generation in self.generations)
@@ -58,11 +58,11 @@ class Library:
 
 @dataclass(frozen=True)
 class Job:
-    """What a run would have it carry.
+    """Requirements of a run.
 
     nodes: the node of each rank of the expert parallel group, ascending.
-    hidden: H. top_k: K. tokens: the most tokens of a rank in one dispatch.
-    dtype: of activations. fp8: whether tokens travel to the experts in FP8.
+    hidden: H. top_k: K. tokens: largest number of tokens of a rank in one dispatch.
+    dtype: type of activations. fp8: whether tokens are sent to the experts in FP8.
     sms: streaming multiprocessors for its kernels.
     """
 
@@ -76,7 +76,7 @@ class Job:
 
 
 def find_library() -> Library:
-    """Import DeepEP; raises UsageError with what was looked for."""
+    """Import DeepEP; raises a UsageError that names the classes looked for."""
     looked = f"looked for deep_ep.{CLASSES['elastic']} (version 2) and deep_ep.{CLASSES['legacy']} (version 1)"
     try:
         module = importlib.import_module("deep_ep")
@@ -90,7 +90,7 @@ def find_library() -> Library:
 
 
 def read_library(module: ModuleType) -> Library:
-    """What a module `deep_ep` offers; raises UsageError if it is neither generation."""
+    """Return the generations of a module `deep_ep`; raises UsageError if it has neither."""
     generations = tuple(generation for generation, name in CLASSES.items() if hasattr(module, name))
     if not generations:
         raise UsageError(f"the installed deep_ep has neither {CLASSES['elastic']} nor {CLASSES['legacy']}; {INSTEAD}")
@@ -98,7 +98,7 @@ def read_library(module: ModuleType) -> Library:
 
 
 def deepep_available() -> bool:
-    """Whether it can be imported. Whether it can carry a run is for `deepep_faults`."""
+    """Whether DeepEP can be imported; `deepep_faults` finds out whether it can serve a run."""
     try:
         find_library()
     except UsageError:
@@ -109,14 +109,14 @@ def deepep_available() -> bool:
 def deepep_faults(
     job: Job, device_type: str, generation: Generation | None = None, library: Library | None = None
 ) -> list[str]:
-    """Why DeepEP cannot carry this run, each with what would work; empty if it can.
+    """Reasons why DeepEP cannot serve this run, each with what would work; empty if it can.
 
     Args:
-        device_type: of the rank's device.
-        generation: the one that was asked for; None for the one it prefers.
-        library: DeepEP, where it has been imported; otherwise it is looked for.
+        device_type: type of the rank's device.
+        generation: the requested one; None for the preferred one.
+        library: DeepEP if imported already; otherwise it is imported here.
     """
-    faults = list(_faults_of(job))
+    faults = _faults_of_job(job)
     if device_type != "cuda":
         faults.insert(0, f"DeepEP moves tokens between NVIDIA GPUs, and this run's device is {device_type}; {INSTEAD}")
         return faults
@@ -125,11 +125,11 @@ def deepep_faults(
         chosen = library.choose(generation)
     except UsageError as error:
         return [str(error), *faults]
-    return [*faults, *_faults_with(job, library, chosen)]
+    return [*faults, *_faults_of_generation(job, library, chosen)]
 
 
-def _faults_of(job: Job) -> list[str]:
-    """Of either generation."""
+def _faults_of_job(job: Job) -> list[str]:
+    """Faults that both generations have with a job."""
     faults = []
     if job.dtype != torch.bfloat16:
         faults.append(
@@ -146,22 +146,22 @@ def _faults_of(job: Job) -> list[str]:
     return faults
 
 
-def _faults_with(job: Job, library: Library, generation: Generation) -> list[str]:
+def _faults_of_generation(job: Job, library: Library, generation: Generation) -> list[str]:
     faults = []
     sizes = set(Counter(job.nodes).values())
     several = len(set(job.nodes)) > 1
-    # Sums are taken in words of 16 bytes by warps of 32 lanes: in the elastic generation's, and between nodes.
+    # The elastic generation, and the legacy one between nodes, sum in words of 16 bytes by warps of 32 lanes.
     unit = 256 if generation == "elastic" or several else 128 if job.fp8 else 16
     if job.hidden % unit:
         near = nearest_multiples(job.hidden, unit)
-        faults.append(f"DeepEP wants a hidden size that is a multiple of {unit}, not {job.hidden} (nearest: {near})")
+        faults.append(f"DeepEP needs a hidden size that is a multiple of {unit}, not {job.hidden} (nearest: {near})")
     if len(sizes) > 1:
         faults.append(
-            f"DeepEP wants as many ranks of an expert parallel group on every node, not {sorted(sizes)}; {INSTEAD}"
+            f"DeepEP needs equally many ranks of an expert parallel group on every node, not {sorted(sizes)}; {INSTEAD}"
         )
     elif generation == "legacy" and several and sizes != {LEGACY_NODE}:
         faults.append(
-            f"DeepEP {library.version}'s Buffer knows nodes of {LEGACY_NODE} GPUs, and the expert parallel group "
+            f"DeepEP {library.version}'s Buffer supports nodes of {LEGACY_NODE} GPUs, and the expert parallel group "
             f"has {sizes.pop()} on each; {INSTEAD}"
         )
     if generation == "legacy" and not _has_config(library, len(job.nodes)):
@@ -174,7 +174,7 @@ def _faults_with(job: Job, library: Library, generation: Generation) -> list[str
 
 
 def _has_config(library: Library, ranks: int) -> bool:
-    """The sizes it is tuned for stand in its own code and differ between releases, so it is asked."""
+    """Whether the legacy Buffer is tuned for a group size; the list is in its code and differs between releases."""
     buffer: Any = library.module.Buffer
     try:
         buffer.get_dispatch_config(ranks), buffer.get_combine_config(ranks)
@@ -184,7 +184,7 @@ def _has_config(library: Library, ranks: int) -> bool:
 
 
 def _version(module: ModuleType) -> str:
-    """Version 1 does not say by itself."""
+    """Version of the module, or of its package: version 1 has no attribute for it."""
     try:
         return getattr(module, "__version__", None) or importlib.metadata.version("deep_ep")
     except importlib.metadata.PackageNotFoundError:
@@ -193,5 +193,5 @@ def _version(module: ModuleType) -> str:
 
 def _broken(error: Exception) -> str:
     reason = str(error).strip().splitlines()
-    said = reason[0] if reason else type(error).__name__
-    return f"DeepEP is installed but cannot be imported: {said}; {INSTALL}; {INSTEAD}"
+    message = reason[0] if reason else type(error).__name__
+    return f"DeepEP is installed but cannot be imported: {message}; {INSTALL}; {INSTEAD}"

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...phases import memory_of
+from ...saved_tensors import memory_of
 from ...settings import UsageError, nearest_multiples
 from ...weight_gradients import GradientSink, WeightQueue, now_or_later
 from ..recipe import LinearRecipe

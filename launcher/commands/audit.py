@@ -7,9 +7,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 from ...audit.case import Case, make_case
+from ...audit.result import Attribution, AuditStep, Result
 from ...configs.config import Config
 from ...configs.load import load_config
 from ...configs.moved_keys import differences
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         case.folder.mkdir(exist_ok=True)
         (case.folder / CONFIG_FILE).write_text(_dump(case.config))
         result = _audit(case, args.json)
-        (case.folder / RESULT_FILE).write_text(json.dumps(result))
+        (case.folder / RESULT_FILE).write_text(json.dumps(result.model_dump()))
     if args.html is not None:
         from ...audit.page import draw
 
@@ -77,25 +78,25 @@ def run(args: argparse.Namespace) -> int:
     return _print_result(result, args)
 
 
-def _print_result(result: dict[str, Any], args: argparse.Namespace) -> int:
+def _print_result(result: Result, args: argparse.Namespace) -> int:
     from ...audit.report import report, signed
 
     if args.json:
-        print_long(json.dumps(result))
+        print_long(json.dumps(result.model_dump()))
     else:
         print(f"\n{report(result)}")
-    if result["stopped"] is not None:
+    if result.stopped is not None or result.loss is None:
         return 1
-    error = abs(result["loss"]["error"])
+    error = abs(result.loss.error)
     if args.bound is None:
         return 0
     verdict = "within" if 100 * error < args.bound else "NOT within"
     out = sys.stderr if args.json else sys.stdout
-    print(f"\nthe losses are {verdict} {args.bound:g} % of each other: {signed(result['loss']['error'])}", file=out)
+    print(f"\nthe losses are {verdict} {args.bound:g} % of each other: {signed(result.loss.error)}", file=out)
     return 0 if 100 * error < args.bound else 1
 
 
-def _audit(case: Case, quiet: bool) -> dict[str, Any]:
+def _audit(case: Case, quiet: bool) -> Result:
     """Run both runs from their checkpoints to the last step, then find which class hurts."""
     from ...audit.report import heading, progress_heading, progress_line
     from ...audit.result import make_result, mean_loss
@@ -105,10 +106,9 @@ def _audit(case: Case, quiet: bool) -> dict[str, Any]:
     config, out = case.config, sys.stderr if quiet else sys.stdout
     every = max(1, case.steps // LINES)
 
-    def show_step(record: dict[str, Any]) -> None:
-        if record["step"] % every == 0 or record["step"] == case.steps:
-            window = {"step": record["step"], **mean_loss(audit.steps[-every:], case.against)}
-            print(progress_line(window, case.against), file=out, flush=True)
+    def show_step(record: AuditStep) -> None:
+        if record.step % every == 0 or record.step == case.steps:
+            print(progress_line(record.step, mean_loss(audit.steps[-every:])), file=out, flush=True)
 
     print(heading(case), file=out, flush=True)
     with (
@@ -121,28 +121,28 @@ def _audit(case: Case, quiet: bool) -> dict[str, Any]:
             print(f"continues after step {resumed}", file=out)
         print(progress_heading(case.against), file=out, flush=True)
         stopped = audit.run(show_step)
-        validation = {} if stopped is not None else audit.validation()
+        validation = None if stopped is not None else audit.validation()
         attribution = None
         if stopped is None and audit.looks:
-            attribution = earlier["attribution"] if earlier is not None else _attribute(audit, out)
+            attribution = earlier.attribution if earlier is not None else _attribute(audit, out)
         return make_result(case, audit.steps, audit.looks, validation, attribution, stopped)
 
 
-def _earlier_result(case: Case) -> dict[str, Any] | None:
+def _earlier_result(case: Case) -> Result | None:
     """Result of an earlier audit of the same steps."""
     path = case.folder / RESULT_FILE
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found if found["steps"] == case.steps and found["attribution"] is not None else None
+    found = Result.model_validate(json.loads(path.read_text()))
+    return found if found.steps == case.steps and found.attribution is not None else None
 
 
-def _attribute(audit: Audit, out: Any) -> dict[str, Any]:
+def _attribute(audit: Audit, out: TextIO) -> Attribution:
     from ...audit.attribution import attribute
     from ...audit.probe import Point
 
     look = audit.looks[-1]
-    present = frozenset(look["classes"]) | frozenset(look["classes_for_weights"])
+    present = frozenset(look.classes) | frozenset(look.classes_for_weights)
     print("\nclasses of tensors in turn", end="", file=out, flush=True)
 
     def show_share(done: int, total: int) -> None:

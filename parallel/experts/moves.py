@@ -1,8 +1,8 @@
-"""Experts change ranks: master weights, moments and averages go from where they were to where they will be.
+"""Moves of experts between ranks: of their master weights, moments and averages.
 
-Every rank holds a shard of each of its experts, cut alike everywhere, so a shard goes to the rank with the same `pp`
-and `edp` coordinates: within its expert parallel group. Pipeline ranks that hold a stage in common each do the same
-in theirs. E experts of a layer, E_local of them on a rank.
+Every rank holds a shard of each of its experts, cut in the same way on all ranks. So a shard moves to the rank with the
+same `pp` and `edp` coordinates, within its expert parallel group. Pipeline ranks that hold a stage in common each do
+the same in their groups. E experts of a layer, E_local of them on a rank.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .placement import Placement, places_of
 
 @dataclass(frozen=True)
 class Moves:
-    """What one rank sends and receives when a layer's placement changes, by places on the rank."""
+    """Sends and receives of one rank when a layer's placement changes, by places on the rank."""
 
     leaving: tuple[int, ...]
-    """Places whose experts go elsewhere, ordered by where to."""
+    """Places whose experts leave, ordered by their new place."""
     send_splits: list[int]
-    """How many go to each rank, this one included: an expert may change its place on a rank."""
+    """Number that moves to each rank, this one included: an expert may change its place on a rank."""
     arriving: tuple[int, ...]
     """Places that get another expert, in the order of arrival."""
     receive_splits: list[int]
@@ -38,7 +38,7 @@ class Moves:
     ) -> Moves:
         """The part of `rank` in a change from a placement `[E]` to another, which may have replicas: `[P]`.
 
-        Places of which the expert stays take no part, unless `every_place` is to be filled.
+        Places whose expert stays take no part, unless `every_place` is to be filled.
         """
         each, each_after = len(before) // num_ranks, len(after) // num_ranks
         old = places_of(before)
@@ -63,10 +63,10 @@ def move_experts(
     group: dist.ProcessGroup,
     meter: Meter,
 ) -> int:
-    """Move what the optimizer keeps of a layer's experts; returns the bytes that this rank sent to others.
+    """Move the optimizer's state of a layer's experts; returns the bytes that this rank sent to others.
 
     Every rank of the expert parallel `group` calls it between steps, with the parameters `[E_local, …]` of the layer in
-    the same order. The parameters themselves follow when the optimizer publishes; their names are to be set by then.
+    the same order. The parameters themselves change when the optimizer publishes; rename them before.
     """
     rank = group.rank()
     moves = Moves.between(before, after, rank, group.size())
@@ -74,7 +74,7 @@ def move_experts(
     for parameter in parameters:
         states = [shard.view(parameter.shape[0], -1) for shard in optimizer.shards(parameter)]
         rows = torch.cat([_to_bytes(state, moves.leaving, parameter.device) for state in states], dim=1)
-        # One message whatever the formats: bytes arrive as they were.
+        # Bytes, so that one message carries several formats.
         received = _exchange(rows, moves, group, meter)
         widths = [state.shape[1] * state.itemsize for state in states]
         for state, part in zip(states, received.split(widths, dim=1), strict=True):
@@ -87,10 +87,7 @@ def move_experts(
 def copy_experts(
     weight: Tensor, before: Placement, after: Sequence[int], group: dist.ProcessGroup, meter: Meter
 ) -> Tensor:
-    """The experts' weights `[E_local, …]` for the places `after` `[P]`, replicas included: `[P / ranks, …]`.
-
-    Every rank of the expert parallel `group` calls it.
-    """
+    """Copy experts' weights `[E_local, …]` to the places `after` `[P]`: `[P / ranks, …]`, on every rank of `group`."""
     moves = Moves.between(before, after, group.rank(), group.size(), every_place=True)
     rows = weight.detach().flatten(1)[list(moves.leaving)]
     received = _exchange(rows, moves, group, meter)
@@ -104,7 +101,7 @@ def _exchange(rows: Tensor, moves: Moves, group: dist.ProcessGroup, meter: Meter
 
 
 def _to_bytes(state: Tensor, places: Sequence[int], device: torch.device) -> Tensor:
-    """The rows at `places` of `[E_local, n]`, each as n x itemsize bytes."""
+    """Rows at `places` of `[E_local, n]`, each as n x itemsize bytes."""
     return state[list(places)].view(torch.uint8).to(device)
 
 

@@ -1,7 +1,7 @@
-"""Which rank holds which routed expert: placements that even out measured loads, for training and for inference.
+"""Placement of routed experts on ranks, which evens out measured loads, for training and for inference.
 
-A placement of a layer lists the expert at each place; place p lies on rank p // (places a rank), ranks of a node stand
-side by side. Training holds every expert once (`place_experts`). Inference may hold some of them several times
+A placement of a layer lists the expert at each place; place p lies on rank p // (places per rank), and ranks of a node
+are neighbours. Training holds every expert once (`place_experts`). Inference may hold some of them several times
 (`place_replicas`): the greedy hierarchical packing of DeepSeek's EPLB, which V3's serving uses (V3 §3.4).
 
 Pure arithmetic, and the same numbers give the same placement on every machine: ties go to the lower number.
@@ -39,7 +39,7 @@ class Replicated:
 
 
 def contiguous(num_experts: int) -> Placement:
-    """The placement that training begins with: experts in their order."""
+    """The initial placement of training: experts in their order."""
     return tuple(range(num_experts))
 
 
@@ -57,7 +57,7 @@ def nodes_of_a_group(layout: Layout) -> int:
 
 
 def loads_of_ranks(loads: Sequence[float], placement: Sequence[int], num_ranks: int) -> list[float]:
-    """What each rank gets of a layer's `loads` `[E]`, where the replicas of an expert share its load evenly."""
+    """Share of a layer's `loads` `[E]` on each rank; the replicas of an expert share its load evenly."""
     replicas = Counter(placement)
     each = len(placement) // num_ranks
     return [
@@ -75,19 +75,18 @@ def imbalance(loads: Sequence[float]) -> float:
 def place_experts(
     loads: Sequence[float], present: Placement, num_groups: int, num_nodes: int, num_ranks: int, gain: float = 0.0
 ) -> Placement:
-    """A placement for training: every expert once, equally many a rank, the busiest rank as free as greedy packing
-    can make it.
+    """Place every expert once for training, equally many per rank, with greedy packing to relieve the busiest rank.
 
-    Routing groups are packed onto nodes and stay whole on them, so that a router limited to some nodes stays so; then
-    each node's experts onto its ranks. Where groups cannot be dealt evenly, each stays within a set of neighbouring
-    nodes, num_nodes / gcd(num_groups, num_nodes) of them: all of them where the two have no common divisor. That is
-    also what the contiguous placement keeps.
+    Routing groups are packed onto nodes and stay whole on them, so that a node-limited router stays limited; then each
+    node's experts are packed onto its ranks. Where nodes cannot have equally many groups, each group stays within a set
+    of num_nodes / gcd(num_groups, num_nodes) neighbouring nodes, as in the contiguous placement: within all nodes where
+    the two numbers have no common divisor.
 
     Args:
         loads: `[E]`, tokens that each expert was sent.
-        present: what holds now. It stays unless the largest load of a rank falls by more than the share `gain`;
-            with gain 0 the result is also never worse than the contiguous placement. What moves, moves little: nodes,
-            ranks and places trade names so that as many experts as a greedy match finds stay where they are.
+        present: the current placement. It stays unless the largest load of a rank falls by more than the share `gain`;
+            with gain 0 the result is also never worse than the contiguous placement. Nodes, ranks and places exchange
+            names so that as many experts as a greedy match finds keep their places.
         num_groups: the router's groups, which divide the experts.
         num_nodes: nodes that the ranks of one expert parallel group lie on, equally many on each.
         num_ranks: ranks of that group; they divide the experts.
@@ -107,9 +106,9 @@ def place_experts(
 def place_replicas(
     loads: Sequence[float], num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int
 ) -> Replicated:
-    """A placement for inference: `num_replicas` places, equally many a rank, the busiest experts held several times.
+    """Place experts for inference: `num_replicas` places, equally many per rank, the busiest experts several times.
 
-    As EPLB does: groups are packed onto nodes; inside a node the expert with the largest load a replica gets one more
+    As in EPLB: groups are packed onto nodes; inside a node the expert with the largest load per replica gets one more
     until the places are filled; replicas are packed onto the node's ranks. Where num_nodes does not divide num_groups,
     all nodes count as one.
 
@@ -121,30 +120,30 @@ def place_replicas(
     physical: list[int] = []
     replica: list[int] = []
     for experts in _pack_groups(loads, num_groups, num_nodes):
-        local, number = _replicate([loads[expert] for expert in experts], num_replicas // num_nodes)
-        counts = Counter(local)
-        shares = [loads[experts[which]] / counts[which] for which in local]
+        items, numbers = _replicate([loads[expert] for expert in experts], num_replicas // num_nodes)
+        counts = Counter(items)
+        shares = [loads[experts[item]] / counts[item] for item in items]
         for pack in _pack(shares, num_ranks // num_nodes):
-            physical += [experts[local[index]] for index in pack]
-            replica += [number[index] for index in pack]
-    found: list[dict[int, int]] = [{} for _ in loads]
-    for place, (expert, which) in enumerate(zip(physical, replica, strict=True)):
-        found[expert][which] = place
-    return Replicated(tuple(physical), tuple(tuple(places[i] for i in sorted(places)) for places in found))
+            physical += [experts[items[index]] for index in pack]
+            replica += [numbers[index] for index in pack]
+    places: list[dict[int, int]] = [{} for _ in loads]
+    for place, (expert, number) in enumerate(zip(physical, replica, strict=True)):
+        places[expert][number] = place
+    return Replicated(tuple(physical), tuple(tuple(found[i] for i in sorted(found)) for found in places))
 
 
-def _pack(weights: Sequence[float], num_packs: int) -> list[list[int]]:
-    """Equally many items in each pack: the heaviest goes first, each into the lightest pack that has room."""
-    size = len(weights) // num_packs
-    if size == 1:  # every way is as good as any other
+def _pack(loads: Sequence[float], num_packs: int) -> list[list[int]]:
+    """Pack equally many items into each pack: the heaviest first, each into the lightest pack that has room."""
+    size = len(loads) // num_packs
+    if size == 1:  # all ways are equally good
         return [[item] for item in range(num_packs)]
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     with_room = [(0.0, pack) for pack in range(num_packs)]  # a heap
-    for item in sorted(range(len(weights)), key=lambda item: (-weights[item], item)):
+    for item in sorted(range(len(loads)), key=lambda item: (-loads[item], item)):
         load, pack = heapq.heappop(with_room)
         packs[pack].append(item)
         if len(packs[pack]) < size:
-            heapq.heappush(with_room, (load + weights[item], pack))
+            heapq.heappush(with_room, (load + loads[item], pack))
     return packs
 
 
@@ -157,7 +156,7 @@ def _pack_groups(loads: Sequence[float], num_groups: int, num_sets: int) -> list
 
 
 def _replicate(loads: Sequence[float], num_replicas: int) -> tuple[list[int], list[int]]:
-    """The item of each replica and its number among that item's: each once, then the most loaded ones again."""
+    """The item of each replica and its number among the item's replicas: each once, then the most loaded again."""
     items, numbers = list(range(len(loads))), [0] * len(loads)
     counts = [1] * len(loads)
     fullest = [(-load, item) for item, load in enumerate(loads)]
@@ -182,32 +181,32 @@ def _pack_hierarchically(
 
 
 def _settle(packed: list[list[list[int]]], present: Placement, num_sets: int, num_ranks: int) -> Placement:
-    """The same sets of nodes, ranks and places under other names, so that much of the present placement stays."""
-    each, wide = len(present) // num_ranks, len(present) // num_sets
-    now = [list(present[first : first + wide]) for first in range(0, len(present), wide)]
-    flat = [[expert for rank in ranks for expert in rank] for ranks in packed]
+    """The same sets of nodes, ranks and places under names that keep much of the present placement."""
+    per_rank, per_set = len(present) // num_ranks, len(present) // num_sets
+    present_sets = [list(present[first : first + per_set]) for first in range(0, len(present), per_set)]
+    packed_sets = [[expert for rank in ranks for expert in rank] for ranks in packed]
     placement: list[int] = []
-    for whole, which in zip(now, _nearest(flat, now), strict=True):
-        held = [whole[first : first + each] for first in range(0, wide, each)]
-        ranks = packed[which]
-        for rank, here in zip(_nearest(ranks, held), held, strict=True):
+    for experts, chosen in zip(present_sets, _match(packed_sets, present_sets), strict=True):
+        present_ranks = [experts[first : first + per_rank] for first in range(0, per_set, per_rank)]
+        ranks = packed[chosen]
+        for rank, held in zip(_match(ranks, present_ranks), present_ranks, strict=True):
             singles = [[expert] for expert in ranks[rank]]
-            placement += [ranks[rank][item] for item in _nearest(singles, [[expert] for expert in here])]
+            placement += [ranks[rank][item] for item in _match(singles, [[expert] for expert in held])]
     return tuple(placement)
 
 
-def _nearest(blocks: list[list[int]], present: list[list[int]]) -> list[int]:
-    """For each present block the one of `blocks` that takes its name: those that share most come first."""
-    at = {expert: place for place, block in enumerate(present) for expert in block}
-    shared = Counter((block, at[e]) for block, experts in enumerate(blocks) for e in experts if e in at)
+def _match(blocks: list[list[int]], present: list[list[int]]) -> list[int]:
+    """Match to each present block one of `blocks`, which takes its name; pairs that share most come first."""
+    block_of = {expert: number for number, block in enumerate(present) for expert in block}
+    shared = Counter((block, block_of[e]) for block, experts in enumerate(blocks) for e in experts if e in block_of)
     taken: dict[int, int] = {}
     left = dict.fromkeys(range(len(blocks)))
-    for block, place in sorted(shared, key=lambda pair: (-shared[pair], pair)):
-        if block in left and place not in taken:
-            taken[place] = block
+    for block, number in sorted(shared, key=lambda pair: (-shared[pair], pair)):
+        if block in left and number not in taken:
+            taken[number] = block
             del left[block]
     rest = iter(left)
-    return [taken[place] if place in taken else next(rest) for place in range(len(present))]
+    return [taken[number] if number in taken else next(rest) for number in range(len(present))]
 
 
 def _check(loads: Sequence[float], num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int) -> None:

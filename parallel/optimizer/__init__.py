@@ -1,0 +1,1 @@
+"""AdamW with its state sharded over replicas."""

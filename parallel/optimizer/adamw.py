@@ -31,16 +31,16 @@ def adamw(
     decay: float,
     now: Update,
 ) -> None:
-    """One AdamW step (Loshchilov & Hutter, algorithm 2) in place on flat tensors of one length.
+    """AdamW step (Loshchilov & Hutter, algorithm 2) in place on flat tensors of one length.
 
-    master and gradient FP32; the moments FP32 or BF16: the update uses them unrounded, the rounded values are kept.
+    master and gradient FP32; the moments FP32 or BF16: the update uses them unrounded and stores them rounded.
     """
     correction1 = 1.0 - config.beta1**now.step
     correction2 = 1.0 - config.beta2**now.step
     for start in range(0, master.numel(), CHUNK):
         piece = slice(start, start + CHUNK)
         grad = gradient[piece] * now.gradient_scale
-        # Copies also of FP32 moments: what follows works in place on them.
+        # Copies also of FP32 moments, because the next lines change them in place.
         first = exp_avg[piece].to(torch.float32, copy=True)
         second = exp_avg_sq[piece].to(torch.float32, copy=True)
         first.lerp_(grad, 1.0 - config.beta1)

@@ -1,4 +1,4 @@
-"""Gradients, and this rank's shard of weights and moments, of parameters that travel in one collective."""
+"""Gradients of parameters that travel in one collective, and this rank's shard of their weights and moments."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..groups import Groups
 from .collectives import Collective, begin_all_gather, begin_reduce_scatter
 from .shards import Plan
 
-FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Bucket:
-    """The parameters of one plan: their sums of gradients, and the shard of the state that this rank owns."""
+    """Parameters of one plan: their sums of gradients, and the shard of the state that this rank owns."""
 
     def __init__(self, plan: Plan, groups: Groups, config: OptimConfig) -> None:
         self.plan = plan
@@ -30,16 +30,15 @@ class Bucket:
         self.group = self.mesh.get_group()
         self.rank = self.mesh.get_local_rank()
         self._meter = groups.meter.group(self.group)
-        parameter = plan.slots[0].placed.parameter
+        parameter = plan.slots[0].local.parameter
         self.dtype, device = parameter.dtype, parameter.device
         self.gradient = torch.zeros(plan.numel, dtype=torch.float32, device=device)
         self.master = torch.zeros(plan.shard_numel, dtype=torch.float32, device=device)
-        self.exp_avg = torch.zeros(plan.shard_numel, dtype=FORMATS[config.moments], device=device)
+        self.exp_avg = torch.zeros(plan.shard_numel, dtype=DTYPES[config.moments], device=device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         # With a single owner the shard is the bucket; otherwise the reduction fills it.
-        alone = plan.ranks == 1
-        self.shard_gradient = self.gradient if alone else torch.zeros_like(self.master)
-        self._format = FORMATS[config.reduce]
+        self.shard_gradient = self.gradient if plan.ranks == 1 else torch.zeros_like(self.master)
+        self._format = DTYPES[config.reduce]
         self._left: list[int | None] = [None] * len(plan.slots)
         self._reduced = False
         self._reducing: Collective | None = None
@@ -48,15 +47,15 @@ class Bucket:
     # Gradients
 
     def begin(self, expected: Mapping[nn.Parameter, int]) -> None:
-        """Forget the gradients; see `ShardedOptimizer.begin_step`."""
+        """Clear the gradients; see `ShardedOptimizer.begin_step`."""
         self.finish_reduce()  # of a step that an error ended
         self.gradient.zero_()
-        self._left = [expected.get(slot.placed.parameter) for slot in self.plan.slots]
+        self._left = [expected.get(slot.local.parameter) for slot in self.plan.slots]
         self._reduced = False
 
     @property
     def final(self) -> bool:
-        """Whether each of the parameters has had as many gradients as were announced."""
+        """Whether each of the parameters has had all announced gradients."""
         return not any(left is None or left for left in self._left)
 
     def accumulate(self, index: int, gradient: Tensor) -> None:
@@ -66,17 +65,17 @@ class Bucket:
         accumulated.add_(gradient.view_as(accumulated))
 
     def count(self, index: int) -> None:
-        """One more gradient of the parameter in slot `index`."""
-        name, left = self.plan.slots[index].placed.names[0], self._left[index]
-        assert self._gathering is None, f"{name} was used, and nobody waited for its new weights"
+        """Count another gradient of the parameter in slot `index`."""
+        name, left = self.plan.slots[index].local.names[0], self._left[index]
+        assert self._gathering is None, f"{name} was used before its new weights had arrived"
         assert not self._reduced, f"{name} got a gradient after its gradients were reduced"
-        assert left != 0, f"{name} got a gradient more than was announced for this step"
+        assert left != 0, f"{name} got a gradient more than announced for this step"
         if left is not None:
             self._left[index] = left - 1
 
     @torch.no_grad()
     def start_reduce(self) -> None:
-        """Start to sum over the replicas; nothing may be added from here on."""
+        """Start to sum over the replicas; no gradient may be added afterwards."""
         self._reduced = True
         if self.plan.ranks == 1:
             return
@@ -94,10 +93,11 @@ class Bucket:
 
     @torch.no_grad()
     def start_gather(self, weights: Tensor | None = None) -> bool:
-        """Start to give every replica the master weights, or other `weights` of this rank's rows, in the parameters'
-        format. True if `finish_gather` has yet to bring them; until then this rank's rows may not change.
+        """Start to send every replica the master weights, or `weights` for this rank's rows, in the parameters' format.
+
+        Returns whether `finish_gather` has yet to write them; until then this rank's rows may not change.
         """
-        assert self._gathering is None, "the last weights are still on their way"
+        assert self._gathering is None, "the last weights have not arrived yet"
         shard = (self.master if weights is None else weights).to(self.master.device, self.dtype)
         if self.plan.ranks == 1:
             self.plan.from_shards(shard.unsqueeze(0))
@@ -107,13 +107,13 @@ class Bucket:
 
     @torch.no_grad()
     def invalidate(self) -> None:
-        """Make the parameters NaN: what reads them before `finish_gather` cannot go on unnoticed with old weights."""
+        """Make the parameters NaN, so that a read before `finish_gather` cannot silently use old weights."""
         for slot in self.plan.slots:
-            slot.placed.parameter.detach().fill_(torch.nan)
+            slot.local.parameter.detach().fill_(torch.nan)
 
     @torch.no_grad()
     def finish_gather(self) -> None:
-        """Wait for the weights that `start_gather` has sent for, and write the parameters."""
+        """Wait for the weights that `start_gather` requested, and write the parameters."""
         gathering, self._gathering = self._gathering, None
         if gathering is not None:
             self.plan.from_shards(gathering.wait())
@@ -121,38 +121,38 @@ class Bucket:
     # State
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, DTensor]]:
-        """Each global tensor of a sharded quantity by name, as the DTensor whose local part lies in `flat`."""
+        """DTensors of a sharded quantity by global name; their local parts lie in `flat`."""
         mesh = self.mesh
         if flat.device.type != mesh.device_type:
             # On the GPUs' mesh a DTensor of CPU memory would be a copy on the GPU.
             mesh = DeviceMesh.from_group(self.group, flat.device.type, mesh_dim_names=mesh.mesh_dim_names)
         for slot in self.plan.slots:
-            shape = torch.Size(slot.placed.shape)
+            shape = torch.Size(slot.local.shape)
             stride = (slot.columns, 1)[-len(shape) :]
             owned = len(slot.owned(self.rank))
-            for name, rows in zip(slot.placed.names, slot.in_shard(flat), strict=True):
+            for name, rows in zip(slot.local.names, slot.in_shard(flat), strict=True):
                 local = rows[:owned].view(owned, *shape[1:])
                 yield name, DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 def check_agreement(plans: Sequence[Plan], groups: Groups) -> None:
-    """See to it that replicas plan the same buckets in the same order: others would be summed without an error.
+    """Assert that replicas plan the same buckets in the same order: different ones would be summed without an error.
 
-    Every rank asks each of its groups in an order that all share, also one it has no parameter for.
+    Every rank compares its plan in each of its groups, also where it has no parameter, in an order that all share.
     """
     own = (groups.coordinates.pp,)
     kinds: list[Replicas] = ["dp", "edp"]
     for holders in sorted({own, *(held for _, held in groups.shared)}):
         for kind in kinds:
             group = groups.replicas(kind, holders).get_group()
-            mine = [
-                (slot.placed.names, slot.placed.shape, plan.decayed, place)
+            planned = [
+                (slot.local.names, slot.local.shape, plan.decayed, index)
                 for plan in plans
                 if (plan.replicas, plan.holders) == (kind, holders)
-                for place, slot in enumerate(plan.slots)
+                for index, slot in enumerate(plan.slots)
             ]
-            theirs: list[Any] = [None] * group.size()
-            dist.all_gather_object(theirs, mine, group=group)
-            for rank, other in zip(dist.get_process_group_ranks(group), theirs, strict=True):
-                for ours, its in zip_longest(mine, other):
-                    assert ours == its, f"{kind} of pipeline ranks {holders}: here {ours}, on rank {rank} {its}"
+            plan_of_rank: list[Any] = [None] * group.size()
+            dist.all_gather_object(plan_of_rank, planned, group=group)
+            for rank, other in zip(dist.get_process_group_ranks(group), plan_of_rank, strict=True):
+                for here, there in zip_longest(planned, other):
+                    assert here == there, f"{kind} of pipeline ranks {holders}: here {here}, on rank {rank} {there}"

@@ -1,7 +1,7 @@
-"""What the sharded optimizer sends: every collective on gradients and weights is launched, and counted, here.
+"""Collectives of the sharded optimizer on gradients and weights, launched and counted.
 
 Of R ranks with shards of S elements, each sends (R - 1) S elements in a reduction, in the format in which gradients
-travel, and as many in an all-gather, in the format of the weights.
+travel, and equally many in an all-gather, in the format of the weights.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Collective:
-    """One that is under way. Its memory is kept alive until `wait`, which is called once and gives the result.
+    """A collective in flight. Its memory is kept alive until `wait`, which is called once and returns the result.
 
-    On a GPU `wait` holds up the current stream, not the host. Waiting launches nothing, so the order of waits is free.
+    On a GPU `wait` blocks the current stream, not the host. Waiting launches nothing, so the order of waits is free.
     """
 
-    def __init__(self, what: str, works: Sequence[dist.Work], sent: Tensor, result: Callable[[], Tensor]) -> None:
-        """`result` is called in `wait`, once `works` are done."""
-        self._what, self._works = what, works
+    def __init__(self, name: str, works: Sequence[dist.Work], sent: Tensor, result: Callable[[], Tensor]) -> None:
+        """`name` is for errors; `result` is called in `wait`, once `works` are done."""
+        self._name, self._works = name, works
         self._sent, self._result = sent, result
 
     def wait(self) -> Tensor:
-        """Raises CommunicationError if a rank that takes part has gone or does not come in time."""
-        with comm_errors(self._what):
+        """Return the result. Raises CommunicationError if a participating rank has died or is too late."""
+        with comm_errors(self._name):
             for work in self._works:
                 work.wait()
         return self._result()
@@ -43,40 +43,40 @@ class Collective:
 def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: dist.ProcessGroup, meter: GroupMeter) -> Collective:
     """Sum the ranks' pieces for this one: row r of `pieces` `[R, S]` goes to rank r; `into` `[S]`, FP32, gets the sum.
 
-    FP32 pieces go by reduce-scatter. Others are exchanged as they are and added up here, in FP32 and in the order of
-    the ranks: a reduce-scatter in BF16 would round every partial sum on its way, and with many ranks lose small
-    contributions altogether. Either way a rank sends R - 1 of its R pieces in all.
+    FP32 pieces go by reduce-scatter. Other formats are exchanged and added up here, in FP32 and in the order of the
+    ranks: a reduce-scatter in BF16 would round every partial sum on its way, and with many ranks lose small
+    contributions altogether. Either way a rank sends R - 1 of its R pieces.
 
     On CPUs FP32 pieces are exchanged too: gloo's reduce-scatter is an all-reduce inside and sends twice the bytes.
     """
-    what = f"the reduction of gradients over {_ranks(group)}"
+    name = f"the reduction of gradients over {_ranks(group)}"
     shard = pieces.shape[1] * pieces.element_size()
     if pieces.dtype == torch.float32 and pieces.device.type != "cpu":
         meter.reduce_scatter("gradients", shard)
-        with comm_errors(what):
+        with comm_errors(name):
             work = _reduce_scatter(into, pieces.view(-1), group=group, async_op=True)
         assert work is not None
-        return Collective(what, [work], pieces, lambda: into)
+        return Collective(name, [work], pieces, lambda: into)
     received, rows = torch.empty_like(pieces), [1] * len(pieces)
     meter.all_to_all("gradients", rows, shard)
-    with comm_errors(what):
+    with comm_errors(name):
         works = begin_all_to_all(received, pieces, rows, rows, group)
-    return Collective(what, works, pieces, lambda: _add_up(received, into))
+    return Collective(name, works, pieces, lambda: _add_up(received, into))
 
 
 def begin_all_gather(shard: Tensor, group: dist.ProcessGroup, meter: GroupMeter) -> Collective:
-    """Every rank's `shard` `[S]` on every rank, as `[R, S]`. It must stay as it is until the wait."""
+    """Gather every rank's `shard` `[S]` on every rank, as `[R, S]`. `shard` must not change until the wait."""
     gathered = shard.new_empty(group.size(), shard.numel())
     meter.all_gather("weights", shard.nbytes)
-    what = f"the all-gather of weights over {_ranks(group)}"
-    with comm_errors(what):
+    name = f"the all-gather of weights over {_ranks(group)}"
+    with comm_errors(name):
         work = _all_gather(gathered.view(-1), shard, group=group, async_op=True)
     assert work is not None
-    return Collective(what, [work], shard, lambda: gathered)
+    return Collective(name, [work], shard, lambda: gathered)
 
 
 def _add_up(pieces: Tensor, into: Tensor) -> Tensor:
-    """The sum of the rows of `pieces`, from the first to the last, in FP32 as `into` is."""
+    """Sum the rows of `pieces`, from the first to the last, in the FP32 of `into`."""
     into.copy_(pieces[0])
     for piece in pieces[1:]:
         into.add_(piece)

@@ -1,8 +1,8 @@
-"""The moving average of the weights: in CPU memory, brought up to date while the next step computes.
+"""The moving average of the weights: in CPU memory, updated while the next step computes.
 
-DeepSeek-V3 keeps an exponential moving average of its parameters, to see early how the model will do once the learning
-rate has decayed, "in CPU memory" and "updated asynchronously after each training step" (V3 §3.2.3). It costs a GPU
-neither memory nor time. V3 does not publish the decay.
+DeepSeek-V3 keeps an exponential moving average of its parameters, to estimate early how the model will perform once the
+learning rate has decayed, "in CPU memory" and "updated asynchronously after each training step" (V3 §3.2.3). It costs a
+GPU neither memory nor time. V3 does not publish the decay.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 class Ema:
     """The average over steps of flat FP32 tensors, the `weights`, that are rewritten once a step.
 
-    After n updates with values w_1 … w_n it is sum(decay^(n-i) w_i) / sum(decay^(n-i)): a mean of exactly the values
-    that were there after a step. The initial weights are no part of it, so nothing of them has to fade, and the
-    first update makes the average equal to the weights. In the long run it looks back on 1 / (1 - decay) steps.
+    After n updates with values w_1 … w_n it is sum(decay^(n-i) w_i) / sum(decay^(n-i)): a mean of the values after a
+    step. The initial weights do not count, so the first update makes the average equal to the weights. In the long run
+    the average spans 1 / (1 - decay) steps.
 
-    Whoever rewrites the weights calls `release` before and `update` after it. Between the two they are read, by a
-    copy on a stream of its own where they are on a GPU, and a thread does the arithmetic: neither waits for the other
-    unless an update takes longer than a step. Weights in CPU memory are averaged at once: that is 0.3 % of a step of
-    the smoke run, and a thread for it, which competes for the same cores, wins nothing that can be measured.
+    The caller that rewrites the weights calls `release` before and `update` after it. After `update` they are read: on
+    a GPU by a copy on a separate stream, while a thread does the arithmetic. Neither waits for the other unless an
+    update takes longer than a step. Weights in CPU memory are averaged at once: that takes 0.3 % of a step of the smoke
+    run, and a thread, which competes for the same cores, gains nothing measurable.
     """
 
     def __init__(self, weights: Sequence[Tensor], decay: float, background: bool | None = None) -> None:
-        """`weights` stay the caller's, and all on one device. `background` forces the thread, or its absence."""
+        """Keep references to `weights`, all on one device. `background` forces the thread, or its absence."""
         on_gpu = any(weight.is_cuda for weight in weights)
         self.decay = decay
         self.updates = 0
-        """Steps that the average has seen."""
+        """Steps in the average."""
         self._weights = list(weights)
         self._shards = [_on_host(weight, on_gpu) for weight in weights]
         self._copy = DeviceCopy(self._weights) if on_gpu else None
@@ -41,22 +41,22 @@ class Ema:
 
     @torch.no_grad()
     def restart(self, updates: int) -> None:
-        """Forget the past: the average is now the weights, which count as `updates` steps of it (0: as none)."""
+        """Set the average to the weights, which count as `updates` steps of it (0: as none)."""
         self.finish()
         for shard, weight in zip(self._shards, self._weights, strict=True):
             shard.copy_(weight)
         self.updates = updates
 
     def release(self) -> None:
-        """Make it safe to rewrite the weights; on a GPU by work that is launched after this on the current stream."""
+        """Make it safe to rewrite the weights; on a GPU by work that the current stream gets after this."""
         if self._copy is not None:
             self._copy.hold_back_writers()
         else:
             self.finish()
 
     def update(self) -> None:
-        """Take in the weights as they are after a step; on a GPU as the current stream leaves them."""
-        self.finish()  # its result, and the memory the copy goes to, are needed
+        """Add the weights after a step to the average; on a GPU as the current stream leaves them."""
+        self.finish()  # its result and the memory of the copy are needed
         self.updates += 1
         if self._copy is not None:
             self._copy.start()
@@ -67,7 +67,7 @@ class Ema:
             self._pending = self._thread.submit(self._average, share)
 
     def finish(self) -> None:
-        """Wait for the update that is under way. Raises what went wrong in it."""
+        """Wait for the update that is running. Raises its error."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -85,25 +85,22 @@ class Ema:
 
 
 def share_of_newest(decay: float, updates: int) -> float:
-    """Weight of the newest value in an average of `updates` values: 1, 1 / (1 + decay), … down to 1 - decay."""
+    """Share of the newest value in an average of `updates` values: 1, 1 / (1 + decay), … down to 1 - decay."""
     return (1.0 - decay) / (1.0 - decay**updates)
 
 
 class DeviceCopy:
-    """Copies of GPU tensors in pinned memory, made on a stream of their own beside whatever else the GPU does.
-
-    Nothing here stops the caller: the GPU itself keeps the order. Only `wait`, for another thread, blocks.
-    """
+    """Copies of GPU tensors in pinned memory, made on a separate stream. Only `wait` blocks its (other) thread."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
         self._copies = [_on_host(tensor, pinned=True) for tensor in tensors]
         self._device = tensors[0].device
         self._stream = torch.cuda.Stream(self._device)
-        self._done = torch.cuda.Event(blocking=True)  # blocking: who waits sleeps, and leaves its core to others
+        self._done = torch.cuda.Event(blocking=True)  # blocking: a waiting thread sleeps and frees its core
 
     def start(self) -> None:
-        """Copy the tensors as the current stream leaves them. What was copied before must no longer be in use."""
+        """Copy the tensors as the current stream leaves them. The copies before must no longer be in use."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for tensor, copy in zip(self._tensors, self._copies, strict=True):
@@ -111,7 +108,7 @@ class DeviceCopy:
             self._done.record(self._stream)
 
     def hold_back_writers(self) -> None:
-        """Let what is launched on the current stream from here on begin only after the copy."""
+        """Make later work on the current stream begin only after the copy."""
         torch.cuda.current_stream(self._device).wait_event(self._done)
 
     def wait(self) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The AdamW update in one kernel: Transformer Engine's FusedAdam on the optimizer's own tensors.
 
-It replaces `adamw` on GPUs. Masters and moments stay where they are, so checkpoints know nothing of it.
+It replaces `adamw` on GPUs. Masters and moments stay where they are, so checkpoints do not depend on it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .adamw import Update
 
 
 class FusedAdamW:
-    """Called as `adamw` is, with tensors on a GPU. Every master weight it has seen has a FusedAdam of its own."""
+    """An update with the arguments of `adamw`, on GPU tensors. Every master weight gets a FusedAdam of its own."""
 
     def __init__(self, library: Library) -> None:
         self.library = library
@@ -31,7 +31,7 @@ class FusedAdamW:
         decay: float,
         now: Update,
     ) -> None:
-        """One step in place, as `adamw` but for rounding. Where the gradient is clipped it is scaled in place, too."""
+        """Update in place as `adamw`, but for rounding. A clipped gradient is scaled in place too."""
         if not master.numel():
             return
         key = master.data_ptr()
@@ -41,7 +41,7 @@ class FusedAdamW:
         if now.gradient_scale != 1.0:
             gradient.mul_(now.gradient_scale)
         (group,) = adam.param_groups
-        group["lr"], group["step"] = now.lr, now.step - 1  # it counts by itself, before it computes
+        group["lr"], group["step"] = now.lr, now.step - 1  # the FusedAdam counts the step itself, before it computes
         parameter.grad = gradient
         adam.step()
         parameter.grad = None
@@ -49,8 +49,8 @@ class FusedAdamW:
     def _adopt(
         self, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, config: OptimConfig, decay: float
     ) -> tuple[nn.Parameter, torch.optim.Optimizer]:
-        """A FusedAdam whose parameter is the master weights and whose state is our moments."""
-        parameter = nn.Parameter(master)  # FP32 in full: there is nothing to keep a master copy of
+        """Make a FusedAdam whose parameter is the master weights and whose state is our moments."""
+        parameter = nn.Parameter(master)  # FP32 already: no master copy is needed
         adam = self.library.pytorch.optimizers.FusedAdam(
             [parameter],
             lr=0.0,
@@ -63,7 +63,7 @@ class FusedAdamW:
             exp_avg_dtype=exp_avg.dtype,
             exp_avg_sq_dtype=exp_avg_sq.dtype,
         )
-        # It notes a scale for every state that is not FP32, also for BF16 where none is applied.
+        # It records a scale for every state that is not FP32, also for BF16 where none is applied.
         adam.initialize_state(parameter, False)
         adam.state[parameter] |= {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return parameter, adam

@@ -1,11 +1,12 @@
 """The sharded optimizer (ZeRO-1): each rank keeps master weights and moments of its rows only.
 
-Gradients of every micro-batch are added up in FP32. A step sums them over the replicas by reduce-scatter, so a rank
-receives the rows it owns; updates those; and gathers the new weights of the others. Both go bucket by bucket: the
-reductions begin in the midst of the last backward, and the weights may still arrive during the next forward. Which
-ranks take part follows from the parameter's placement alone, also where several pipeline ranks hold it, and every row
-of every parameter is owned exactly once in the whole grid: the global gradient norm is a plain sum over all ranks, with
-no list of exceptions, and a second copy of a stage costs no second optimizer state.
+Gradients of all micro-batches are added up in FP32. A step sums them over the replicas by reduce-scatter, so a rank
+receives the rows it owns; updates these; and gathers the new weights of the others. Both run bucket by bucket: the
+reductions begin during the last backward, and the weights may still arrive during the next forward.
+
+The ranks of a bucket follow from its parameters' `replicas` and `holders` alone, also where several pipeline ranks hold
+them. Every row of every parameter has exactly one owner in the grid. So the global gradient norm is a plain sum over
+all ranks, and a second copy of a stage costs no second optimizer state.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,111 +32,102 @@ from .shards import plan_buckets
 
 
 class ShardedOptimizer:
-    """AdamW over the parameters of `placed`, its state sharded over each parameter's replicas."""
+    """AdamW over `parameters`, its state sharded over each parameter's replicas."""
 
     def __init__(
-        self, placed: Sequence[LocalParameter], groups: Groups, config: OptimConfig, update: Callable[..., None] = adamw
+        self,
+        parameters: Sequence[LocalParameter],
+        groups: Groups,
+        config: OptimConfig,
+        update: Callable[..., None] = adamw,
     ) -> None:
-        """`placed` are this rank's parameters in the model's order; every rank of the grid makes its optimizer.
+        """Plan the buckets of `parameters`, this rank's in the model's order; every rank of the grid must take part.
 
-        `update` does what `adamw` does, on this machine's devices.
+        `update` is `adamw` or an equivalent for this machine's devices.
         """
         self.config = config
         self.groups = groups
         self._update = update
-        plans = plan_buckets(
-            placed,
-            lambda item: groups.replicas(item.replicas, item.holders).size(),
-            int(config.bucket_mb * 2**20 / 4),
-        )
+
+        def ranks(local: LocalParameter) -> int:
+            return groups.replicas(local.replicas, local.holders).size()
+
+        plans = plan_buckets(parameters, ranks, int(config.bucket_mb * 2**20 / 4))
         check_agreement(plans, groups)
         self._buckets = [Bucket(plan, groups, config) for plan in plans]
-        self.ema = None
-        """The moving average of the master weights; None where the configuration asks for none."""
-        if config.ema_decay is not None:
-            self.ema = Ema([bucket.master for bucket in self._buckets], config.ema_decay)
+        masters = [bucket.master for bucket in self._buckets]
+        self.ema = None if config.ema_decay is None else Ema(masters, config.ema_decay)
+        """The moving average of the master weights, if the configuration has one."""
         self._averaged = False
         self._to_reduce: deque[Bucket] = deque(reversed(self._buckets))
         self._arriving: set[int] = set()
-        self._places = {
-            slot.placed.parameter: (b, s)
-            for b, bucket in enumerate(self._buckets)
-            for s, slot in enumerate(bucket.plan.slots)
-        }
+        numbered = [(b, s, slot) for b, bucket in enumerate(self._buckets) for s, slot in enumerate(bucket.plan.slots)]
+        self._slots = {slot.local.parameter: (b, s) for b, s, slot in numbered}
         self._follow_gradients()
+        self.num_buckets = len(self._buckets)
         self.steps = 0
         self.launched_early = 0
-        """Buckets of this step whose reduction was started during backward, that is before `reduce_gradients`."""
+        """Buckets of this step whose reduction started during backward, before `reduce_gradients`."""
 
     @torch.no_grad()
     def initialise(self, value: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-        """Set the master weights to `value(name, shape)`, FP32, of each global tensor, and the parameters to match.
-
-        A moving average begins anew.
-        """
+        """Set master weights and parameters to `value(name, shape)`, FP32, by global name; restart a moving average."""
         self.finish_gathers()
         if self.ema is not None:
             self.ema.finish()
         for bucket in self._buckets:
             for slot in bucket.plan.slots:
                 rows = slot.owned(bucket.rank)
-                for name, target in zip(slot.placed.names, slot.in_shard(bucket.master), strict=True):
-                    whole = value(name, slot.placed.shape).view(slot.rows, slot.columns)
+                for name, target in zip(slot.local.names, slot.in_shard(bucket.master), strict=True):
+                    whole = value(name, slot.local.shape).view(slot.rows, slot.columns)
                     target[: len(rows)] = whole[rows.start : rows.stop]
         if self.ema is not None:
             self.ema.restart(updates=0)
         self.publish()
 
     def begin_step(self, expected: Mapping[nn.Parameter, int] | None = None) -> None:
-        """Forget the gradients of the step before, and let this step's reductions overlap its backward.
+        """Clear the gradients of the step before, and let this step's reductions overlap its backward.
 
-        `expected` says how often each parameter will get a gradient in this step: once for each backward pass that
-        reaches it, however often it is used in the graph. When all of a bucket have theirs, its reduction starts, in
-        the midst of backward. A parameter that is not listed is final only at `reduce_gradients`. The counts may
-        differ between replicas. More gradients than announced are a bug, fewer are not: experts may go without tokens.
+        `expected` is the number of gradients that each parameter will get in this step: one for each backward pass
+        that reaches it, however often the graph uses it. The reduction of a bucket starts during backward, once all its
+        parameters have theirs. Without a count a parameter is final at `reduce_gradients`. Counts may differ between
+        replicas. More gradients than announced are a bug, fewer are not: experts may get no tokens.
 
-        Replicas reach their last backwards in different orders (mirrored DualPipe ranks in opposite ones), yet
-        must call their collectives in the same. So buckets start in one fixed order, and each waits for those before
-        it: from the model's end to its beginning, as backward runs, by each bucket's first parameter. It is one order
-        for all groups, because NCCL wants the collectives of overlapping groups in an order that all ranks share.
+        Replicas reach their last backwards in different orders (mirrored DualPipe ranks in opposite ones), yet must
+        call their collectives in the same. So buckets start in one fixed order, and each waits for the earlier ones:
+        from the model's end to its beginning, as backward runs, by each bucket's first parameter. All groups share this
+        order, because NCCL needs one for the collectives of overlapping groups.
         """
         expected = expected or {}
-        assert not self._averaged, "training would go on from the average"
-        assert expected.keys() <= self._places.keys(), "a parameter is announced that this optimizer does not hold"
+        assert not self._averaged, "training would continue from the average"
+        assert expected.keys() <= self._slots.keys(), "a parameter is announced that this optimizer does not hold"
         for bucket in self._buckets:
             bucket.begin(expected)
         self._to_reduce = deque(reversed(self._buckets))
         self.launched_early = 0
 
-    def zero_gradients(self) -> None:
-        """Begin a step in which all reductions wait for `reduce_gradients`."""
-        self.begin_step()
-
-    @property
-    def num_buckets(self) -> int:
-        """Reductions in a step, and all-gathers."""
-        return len(self._buckets)
-
     def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
-        """Where this rank's gradients of `parameter` are added up, FP32, in its shape: for layers that add to it
-        themselves, between `begin_step` and `reduce_gradients`, and tell by `arrived`."""
-        bucket, slot = self._places[parameter]
-        at = self._buckets[bucket]
-        return at.plan.slots[slot].in_bucket(at.gradient).view(parameter.shape)
+        """Buffer of this rank's summed gradients of `parameter`, FP32, in its shape.
+
+        A layer may add to it between `begin_step` and `reduce_gradients`, and then calls `arrived`.
+        """
+        index, slot = self._slots[parameter]
+        bucket = self._buckets[index]
+        return bucket.plan.slots[slot].in_bucket(bucket.gradient).view(parameter.shape)
 
     def arrived(self, parameter: nn.Parameter) -> None:
-        """A layer has added a gradient of `parameter` to its buffer: count it, as of those that autograd passes."""
-        bucket, slot = self._places[parameter]
+        """Count a gradient of `parameter` that a layer has added to its buffer."""
+        bucket, slot = self._slots[parameter]
         self._buckets[bucket].count(slot)
         self._reduce_final()
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's accumulated, unreduced gradients by global name: views `[N, C]`, FP32."""
+        """Accumulated, unreduced gradients of this rank by global name: views `[N, C]`, FP32."""
         return {
             name: rows
             for bucket in self._buckets
             for slot in bucket.plan.slots
-            for name, rows in zip(slot.placed.names, slot.in_bucket(bucket.gradient), strict=True)
+            for name, rows in zip(slot.local.names, slot.in_bucket(bucket.gradient), strict=True)
         }
 
     def reduced_gradients(self) -> dict[str, DTensor]:
@@ -143,13 +136,10 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def reduce_gradients(self) -> float:
-        """Sum gradients over the replicas; returns the norm over every parameter of the model, each counted once.
-
-        After it the parameters are those of the last step, used or not.
-        """
+        """Sum gradients over the replicas; returns the norm over every parameter of the model, each counted once."""
         while self._to_reduce:
             self._to_reduce.popleft().start_reduce()
-        self.finish_gathers()  # of what no micro-batch has used
+        self.finish_gathers()  # of parameters that no micro-batch has used
         for bucket in self._buckets:
             bucket.finish_reduce()
         parts = [torch.linalg.vector_norm(bucket.shard_gradient, dtype=torch.float64) for bucket in self._buckets]
@@ -161,10 +151,10 @@ class ShardedOptimizer:
     def step(self, lr: float, gradient_norm: float, blocking: bool = True) -> None:
         """Clip by the global norm, update the owned rows and publish the new weights.
 
-        With `blocking` False it returns while they are on their way: who does that calls `wait_for` before a forward
-        uses a parameter. Until then it is NaN, and a gradient for it is refused. All-gathers are launched here, and
-        all of them, in the order in which a forward needs the buckets, which is one order on all ranks as that of the
-        reductions is; so whatever the next step launches comes after them on every rank, and waits launch nothing.
+        With `blocking` False it returns while they are in flight. The caller then calls `wait_for` before a forward
+        uses a parameter; until then the parameter is NaN and refuses a gradient. All all-gathers are launched here, in
+        the order in which a forward needs the buckets, which all ranks share. So collectives of the next step follow
+        them on every rank, and waits launch nothing.
         """
         self.finish_gathers()
         if self.ema is not None:
@@ -186,30 +176,26 @@ class ShardedOptimizer:
         if blocking:
             self.publish()
 
-    def wait_for(self, *users: nn.Module | nn.Parameter) -> None:
-        """Wait until the parameters among or within `users` have the weights of the last step."""
+    def wait_for(self, *parts: nn.Module | nn.Parameter) -> None:
+        """Wait until `parts`, parameters and modules of parameters, have the weights of the last step."""
         if not self._arriving:
             return
-        for user in users:
-            for parameter in user.parameters() if isinstance(user, nn.Module) else (user,):
-                self._arrive(self._places[parameter][0])
+        for part in parts:
+            for parameter in part.parameters() if isinstance(part, nn.Module) else (part,):
+                self._arrive(self._slots[parameter][0])
 
     def finish_gathers(self) -> None:
-        """Wait until all parameters have the weights of the last step: before anything but a forward touches them, or
-        the state."""
+        """Wait until all parameters have the weights of the last step: before any use of them but in a forward."""
         for index in sorted(self._arriving):
             self._arrive(index)
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Refresh the parameters of all replicas from the master weights."""
-        self._publish([None] * len(self._buckets))
-
-    def _publish(self, shards: Sequence[Tensor | None]) -> None:
+    def publish(self, shards: Sequence[Tensor | None] | None = None) -> None:
+        """Refresh the parameters of all replicas from the master weights, or from other `shards` of the buckets."""
         self.finish_gathers()
-        for bucket, shard in zip(self._buckets, shards, strict=True):
+        for bucket, shard in zip(self._buckets, shards or [None] * len(self._buckets), strict=True):
             bucket.start_gather(shard)
-            bucket.finish_gather()  # one at a time: what is received takes memory
+            bucket.finish_gather()  # one at a time: received weights take memory
 
     def _arrive(self, index: int) -> None:
         if index in self._arriving:
@@ -219,9 +205,9 @@ class ShardedOptimizer:
     def state(self) -> dict[str, DTensor]:
         """Views of master weights and moments, as `weights.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`.
 
-        Until the next step they may be written to; `publish` then makes the parameters match.
+        They may be written to until the next step; `publish` then makes the parameters match.
         """
-        self.finish_gathers()  # FP32 weights are sent from where the masters are
+        self.finish_gathers()  # FP32 weights are sent from the masters' own memory
         if self.ema is not None:
             self.ema.finish()
         fields = {"weights": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -230,8 +216,8 @@ class ShardedOptimizer:
     def averages(self) -> dict[str, DTensor]:
         """Views of the moving average as `ema.NAME`, FP32 in CPU memory; empty without one.
 
-        They are good until the next step. On GPUs nothing but a checkpoint can put them together: their mesh has no
-        collectives on CPU memory.
+        They are valid until the next step. On GPUs only a checkpoint can assemble them: their mesh has no collectives
+        on CPU memory.
         """
         if self.ema is None:
             return {}
@@ -239,64 +225,61 @@ class ShardedOptimizer:
         return {f"ema.{name}": tensor for bucket, shard in shards for name, tensor in bucket.views(shard)}
 
     def shards(self, parameter: nn.Parameter) -> list[Tensor]:
-        """This rank's master weights, moments and average, if there is one, of `parameter`: views `[G, rows, C]`.
+        """Views `[G, rows, C]` of this rank's master weights, moments and average, if there is one, of `parameter`.
 
-        Between steps they may be written to; `publish` then makes the parameters match.
+        They may be written to between steps; `publish` then makes the parameters match.
         """
         assert not self._averaged, "the parameters are the average"
         self.finish_gathers()
-        at, slot = self._places[parameter]
-        bucket = self._buckets[at]
+        index, slot = self._slots[parameter]
+        bucket = self._buckets[index]
         flats = [bucket.master, bucket.exp_avg, bucket.exp_avg_sq]
         if self.ema is not None:
-            flats.append(self.ema.shards()[at])
+            flats.append(self.ema.shards()[index])
         return [bucket.plan.slots[slot].in_shard(flat) for flat in flats]
 
     def rename(self, parameter: nn.Parameter, names: tuple[str, ...]) -> None:
-        """From now on `parameter` holds the global tensors `names`; the gradients of the step before are void."""
-        at, index = self._places[parameter]
-        plan = self._buckets[at].plan
-        slot = plan.slots[index]
-        renamed = replace(slot, placed=replace(slot.placed, names=names))
-        self._buckets[at].plan = replace(plan, slots=(*plan.slots[:index], renamed, *plan.slots[index + 1 :]))
+        """Declare that `parameter` now holds the global tensors `names`; gradients of the step before become void."""
+        index, slot = self._slots[parameter]
+        plan = self._buckets[index].plan
+        slots = list(plan.slots)
+        slots[slot] = replace(slots[slot], local=replace(slots[slot].local, names=names))
+        self._buckets[index].plan = replace(plan, slots=tuple(slots))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it the parameters are the moving average, after it the master weights again, bit for bit.
+        """Context in which the parameters are the moving average; afterwards they are the master weights, bit for bit.
 
-        Every rank enters and leaves it together. An error within it leaves the average in place: it is about to end
-        the run, and a collective here would wait for ranks that never come.
+        All ranks enter and leave it together. An error inside leaves the average in place: the run is about to end, and
+        a collective here would wait for ranks that never come.
         """
         assert self.ema is not None, "there is no average: optim.ema_decay is null"
-        self._publish(self.ema.shards())
+        self.publish(self.ema.shards())
         self._averaged = True
         yield
         self._averaged = False
         self.publish()
 
     def _follow_gradients(self) -> None:
-        """Take over each gradient a parameter gets, from a graph or by backward on the parameter itself."""
-        this = weakref.ref(self)  # a parameter keeps its hook, which must not keep optimizer and parameters in turn
+        """Hook each parameter, to take over every gradient that autograd gives it."""
+        reference = weakref.ref(self)  # a parameter keeps its hook, which must not keep the optimizer in turn
 
-        def follow(parameter: nn.Parameter, bucket: int, slot: int) -> None:
-            def hook(parameter: Tensor) -> None:
-                if (optimizer := this()) is not None:
-                    optimizer._accumulate(parameter, bucket, slot)
+        def hook(bucket: int, slot: int, parameter: Tensor) -> None:
+            if (optimizer := reference()) is not None:
+                optimizer._accumulate(parameter, bucket, slot)
 
-            parameter.register_post_accumulate_grad_hook(hook)
-
-        for parameter, (bucket, slot) in self._places.items():
-            follow(parameter, bucket, slot)
+        for parameter, (bucket, slot) in self._slots.items():
+            parameter.register_post_accumulate_grad_hook(partial(hook, bucket, slot))
 
     def _accumulate(self, parameter: Tensor, bucket: int, slot: int) -> None:
-        if parameter.grad is None:  # a layer that has put its weight gradient off passes none
+        if parameter.grad is None:  # a layer that deferred its weight gradient passes none
             return
         self._buckets[bucket].accumulate(slot, parameter.grad)
         parameter.grad = None  # the BF16 gradient of one micro-batch is not kept
         self._reduce_final()
 
     def _reduce_final(self) -> None:
-        """Start what is final, as far as it is next in the fixed order."""
+        """Start the reductions of final buckets that are next in the fixed order."""
         while self._to_reduce and self._to_reduce[0].final:
             bucket = self._to_reduce.popleft()
             bucket.start_reduce()

@@ -1,8 +1,8 @@
-"""How parameters are cut for ZeRO-1: each global tensor by rows over the ranks that hold it.
+"""Shards of parameters for ZeRO-1: each global tensor is cut by rows over the ranks that hold it.
 
 A bucket is a set of parameters that are reduced in one collective. Its gradients lie in memory parameter by
-parameter; its shards lie rank by rank, because that is what reduce-scatter and all-gather exchange. This file is the
-arithmetic between the two. R ranks, N rows of a global tensor, C columns, G global tensors in a parameter.
+parameter; its shards lie rank by rank, as reduce-scatter and all-gather exchange them. This file is the arithmetic
+between the two. R ranks, N rows of a global tensor, C columns, G global tensors in a parameter.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _Key = tuple[Replicas, tuple[int, ...], bool]  # replicas, holders, decayed
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter's place in a bucket."""
+    """Location of a parameter in a bucket."""
 
-    placed: LocalParameter
+    local: LocalParameter
     ranks: int
     start: int
     """Offset in the bucket's parameter-by-parameter layout."""
@@ -31,24 +31,24 @@ class Slot:
 
     @property
     def rows(self) -> int:
-        return self.placed.shape[0]
+        return self.local.shape[0]
 
     @property
     def columns(self) -> int:
-        return math.prod(self.placed.shape[1:])
+        return math.prod(self.local.shape[1:])
 
     @property
     def rows_per_rank(self) -> int:
-        """Rows of each global tensor on one rank; the last ranks may have fewer, and padding instead."""
+        """Rows of each global tensor on one rank; on the last ranks some of them may be padding."""
         return -(-self.rows // self.ranks)
 
     @property
     def numel(self) -> int:
-        return self.placed.parameter.numel()
+        return self.local.parameter.numel()
 
     @property
     def shard_numel(self) -> int:
-        return len(self.placed.names) * self.rows_per_rank * self.columns
+        return len(self.local.names) * self.rows_per_rank * self.columns
 
     def owned(self, rank: int) -> range:
         """Rows of each global tensor that `rank` owns."""
@@ -56,13 +56,13 @@ class Slot:
         return range(first, min(self.rows, first + self.rows_per_rank))
 
     def in_bucket(self, flat: Tensor) -> Tensor:
-        """This parameter in a parameter-by-parameter bucket `[P]`, as `[G, N, C]`."""
-        return flat[self.start : self.start + self.numel].view(len(self.placed.names), self.rows, self.columns)
+        """View of this parameter in a parameter-by-parameter bucket `[P]`, as `[G, N, C]`."""
+        return flat[self.start : self.start + self.numel].view(len(self.local.names), self.rows, self.columns)
 
     def in_shard(self, shard: Tensor) -> Tensor:
-        """This parameter in one rank's shard, as `[G, rows_per_rank, C]`."""
+        """View of this parameter in one rank's shard, as `[G, rows_per_rank, C]`."""
         piece = shard[self.shard_start : self.shard_start + self.shard_numel]
-        return piece.view(len(self.placed.names), self.rows_per_rank, self.columns)
+        return piece.view(len(self.local.names), self.rows_per_rank, self.columns)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Plan:
     decayed: bool
     ranks: int
     position: int
-    """Of its first parameter among all that are placed: backward reaches it last, and then the bucket is complete."""
+    """Index of its first parameter among all: backward reaches it last, and then the bucket is complete."""
 
     @property
     def numel(self) -> int:
@@ -98,20 +98,20 @@ class Plan:
     def from_shards(self, shards: Tensor) -> None:
         """Copy `[R, shard]` into the parameters themselves."""
         for slot in self.slots:
-            # Not `.data`: the parameter's version tells those who hold a quantised copy of it.
-            target = slot.placed.parameter.detach().view(len(slot.placed.names), slot.rows, slot.columns)
+            # Not `.data`: holders of a quantised copy compare the parameter's version.
+            target = slot.local.parameter.detach().view(len(slot.local.names), slot.rows, slot.columns)
             for rank in range(self.ranks):
                 rows = slot.owned(rank)
                 target[:, rows.start : rows.stop] = slot.in_shard(shards[rank])[:, : len(rows)]
 
 
 def plan_buckets(
-    placed: Iterable[LocalParameter], ranks: Callable[[LocalParameter], int], bucket_numel: int
+    parameters: Iterable[LocalParameter], ranks: Callable[[LocalParameter], int], bucket_numel: int
 ) -> list[Plan]:
     """Group parameters into buckets of about `bucket_numel` elements, in the order of their first parameters.
 
-    One bucket has one set of `ranks(placed)` ranks and one decay, and takes its parameters in the given order, which
-    is the model's: neighbours get their last gradients at about the same time. Replicas that are given the same
+    A bucket has one set of replicas, which are `ranks(parameter)` ranks, and one decay. It takes its parameters in the
+    given order, the model's: neighbours get their last gradients at about the same time. Replicas with the same
     parameters in the same order plan the same buckets.
     """
     open_slots: dict[_Key, list[Slot]] = {}
@@ -123,17 +123,17 @@ def plan_buckets(
         slots = tuple(open_slots.pop(key))
         plans.append(Plan(slots, *key, slots[0].ranks, starts[key]))
 
-    for position, item in enumerate(placed):
-        assert item.parameter not in seen, f"{item.names[0]} is placed twice"
-        seen.add(item.parameter)
-        key = (item.replicas, item.holders, len(item.shape) > 1)
+    for position, local in enumerate(parameters):
+        assert local.parameter not in seen, f"{local.names[0]} is listed twice"
+        seen.add(local.parameter)
+        key = (local.replicas, local.holders, len(local.shape) > 1)
         slots = open_slots.setdefault(key, [])
         start, shard_start = 0, 0
         if slots:
             start, shard_start = slots[-1].start + slots[-1].numel, slots[-1].shard_start + slots[-1].shard_numel
         else:
             starts[key] = position
-        slots.append(Slot(item, ranks(item), start, shard_start))
+        slots.append(Slot(local, ranks(local), start, shard_start))
         if start + slots[-1].numel >= bucket_numel:
             close(key)
     for key in list(open_slots):

@@ -1,13 +1,13 @@
-"""What a pipeline schedule is: for each rank the order of its forwards and backwards, and nothing else.
+"""Pipeline schedules: for each rank the order of its forwards and backwards, and nothing else.
 
 Words: a stage is one of `num_stages` consecutive slices of the model; a chunk is a stage as held by one rank. F is a
 forward, B a whole backward, I the backward for the input alone, W the backward for the weights that I left over.
-Sends and receives are not written here, they follow from the actions (`transfers.py`).
+Sends and receives are not listed: they follow from the actions (`transfers.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -15,7 +15,7 @@ Kind = Literal["F", "B", "I", "W"]
 
 
 class Action(NamedTuple):
-    """One piece of work: `kind` of micro-batch `microbatch` at stage `stage`."""
+    """A piece of work: `kind` of micro-batch `microbatch` at stage `stage`."""
 
     kind: Kind
     stage: int
@@ -39,7 +39,7 @@ class Overlap(NamedTuple):
 
 
 def parts(action: Action | Overlap) -> tuple[Action, ...]:
-    """The actions in it, one or two."""
+    """The actions in `action`: both of a pair, otherwise itself."""
     return action if isinstance(action, Overlap) else (action,)
 
 
@@ -51,28 +51,37 @@ class Schedule:
     num_ranks: int
     num_stages: int
     num_microbatches: int
-    placement: tuple[tuple[int, ...], ...]
-    """For each rank the stages it holds. A stage may be held by several ranks, each serving other micro-batches."""
+    stages_of_rank: tuple[tuple[int, ...], ...]
+    """Stages that each rank holds. Several ranks may hold a stage, each serving other micro-batches."""
     actions: tuple[tuple[Action | Overlap, ...], ...]
-    """For each rank what it does, one after another."""
+    """Actions of each rank, in order."""
 
     def holders(self, stage: int) -> tuple[int, ...]:
         """The ranks that hold `stage`, ascending."""
-        return tuple(rank for rank, stages in enumerate(self.placement) if stage in stages)
+        return tuple(rank for rank, stages in enumerate(self.stages_of_rank) if stage in stages)
 
     def work(self) -> Iterator[tuple[int, int, Action]]:
-        """Every action, those of pairs one by one, with its rank and its position in the rank's order."""
+        """Yield every action, of pairs both, with its rank and its position in the rank's order."""
         for rank, actions in enumerate(self.actions):
             for position, action in enumerate(actions):
                 for part in parts(action):
                     yield rank, position, part
 
 
-def forward_only(schedule: Schedule) -> Schedule:
-    """The forwards of `schedule` alone, for an evaluation: each where it was.
+def one_stage_per_rank(
+    name: str, num_ranks: int, num_microbatches: int, order: Callable[[int], Iterable[Action]]
+) -> Schedule:
+    """A schedule in which rank r holds stage r alone and runs `order(r)`."""
+    ranks = range(num_ranks)
+    stages, actions = tuple((rank,) for rank in ranks), tuple(tuple(order(rank)) for rank in ranks)
+    return Schedule(name, num_ranks, num_ranks, num_microbatches, stages, actions)
 
-    They run in waves, each a stage further and behind it the next micro-batch. The order of training would not do: it
-    leaves room for backwards, and without them ranks may wait for each other.
+
+def forward_only(schedule: Schedule) -> Schedule:
+    """The forwards of `schedule` alone, for an evaluation: each on the same rank.
+
+    They run in waves: a micro-batch moves on by one stage per wave, and the next one follows a stage behind. The order
+    of training would not do. It leaves room for backwards, and without them ranks may wait for each other.
     """
     entered: dict[int, int] = {}
     forwards: list[list[Action]] = [[] for _ in schedule.actions]

@@ -1,7 +1,7 @@
 """The schedules by name: those that come with Counterflow, and any function in a user's own file.
 
 A schedule is a function `(num_ranks, num_microbatches, *, options...) -> Schedule`; its keyword-only parameters are its
-options. Whatever has this form is checked, simulated, executed and drawn alike: nothing knows one by name.
+options. Every such function is checked, simulated, executed and drawn alike: no code depends on a schedule's name.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def schedule_names() -> tuple[str, ...]:
 def find_schedule(name: str) -> Callable[..., Schedule]:
     """The function that makes the schedule `name`: one of `schedule_names()` or `path/to/file.py:function`.
 
-    What is returned refuses counts below 1, and a schedule whose parts do not fit each other (`check_form`). Options
-    are passed on as they are, `choose.generate` checks them first. A fault of a user's function is reported as a
-    UsageError that names it and the line.
+    The function returned refuses counts below 1, and a schedule whose parts do not fit each other (`check_form`).
+    It passes options on unchecked; `choose.generate` checks them first. A fault of a user's function becomes a
+    UsageError that names the fault and the line.
 
     Raises UsageError where there is no such schedule.
     """
@@ -71,33 +71,33 @@ def options_of(schedule: Callable[..., Schedule]) -> dict[str, Any]:
 
 
 def _guarded(name: str, function: Callable[..., Schedule], file: Path | None = None) -> Callable[..., Schedule]:
-    """`function`, with faults as UsageErrors; `file` is the one that it is from, if it is a user's."""
+    """`function` with its faults as UsageErrors; `file` is the user's file that it is from, if any."""
 
     @functools.wraps(function)
     def build(num_ranks: int, num_microbatches: int, **options: Any) -> Schedule:
-        for what, count in (("pipeline ranks", num_ranks), ("micro-batches", num_microbatches)):
+        for unit, count in (("pipeline ranks", num_ranks), ("micro-batches", num_microbatches)):
             if count < 1:
-                raise UsageError(f"schedule {name} for {count} {what}: there must be at least 1")
-        what = f"schedule {name} for {num_ranks} ranks and {num_microbatches} micro-batches"
+                raise UsageError(f"schedule {name} for {count} {unit}: there must be at least 1")
+        called = f"schedule {name} for {num_ranks} ranks and {num_microbatches} micro-batches"
         try:
             schedule = function(num_ranks, num_microbatches, **options)
         except UsageError:
             raise
         except Exception as fault:
-            raise UsageError(f"{what} failed with {type(fault).__name__}: {fault}{_where(fault, file)}") from fault
+            raise UsageError(f"{called} failed with {type(fault).__name__}: {fault}{_where(fault, file)}") from fault
         if not isinstance(schedule, Schedule):
-            raise UsageError(f"{what}: the function must return a Schedule, not a {type(schedule).__name__}")
+            raise UsageError(f"{called}: the function must return a Schedule, not a {type(schedule).__name__}")
         check_form(schedule)
         if (schedule.num_ranks, schedule.num_microbatches) != (num_ranks, num_microbatches):
             returned = f"{schedule.num_ranks} ranks and {schedule.num_microbatches} micro-batches"
-            raise UsageError(f"{what}: the function returned one for {returned}")
+            raise UsageError(f"{called}: the function returned one for {returned}")
         return schedule
 
     return build
 
 
 def _load(path: Path, function_name: str) -> Callable[..., Schedule]:
-    """The function of that name from a user's file."""
+    """Return the function of that name in a user's file."""
     if not path.is_file():
         raise UsageError(f"schedule {path}:{function_name}: there is no file {path.absolute()}")
     module = _execute(path)
@@ -117,7 +117,7 @@ def _execute(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"counterflow_user_schedule_{path.stem}", path)
     assert spec is not None and spec.loader is not None, f"{path} ends in .py"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # a dataclass looks its own module up while it is made
+    sys.modules[module.__name__] = module  # a dataclass looks up its own module while it is made
     try:
         spec.loader.exec_module(module)
     except Exception as fault:
@@ -126,10 +126,7 @@ def _execute(path: Path) -> ModuleType:
 
 
 def _where(fault: Exception, file: Path | None) -> str:
-    """` (my.py, line 41)`: where in `file` it happened, as far in as that file goes; empty where it was elsewhere.
-
-    A SyntaxError says so itself.
-    """
+    """` (my.py, line 41)`: the innermost line of `file` in the traceback, else empty. A SyntaxError has its own."""
     frames = traceback.extract_tb(fault.__traceback__)
     lines = [frame.lineno for frame in frames if file is not None and Path(frame.filename).resolve() == file.resolve()]
     return f" ({file.name}, line {lines[-1]})" if file is not None and lines else ""

@@ -1,4 +1,4 @@
-"""Which schedule a run follows: the one it names, with its options, or the one that suits its number of ranks."""
+"""The schedule of a run: the one that it names, with its options, or the one that suits its number of ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...settings import UsageError
+from ..config import yaml_text
 from .actions import Schedule
 from .catalogue import find_schedule, options_of
 
@@ -15,10 +16,10 @@ AUTO = "auto"
 
 
 def default_schedule(num_ranks: int) -> str:
-    """What `auto` means: V3's DualPipe where the number of ranks is even, DualPipeV where it is odd.
+    """The schedule that `auto` selects: V3's DualPipe where the number of ranks is even, DualPipeV where it is odd.
 
-    On one rank there is nothing to schedule; 1F1B there runs each micro-batch's forward and backward in turn and
-    holds one micro-batch. This is the only place that prefers a schedule by name.
+    On one rank 1F1B runs each micro-batch's forward and backward in turn and holds one micro-batch. No other code
+    prefers a schedule by name.
     """
     if num_ranks == 1:
         return "1f1b"
@@ -26,12 +27,12 @@ def default_schedule(num_ranks: int) -> str:
 
 
 def schedule_name(name: str, num_ranks: int) -> str:
-    """`name`, or what `auto` stands for on `num_ranks` ranks."""
+    """Return `name`, or the schedule that `auto` selects on `num_ranks` ranks."""
     return default_schedule(num_ranks) if name == AUTO else name
 
 
 def generate(name: str, num_ranks: int, num_microbatches: int, options: Mapping[str, Any]) -> Schedule:
-    """The schedule called `name` (or AUTO, or "file.py:function"); not checked yet.
+    """Return the schedule called `name` (or AUTO, or "file.py:function"), not checked yet.
 
     Raises UsageError for an unknown name, an unknown or ill-typed option, and numbers the schedule cannot serve.
     """
@@ -44,10 +45,9 @@ def generate(name: str, num_ranks: int, num_microbatches: int, options: Mapping[
 
 
 def example(name: str, num_ranks: int, options: Mapping[str, Any]) -> Schedule:
-    """The schedule with some number of micro-batches, for what does not depend on it: its stages and who holds them.
+    """Return the schedule with some number of micro-batches, for its stages and their ranks, which do not depend on it.
 
-    A schedule may ask that the number be a multiple of something; what it says of the first number tried is raised
-    where it takes none.
+    A schedule may require a multiple, so several numbers are tried. If it refuses all, the first error is raised.
     """
     refusals = []
     for count in (2 * num_ranks, 6 * num_ranks, 60 * num_ranks):
@@ -59,17 +59,14 @@ def example(name: str, num_ranks: int, options: Mapping[str, Any]) -> Schedule:
 
 
 def option_faults(function: Callable[..., Schedule], options: Mapping[str, Any]) -> dict[str, str]:
-    """For each option that a schedule's function does not take as given, or lacks, what is wrong with it.
-
-    A value is to be of the type of the option's default.
-    """
+    """Faults of a schedule's given and missing options, by name. A value must have the type of the option's default."""
     parameters = options_of(function)
     faults = {}
     for name, value in options.items():
         if name not in parameters:
             faults[name] = _unknown(name, list(parameters))
         elif not _fits(value, parameters[name]):
-            faults[name] = f"expects {_EXPECTED[type(parameters[name])]}, got {_shown(value)}"
+            faults[name] = f"expects {_EXPECTED[type(parameters[name])]}, got {yaml_text(value)}"
     for name, default in parameters.items():
         if default is inspect.Parameter.empty and name not in options:
             faults[name] = "has to be given"
@@ -80,13 +77,9 @@ _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", st
 
 
 def _fits(value: object, default: object) -> bool:
-    if type(default) not in _EXPECTED:  # no default, or one of a type of the function's own, which then judges
+    if type(default) not in _EXPECTED:  # no default, or one of another type, which the function checks itself
         return True
     return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the actions of a schedule cost, stage by stage, in any unit of time."""
+"""Costs of a schedule's actions, stage by stage, in any unit of time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Costs:
     backward_input: tuple[float, ...]
     backward_weight: tuple[float, ...]
     hidden: tuple[float, ...]
-    """What a pair of an F and a B of this stage saves against one after the other: F + I + W - pair.
+    """Time that a pair of an F and a B of this stage saves, compared with one after the other: F + I + W - pair.
 
-    A pair of an F and an I is taken to save as much, which flatters it: without its W it has less to hide behind.
+    A pair of an F and an I is taken to save as much. This is optimistic: without its W it has less to hide behind.
     """
     p2p_latency: float = 0.0
     p2p_bytes: float = 0.0
     p2p_bandwidth: float = float("inf")
-    """Bytes a unit of time between two ranks, each direction by itself; transfers queue."""
+    """Bytes per unit of time between two ranks, each direction separately; transfers queue."""
 
     @classmethod
     def uniform(
@@ -37,16 +37,11 @@ class Costs:
         """The same costs at every stage; a pair takes `overlapped`, by default as long as its parts."""
         parts = forward + backward_input + backward_weight
         hidden = 0.0 if overlapped is None else parts - overlapped
-        return cls(
-            (forward,) * num_stages,
-            (backward_input,) * num_stages,
-            (backward_weight,) * num_stages,
-            (hidden,) * num_stages,
-            p2p_latency=p2p,
-        )
+        n = num_stages
+        return cls((forward,) * n, (backward_input,) * n, (backward_weight,) * n, (hidden,) * n, p2p_latency=p2p)
 
     def duration(self, action: Action | Overlap) -> float:
-        """How long a rank is busy with it. A pair is never shorter than the longer of its halves."""
+        """Time that a rank is busy with `action`. A pair is never shorter than the longer of its halves."""
         if isinstance(action, Overlap):
             forward, backward = self.duration(action.forward), self.duration(action.backward)
             hidden = (self.hidden[action.forward.stage] + self.hidden[action.backward.stage]) / 2

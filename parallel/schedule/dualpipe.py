@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ...settings import UsageError
-from .actions import Schedule
-from .eight_phases import Streams, adapt, eight_phases, padded, stream_length
+from .actions import Action, Overlap, Schedule
+from .eight_phases import Streams, adapt, eight_phases, padded
 
 
 def dualpipe(num_ranks: int, num_microbatches: int, *, defer_weights: bool = False) -> Schedule:
     """Stage s on the ranks s and P-1-s. Bubble (P/2-1)(FB+B-3W), at most P+1 live micro-batches.
 
     The first half of the micro-batches, rounded up, enters at rank 0, the others at rank P-1. With an even number of
-    at least 2P the order is that of DeepSeek's public code, W split off where it does so. With fewer, or an odd number,
-    it is that order without the missing micro-batches, its lone backwards split so that their W fill the gaps. At the
-    costs of V3's table the bubble then stays what it is down to P + 1 micro-batches, but for up to a pair more where
-    their number is odd; with fewer than that the way through the pipeline is most of the step.
+    at least 2P the order is the one of DeepSeek's public code, W split off in the same places. With fewer, or an odd
+    number, the missing micro-batches are left out, and backwards outside pairs are split so that their W fill the gaps.
+    At the costs of V3's table the bubble then stays the same down to P + 1 micro-batches, except for up to a pair more
+    where their number is odd. With fewer than P + 1 the way through the pipeline is most of the step.
 
     `defer_weights` takes the W out of the pairs too: an F beside an I, and the W where a rank would wait. It holds no
-    more micro-batches. Whether it is faster depends on what a pair without its W still hides; the
-    simulation takes that to be as much, which flatters it.
+    more micro-batches. Whether it is faster depends on how much a pair without its W still hides; the simulation
+    assumes as much as with it, which is optimistic.
 
     Raises UsageError for an odd number of ranks.
     """
@@ -31,19 +33,14 @@ def dualpipe(num_ranks: int, num_microbatches: int, *, defer_weights: bool = Fal
     half, last = num_ranks // 2, num_ranks - 1
     from_first = range((num_microbatches + 1) // 2)
     from_last = range(len(from_first), num_microbatches)
-    length = stream_length(half, len(from_first))
-    actions = []
-    for rank in range(num_ranks):
+
+    def order(rank: int) -> Iterator[Action | Overlap]:
         depth = min(rank, last - rank)
         near, far = (from_first, from_last) if rank < half else (from_last, from_first)
-        streams = Streams((depth, last - depth), (padded(near, length), padded(far, length)))
-        actions.append(tuple(eight_phases(half, depth, streams)))
-    schedule = Schedule(
-        name="dualpipe",
-        num_ranks=num_ranks,
-        num_stages=num_ranks,
-        num_microbatches=num_microbatches,
-        placement=tuple((rank, last - rank) for rank in range(num_ranks)),
-        actions=tuple(actions),
-    )
+        length = max(2 * half, len(from_first))
+        return eight_phases(half, depth, Streams((depth, last - depth), (padded(near, length), padded(far, length))))
+
+    ranks = range(num_ranks)
+    stages, actions = tuple((rank, last - rank) for rank in ranks), tuple(tuple(order(rank)) for rank in ranks)
+    schedule = Schedule("dualpipe", num_ranks, num_ranks, num_microbatches, stages, actions)
     return adapt(schedule, half, defer_weights)

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from .actions import Schedule
-from .eight_phases import Streams, adapt, eight_phases, padded, stream_length
+from .eight_phases import Streams, adapt, eight_phases, padded
 
 
 def dualpipev(num_ranks: int, num_microbatches: int, *, defer_weights: bool = False) -> Schedule:
     """Rank r holds the stages r and 2R-1-r. Bubble (R-1)(FB+B-3W), at most 2R+1 live (stage, micro-batch).
 
-    All micro-batches enter at rank 0 and come back to it: a rank's second stream are the same micro-batches on their
-    way back, where in DualPipe they are those from the other end. With at least 2R micro-batches the order is that of
+    All micro-batches enter at rank 0 and come back to it. A rank's second stream holds the same micro-batches on their
+    way back; in DualPipe it holds the ones from the other end. With at least 2R micro-batches the order is the one of
     DeepSeek's public code; for fewer, and for `defer_weights`, see `dualpipe`.
     """
-    last_stage = 2 * num_ranks - 1
-    microbatches = range(num_microbatches)
-    stream = padded(microbatches, stream_length(num_ranks, num_microbatches))
-    schedule = Schedule(
-        name="dualpipev",
-        num_ranks=num_ranks,
-        num_stages=2 * num_ranks,
-        num_microbatches=num_microbatches,
-        placement=tuple((rank, last_stage - rank) for rank in range(num_ranks)),
-        actions=tuple(
-            tuple(eight_phases(num_ranks, rank, Streams((rank, last_stage - rank), (stream, stream))))
-            for rank in range(num_ranks)
-        ),
-    )
+    ranks, last = range(num_ranks), 2 * num_ranks - 1
+    stream = padded(range(num_microbatches), max(2 * num_ranks, num_microbatches))
+    stages = tuple((rank, last - rank) for rank in ranks)
+    actions = tuple(tuple(eight_phases(num_ranks, rank, Streams(stages[rank], (stream, stream)))) for rank in ranks)
+    schedule = Schedule("dualpipev", num_ranks, 2 * num_ranks, num_microbatches, stages, actions)
     return adapt(schedule, num_ranks, defer_weights)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from .actions import Action, Kind, Overlap, Schedule, parts
-from .place_weights import place_weights
+from .place_weight_gradients import place_weight_gradients
 
 Stream = Literal[0, 1]
 MISSING = -1
@@ -21,12 +21,12 @@ MISSING = -1
 
 
 class Streams:
-    """What a rank does next in each of its two streams: the verbs of the figure."""
+    """The next actions of a rank in each of its two streams: the verbs of the figure."""
 
     def __init__(self, stages: tuple[int, int], microbatches: tuple[Sequence[int], Sequence[int]]) -> None:
         self.stages, self.microbatches = stages, microbatches
         self.next_forward, self.next_backward = [0, 0], [0, 0]
-        self.weights_left: deque[Action] = deque()
+        self.weight_gradients_left: deque[Action] = deque()
 
     def forward(self, stream: Stream) -> Action:
         return self._next("F", stream, self.next_forward)
@@ -35,14 +35,14 @@ class Streams:
         return self._next("B", stream, self.next_backward)
 
     def backward_input(self, stream: Stream) -> Action:
-        """Only the gradient that the rank before waits for."""
+        """The gradient that the rank before waits for, alone."""
         action = self._next("I", stream, self.next_backward)
-        self.weights_left.append(action._replace(kind="W"))
+        self.weight_gradients_left.append(action._replace(kind="W"))
         return action
 
-    def weights(self) -> Action:
-        """The weight gradients that have been left longest."""
-        return self.weights_left.popleft()
+    def weight_gradients(self) -> Action:
+        """The weight gradients that have waited longest."""
+        return self.weight_gradients_left.popleft()
 
     def pair(self, forward: Stream, backward: Stream) -> Overlap:
         return Overlap(self.forward(forward), self.backward(backward))
@@ -67,7 +67,7 @@ def eight_phases(way: int, depth: int, do: Streams) -> Iterator[Action | Overlap
 
     for _ in range(to_turn):  # 3: nI1W1F1
         yield do.backward_input(1)
-        yield do.weights()
+        yield do.weight_gradients()
         yield do.forward(1)
 
     # The forwards of stream 0 that the phases 1 and 2 left: length - 2 * to_turn - (depth + 1).
@@ -84,50 +84,46 @@ def eight_phases(way: int, depth: int, do: Streams) -> Iterator[Action | Overlap
         yield do.backward(1)
         yield do.pair(1, 0)
 
-    # The first depth + 1 whole, the others leave their W for the phases 7 and 8.
+    # The first depth + 1 are whole, the others leave their W for the phases 7 and 8.
     for i in range(2 * (depth + 1)):  # 6: nB1B0
         stream: Stream = 0 if i % 2 else 1
         yield do.backward(stream) if i <= depth else do.backward_input(stream)
 
     for _ in range(to_turn):  # 7: nWI0
-        yield do.weights()
+        yield do.weight_gradients()
         yield do.backward_input(0)
 
     for _ in range(depth + 1):  # 8: nW
-        yield do.weights()
-
-
-def stream_length(way: int, num_microbatches: int) -> int:
-    """The micro-batches that a stream must seem to have, if it has `num_microbatches`: two a rank of its way."""
-    return max(2 * way, num_microbatches)
+        yield do.weight_gradients()
 
 
 def padded(microbatches: range, length: int) -> Sequence[int]:
-    """A stream filled up to `length` with missing micro-batches, which come last."""
+    """A stream filled up to `length` with missing micro-batches, which come last.
+
+    Eight phases need streams of at least two micro-batches per rank of their way, both of one length.
+    """
     return [*microbatches, *[MISSING] * (length - len(microbatches))]
 
 
 def adapt(schedule: Schedule, way: int, defer_weights: bool) -> Schedule:
     """The schedule of all eight phases without its missing micro-batches, or with the W outside the pairs.
 
-    What is left of an order that runs, runs too, but its gaps lie where the full one had work. So every backward that
-    is not in a pair becomes an I, and the W are placed anew, where ranks wait. A full schedule without `defer_weights`
-    is returned as it is.
-
-    The W are placed, as schedules are simulated, as if a pair of an F and an I hid as much as one with its W, which
-    flatters it.
+    An order that can run still can without some micro-batches, but has gaps where the full one has work. So every
+    backward outside a pair becomes an I, and its W goes where a rank waits, as simulated. A full schedule without
+    `defer_weights` is returned unchanged.
     """
     missing = any(part.microbatch == MISSING for _, _, part in schedule.work())
     if not missing and not defer_weights:
         return schedule
-    order = tuple(tuple(_without_weights(actions, defer_weights)) for actions in schedule.actions)
+    order = tuple(tuple(_without_w(actions, defer_weights)) for actions in schedule.actions)
     # Where a pair keeps its W, few are left, and one begun late throws the ranks out of step: in a gap below half a W,
-    # 0.5 at the nominal costs, it would delay its rank by more than it fills. Otherwise there is always one to do, and
-    # a rank need not wait.
-    return place_weights(replace(schedule, actions=order), live_limit=2 * way + 1, patience=0 if defer_weights else 0.5)
+    # 0.5 at the nominal costs, it would delay its rank by more than it fills. Otherwise a W is always left to do, and
+    # no rank needs to wait.
+    max_wait = 0.0 if defer_weights else 0.5
+    return place_weight_gradients(replace(schedule, actions=order), live_limit=2 * way + 1, max_wait=max_wait)
 
 
-def _without_weights(actions: Sequence[Action | Overlap], defer_weights: bool) -> Iterator[Action | Overlap]:
+def _without_w(actions: Sequence[Action | Overlap], defer_weights: bool) -> Iterator[Action | Overlap]:
     for action in actions:
         there = [part for part in parts(action) if part.microbatch != MISSING and part.kind != "W"]
         if len(there) == 2:

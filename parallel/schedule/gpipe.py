@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from .actions import Action, Schedule
+from collections.abc import Iterator
+
+from .actions import Action, Schedule, one_stage_per_rank
 
 
 def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
-    """One stage a rank. Bubble (P-1)(F+B); every micro-batch is live at the flush."""
-    microbatches = range(num_microbatches)
-    return Schedule(
-        name="gpipe",
-        num_ranks=num_ranks,
-        num_stages=num_ranks,
-        num_microbatches=num_microbatches,
-        placement=tuple((rank,) for rank in range(num_ranks)),
-        actions=tuple(
-            (*(Action("F", rank, m) for m in microbatches), *(Action("B", rank, m) for m in reversed(microbatches)))
-            for rank in range(num_ranks)
-        ),
-    )
+    """A schedule of one stage per rank. Bubble (P-1)(F+B); every micro-batch is live at the flush."""
+
+    def order(rank: int) -> Iterator[Action]:
+        for m in range(num_microbatches):
+            yield Action("F", rank, m)
+        for m in reversed(range(num_microbatches)):
+            yield Action("B", rank, m)
+
+    return one_stage_per_rank("gpipe", num_ranks, num_microbatches, order)

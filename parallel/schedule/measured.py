@@ -1,9 +1,10 @@
-"""From measured times to costs, so that a step that ran can be laid beside its simulation."""
+"""Costs from measured times, to compare a step that ran with its simulation."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from .actions import Action, Overlap
@@ -14,8 +15,8 @@ from .timeline import Timeline
 def measured_costs(timeline: Timeline) -> Costs:
     """The mean durations of each stage's actions in a timeline; transfers are free.
 
-    A stage's B divides into I and W as those of the stage do that ran alone, or in halves. A stage that ran only in
-    pairs is given the mean of the others, and its pairs what is left to save.
+    A stage's B divides into I and W in the ratio of the stage's I and W that ran alone, or in halves. A stage that ran
+    only in pairs gets the mean of the others, and its pairs save the rest.
     """
     alone: dict[tuple[str, int], list[float]] = defaultdict(list)
     pairs: list[tuple[Overlap, float]] = []
@@ -34,36 +35,30 @@ def measured_costs(timeline: Timeline) -> Costs:
     shares = [0.5] * len(stages)
     if inputs is not None and weights is not None:
         shares = [i / (i + w) if i + w else 0.5 for i, w in zip(inputs, weights, strict=True)]
-    costs = Costs(
-        tuple(forward),
-        tuple(b * share for b, share in zip(whole, shares, strict=True)),
-        tuple(b * (1 - share) for b, share in zip(whole, shares, strict=True)),
-        (0.0,) * len(stages),
-    )
-    return Costs(costs.forward, costs.backward_input, costs.backward_weight, _saved(costs, pairs, len(stages)))
+    divided = [(b * share, b * (1 - share)) for b, share in zip(whole, shares, strict=True)]
+    backward_input, backward_weight = zip(*divided, strict=True)
+    costs = Costs(tuple(forward), backward_input, backward_weight, hidden=(0.0,) * len(stages))
+    return replace(costs, hidden=_saved(costs, pairs, len(stages)))
 
 
 def _saved(costs: Costs, pairs: Iterable[tuple[Overlap, float]], num_stages: int) -> tuple[float, ...]:
-    """What pairs save, by stage: each pair's saving counts for the stages of both of its halves.
+    """Time that pairs save, by stage: each pair's saving counts for the stages of both of its halves.
 
-    It is at most the shorter of the stage's F and B. Where those that ran alone were slowed down by something else,
-    pairs would seem to take no time.
+    A saving is at most the shorter of the stage's F and B. Without this bound pairs would seem to take no time where
+    another program slowed down the actions that ran alone.
     """
     saved: dict[int, list[float]] = defaultdict(list)
     for pair, duration in pairs:
         saving = costs.duration(pair.forward) + costs.duration(pair.backward) - duration
         for half in pair:
             saved[half.stage].append(saving)
-    return tuple(
-        min(fmean(saved[stage]), costs.duration(Action("F", stage, 0)), costs.duration(Action("B", stage, 0)))
-        if stage in saved
-        else 0.0
-        for stage in range(num_stages)
-    )
+    stages = range(num_stages)
+    shorter = [min(costs.duration(Action("F", stage, 0)), costs.duration(Action("B", stage, 0))) for stage in stages]
+    return tuple(min(fmean(saved[stage]), shorter[stage]) if stage in saved else 0.0 for stage in stages)
 
 
 def _fill(durations: Sequence[Sequence[float]]) -> list[float] | None:
-    """The mean of each stage, and for a stage without any that of the other stages; None if none has any."""
+    """The mean of each stage; a stage without durations gets the mean of the others. None if no stage has any."""
     known = [fmean(each) for each in durations if each]
     if not known:
         return None

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from .actions import Action, Schedule
+from .actions import Action, Schedule, one_stage_per_rank
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
-    """One stage a rank. Bubble (P-1)(F+B) as GPipe, but rank r holds at most P - r micro-batches."""
-    return Schedule(
-        name="1f1b",
-        num_ranks=num_ranks,
-        num_stages=num_ranks,
-        num_microbatches=num_microbatches,
-        placement=tuple((rank,) for rank in range(num_ranks)),
-        actions=tuple(tuple(_rank(rank, num_ranks, num_microbatches)) for rank in range(num_ranks)),
-    )
+    """A schedule of one stage per rank. Bubble (P-1)(F+B) as GPipe, but rank r holds at most P - r micro-batches."""
+    return one_stage_per_rank("1f1b", num_ranks, num_microbatches, partial(alternate, num_ranks, num_microbatches))
 
 
-def _rank(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[Action]:
+def alternate(num_ranks: int, num_microbatches: int, rank: int) -> Iterator[Action]:
+    """The order of one rank: forwards until a micro-batch is back, then forward and backward in turn."""
     warmup = min(num_ranks - rank - 1, num_microbatches)
     for m in range(warmup):
         yield Action("F", rank, m)

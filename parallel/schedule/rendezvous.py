@@ -1,4 +1,4 @@
-"""Whether the ranks of a schedule can end up waiting for each other, when a send blocks until it is received."""
+"""Deadlocks: ranks of a schedule that wait for each other when a send blocks until it is received."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from .transfers import Dataflow, Transfer, post_receives
 
 
 class Wait(NamedTuple):
-    """A rank that cannot go on past a boundary."""
+    """A rank that cannot pass a boundary."""
 
     rank: int
     position: int
-    """That of the action which the rank cannot begin; the number of its actions where it has done them all."""
+    """Position of the action that the rank cannot begin; the number of its actions where it has run them all."""
     action: Action | Overlap | None
     transfer: Transfer
     other: int
     """The rank that must send it or receive it first."""
 
     def __str__(self) -> str:
-        what = "leaving" if self.action is None else f"{self.action} at position {self.position}"
+        blocked = "leaving" if self.action is None else f"{self.action} at position {self.position}"
         verb = "sends" if self.other == self.transfer.source else "receives"
-        return f"rank {self.rank} before {what} waits until rank {self.other} {verb} the {self.transfer}"
+        return f"rank {self.rank} before {blocked} waits until rank {self.other} {verb} the {self.transfer}"
 
 
 def find_deadlock(schedule: Schedule) -> list[Wait]:
     """A circle of ranks in which each waits for the next and the last for the first; empty where there is none.
 
-    A rank reaches a boundary, posts its receives and sends there, and passes when what the coming action needs has
-    been sent and the target of everything it sent has come to the boundary that receives it. Linear in the actions.
+    A rank reaches a boundary and posts its receives and sends there. It passes once the inputs of the coming action
+    have been sent, and the target of every send has reached the boundary that receives it. Linear in the actions.
     """
     dataflow = Dataflow(schedule)
     posted_at = post_receives(schedule, dataflow)
     reached = [0] * schedule.num_ranks
-    stuck: list[int | None] = [None] * schedule.num_ranks  # the output that the rank waits to get or to be rid of
-    sleepers: dict[tuple[int, int], list[int]] = {}  # who waits until this rank comes to this boundary
+    stuck: list[int | None] = [None] * schedule.num_ranks  # the output that the rank waits to receive or to send
+    sleepers: dict[tuple[int, int], list[int]] = {}  # by rank and boundary: the ranks that wait for it to get there
     ready = list(range(schedule.num_ranks))
     while ready:
         rank = ready.pop()
@@ -57,7 +57,7 @@ def find_deadlock(schedule: Schedule) -> list[Wait]:
 def _conditions(
     schedule: Schedule, dataflow: Dataflow, posted_at: list[int], rank: int, boundary: int
 ) -> Iterator[tuple[int, int, int]]:
-    """What `rank` waits for at `boundary`: for each output concerned, which rank must have come to which boundary."""
+    """Conditions to pass `boundary`: for each output concerned, a rank and the boundary that it must have reached."""
     actions = schedule.actions[rank]
     if boundary < len(actions):
         for part in parts(actions[boundary]):
@@ -73,17 +73,17 @@ def _conditions(
 
 
 def _circle(schedule: Schedule, dataflow: Dataflow, reached: list[int], stuck: list[int | None]) -> list[Wait]:
-    """From a rank that is stuck along those it waits for, until one comes again: who stands in that circle."""
+    """The circle that is reached from the first stuck rank by following whom each rank waits for."""
     rank = next((rank for rank, output in enumerate(stuck) if output is not None), None)
     waits: list[Wait] = []
     while rank is not None and rank not in [wait.rank for wait in waits]:
         output = stuck[rank]
-        # A rank that is through has passed every boundary, so nobody waits for it.
+        # A rank that has finished has passed every boundary, so no rank waits for it.
         assert output is not None, f"rank {rank} is not stuck, yet another waits for it"
         source = dataflow.ranks[output]
         made = parts(schedule.actions[source][dataflow.positions[output]])
         transfer = next(dataflow.transfer_of(part, source) for part in made if dataflow.number(part) == output)
-        assert transfer is not None, f"{made} was waited for, but leaves nothing for another rank"
+        assert transfer is not None, f"{made} was waited for, but has no output for another rank"
         position, actions = reached[rank], schedule.actions[rank]
         other = transfer.target if rank == source else source
         waits.append(Wait(rank, position, actions[position] if position < len(actions) else None, transfer, other))

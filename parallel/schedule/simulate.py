@@ -1,4 +1,4 @@
-"""A schedule played through with given costs: when each action runs, and where a rank waits."""
+"""Simulation of a schedule with given costs: when each action runs, and where a rank waits."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from .transfers import Dataflow
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     """Start every action as soon as its rank is free and its inputs are there; linear in the number of actions.
 
-    A transfer leaves when the action that produced it ends. It takes its turn on its directed channel for
-    p2p_bytes / p2p_bandwidth, arrives p2p_latency later, and occupies no rank.
+    A transfer leaves when the action that produced it ends. It occupies its directed channel for
+    p2p_bytes / p2p_bandwidth, in turn, arrives p2p_latency later, and occupies no rank.
 
-    Raises UsageError where the costs are not those of the schedule's stages, ScheduleError where it cannot run.
+    Raises UsageError where costs and schedule differ in their number of stages, ScheduleError where it cannot run.
     """
     for name in ("forward", "backward_input", "backward_weight", "hidden"):
         count = len(getattr(costs, name))
         if count != schedule.num_stages:
             raise UsageError(
                 f"costs.{name} has {count} stages, but schedule {schedule.name} for {schedule.num_ranks} ranks has "
-                f"{schedule.num_stages}: give one cost a stage"
+                f"{schedule.num_stages}: give one cost per stage"
             )
     return _Simulation(schedule, costs).run()
 
 
 class _Simulation:
-    """A worklist of ranks: each runs until an input has no time of arrival yet, and is woken by who produces that."""
+    """A worklist of ranks: each runs until the arrival of an input is unknown, and its producer wakes it."""
 
     def __init__(self, schedule: Schedule, costs: Costs) -> None:
         self.schedule, self.costs = schedule, costs
         self.dataflow = Dataflow(schedule)
         self.spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
-        # By `Dataflow.number`: when an output is where it is needed, and the rank that waits for it.
+        # By `Dataflow.number`: the time at which an output reaches its consumer, and the rank that waits for it.
         self.arrivals: list[float | None] = [None] * len(self.dataflow.ranks)
         self.waiting: dict[int, int] = {}
         self.channel_free_at: dict[tuple[int, int], float] = {}
@@ -72,18 +72,18 @@ class _Simulation:
                 self._deliver(rank, part, now, awake)
 
     def _duration(self, action: Action | Overlap) -> float:
-        """Costs differ by kind and stage alone, so few of them need to be worked out."""
+        """Duration of `action`. Costs depend on kind and stage alone, so few of them are worked out."""
         if isinstance(action, Overlap):
-            what: tuple[object, ...] = (action.forward.stage, action.backward.kind, action.backward.stage)
+            key: tuple[object, ...] = (action.forward.stage, action.backward.kind, action.backward.stage)
         else:
-            what = action[:2]
-        duration = self.durations.get(what)
+            key = action[:2]
+        duration = self.durations.get(key)
         if duration is None:
-            duration = self.durations[what] = self.costs.duration(action)
+            duration = self.durations[key] = self.costs.duration(action)
         return duration
 
     def _deliver(self, rank: int, part: Action, now: float, awake: list[int]) -> None:
-        """Take what `part` produced to the rank that needs it, which may be this one."""
+        """Deliver the output of `part` to the rank that needs it, which may be this one."""
         target = self.dataflow.target_of(part)
         if target is None:
             return

@@ -1,4 +1,4 @@
-"""When every action of a schedule ran, simulated or measured: times, bubbles, memory."""
+"""Times of a schedule's actions, simulated or measured: spans, bubbles, memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .actions import Action, Overlap, Schedule
 
 
 class Span(NamedTuple):
-    """One action of a rank from `start` to `end`, counted from the start of the step, in the unit of the costs."""
+    """An action of a rank from `start` to `end`, counted from the start of the step, in the unit of the costs."""
 
     action: Action | Overlap
     start: float
@@ -22,18 +22,18 @@ class Timeline:
 
     schedule: Schedule
     spans: tuple[tuple[Span, ...], ...]
-    """For each rank its actions in order."""
+    """Spans of each rank, in order."""
     peak_microbatches: tuple[int, ...]
-    """For each rank the largest number of (stage, micro-batch) whose activations it holds at once, from F to W."""
+    """Largest number of (stage, micro-batch) whose activations each rank holds at once, from F to W."""
 
     @property
     def step_time(self) -> float:
-        """From the start of the first action to the end of the last, over all ranks."""
+        """Time from the start of the first action to the end of the last, over all ranks."""
         return max((spans[-1].end for spans in self.spans if spans), default=0.0)
 
     @property
     def bubble(self) -> tuple[float, ...]:
-        """For each rank the time of the step in which it runs no action."""
+        """Time of the step in which each rank runs no action."""
         return tuple(self.step_time - sum(span.end - span.start for span in spans) for spans in self.spans)
 
     @property
@@ -44,11 +44,11 @@ class Timeline:
 
     @property
     def parameter_copies(self) -> float:
-        """How many ranks hold a stage, on average: 2 for a bidirectional pipeline, otherwise 1."""
-        return sum(map(len, self.schedule.placement)) / self.schedule.num_stages
+        """Mean number of ranks that hold a stage: 2 for a bidirectional pipeline, otherwise 1."""
+        return sum(map(len, self.schedule.stages_of_rank)) / self.schedule.num_stages
 
     def to_json(self) -> dict[str, Any]:
-        """What `counterflow simulate --json` prints."""
+        """The numbers that `counterflow simulate --json` prints."""
         return {
             "step_time": self.step_time,
             "bubble": list(self.bubble),

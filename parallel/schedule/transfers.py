@@ -1,7 +1,7 @@
-"""What the ranks of a schedule send to each other, derived from its actions: no generator writes it by hand.
+"""Transfers between the ranks of a schedule, derived from its actions: no generator lists them by hand.
 
 A rank with n actions has n + 1 boundaries; boundary i lies before action i, the last one after all of them. At a
-boundary a rank posts its receives and its sends together, and then waits for what the coming action needs. The
+boundary a rank posts its receives and its sends together, and then waits for the inputs of the coming action. The
 checker, the simulator and the executor all read this one plan.
 """
 
@@ -14,9 +14,9 @@ from .actions import Action, Overlap, Schedule, parts
 
 
 class Transfer(NamedTuple):
-    """One tensor's way between two pipeline ranks, which always differ.
+    """A tensor on its way between two pipeline ranks, which always differ.
 
-    An activation is the output of a forward and goes to the next stage; a gradient is that of the input of a backward
+    An activation is the output of a forward and goes to the next stage; a gradient is the one of a backward's input
     and goes to the stage before.
     """
 
@@ -27,33 +27,34 @@ class Transfer(NamedTuple):
     source: int
     target: int
 
+    @property
+    def tensor(self) -> str:
+        """The tensor in words."""
+        return f"{self.kind} of micro-batch {self.microbatch} that stage {self.stage} made"
+
     def __str__(self) -> str:
-        way = f"from rank {self.source} to rank {self.target}"
-        return f"{self.kind} of micro-batch {self.microbatch} out of stage {self.stage}, {way}"
+        return f"{self.tensor}, from rank {self.source} to rank {self.target}"
 
 
 class Boundary(NamedTuple):
-    """What a rank does between two actions."""
+    """Transfers of a rank between two actions."""
 
     sends: tuple[Transfer, ...]
-    """What the action before produced for other ranks, that of a pair's forward first."""
+    """Outputs of the action before for other ranks; a pair's forward comes first."""
     receives: tuple[Transfer, ...]
-    """What to begin to receive here: one action ahead of its need, so that the transfer runs beside an action.
+    """Transfers to begin to receive here: one action ahead of their need, so that they run beside an action.
 
-    A W does not count, as nobody waits for it: its rank would keep others waiting until it is through with its W.
+    A W does not count as that action. No rank waits for a W, and the senders would wait until it ends.
 
     Messages of one (source, target) channel are matched by their order alone, as in NCCL. So they are received in the
     order in which the source sends them, and one that is needed late is posted early where a later one needs it.
     """
     needs: tuple[Transfer, ...]
-    """What must have arrived before the coming action runs."""
+    """Transfers that must have arrived before the coming action runs."""
 
 
 def plan_transfers(schedule: Schedule) -> tuple[tuple[Boundary, ...], ...]:
-    """For each rank its boundaries, one more than it has actions. Linear in the number of actions.
-
-    Every stage of a micro-batch must have its forward and, where the schedule has any, its backward; `check` says so.
-    """
+    """Boundaries of each rank of a complete schedule (`check`), one more than it has actions. Linear in the actions."""
     dataflow = Dataflow(schedule)
     posted_at = post_receives(schedule, dataflow)
     made: dict[int, Transfer] = {}
@@ -84,10 +85,10 @@ def plan_transfers(schedule: Schedule) -> tuple[tuple[Boundary, ...], ...]:
 
 
 class Dataflow:
-    """Where each forward and backward of a schedule runs, and so where its input comes from and its output goes.
+    """Producers and consumers in a schedule: where each forward and backward runs, and who needs its output.
 
-    They are numbered: the forwards by stage and micro-batch, then likewise the backwards, a B or the I of one that is
-    split. `ranks` and `positions` say by number where each runs, -1 for one that is missing.
+    They are numbered: the forwards by stage and micro-batch, then likewise the backwards, a B or the I of a split one.
+    `ranks` and `positions` hold by number where each runs, -1 for a missing one.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -120,14 +121,14 @@ class Dataflow:
 
     def target_of(self, part: Action) -> int | None:
         """The rank that needs the output of `part`, which may be its own, if one does."""
-        user = self.consumer_of(part)
-        if user < 0:
+        consumer = self.consumer_of(part)
+        if consumer < 0:
             return None
-        assert self.ranks[user] >= 0, f"what follows {part} at the next stage is missing: check the schedule first"
-        return self.ranks[user]
+        assert self.ranks[consumer] >= 0, f"the successor of {part} at the next stage is missing: check the schedule"
+        return self.ranks[consumer]
 
     def transfer_of(self, part: Action, rank: int) -> Transfer | None:
-        """How the output of `part` leaves `rank`, where it runs, if it does."""
+        """The transfer of the output of `part` from `rank`, where it runs; None if the output stays there."""
         target = self.target_of(part)
         if target is None or target == rank:
             return None
@@ -135,8 +136,8 @@ class Dataflow:
 
 
 def post_receives(schedule: Schedule, dataflow: Dataflow) -> list[int]:
-    """For each output that leaves its rank the boundary at which its target begins to receive it, -1 for the others."""
-    # What every channel carries, in the order of its source: outputs and the positions where they are needed.
+    """Boundary at which the target begins to receive each output; -1 for outputs that stay on their rank."""
+    # By channel, in the order of its source: the outputs and the positions where they are needed.
     channels: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for rank, _, part in schedule.work():
         target = dataflow.target_of(part)
@@ -148,24 +149,25 @@ def post_receives(schedule: Schedule, dataflow: Dataflow) -> list[int]:
     ahead = [_one_ahead(actions) for actions in schedule.actions]
     for (_, target), outputs in channels.items():
         boundary = len(ahead[target])
-        # From the last to the first: none may be posted after one that follows it.
+        # From the last to the first: no receive may be posted after a later one of its channel.
         for output, needed_at in reversed(outputs):
             boundary = posted_at[output] = min(boundary, ahead[target][needed_at])
     return posted_at
 
 
 def _one_ahead(actions: Sequence[Action | Overlap]) -> list[int]:
-    """For each action the boundary at which what it needs is posted: before the last one that is not a W."""
-    boundaries, before = [], 0
+    """Boundary at which the inputs of each action are posted: before the last earlier action that is not a W."""
+    boundaries = [0]
     for position, action in enumerate(actions):
-        boundaries.append(before)
-        if action[0] != "W":
-            before = position
-    return boundaries
+        boundaries.append(boundaries[-1] if action[0] == "W" else position)
+    return boundaries[:-1]
 
 
 def links(schedule: Schedule) -> set[tuple[int, int]]:
-    """The pairs of ranks, lower first, that send to each other."""
-    boundaries = (boundary for rank in plan_transfers(schedule) for boundary in rank)
-    transfers = (transfer for boundary in boundaries for transfer in boundary.sends)
-    return {(min(t.source, t.target), max(t.source, t.target)) for t in transfers}
+    """Pairs of ranks, lower first, that send to each other. Linear in the number of actions.
+
+    The forwards decide: a backward runs where its forward ran, so gradients take the links of activations.
+    """
+    ranks = {(part.stage, part.microbatch): rank for rank, _, part in schedule.work() if part.kind == "F"}
+    pairs = ((rank, ranks.get((stage + 1, microbatch), rank)) for (stage, microbatch), rank in ranks.items())
+    return {(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]}

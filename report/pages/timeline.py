@@ -141,7 +141,7 @@ def _shades(schedule: Schedule) -> str:
         meaning = f"Dark: micro-batches that enter at rank {origins[0]}. Light: at rank {origins[1]}."
     elif origins:
         meaning = f"Dark to light: micro-batches that enter at rank {', '.join(map(str, origins))}."
-    elif max(map(len, schedule.placement)) > 1:
+    elif max(map(len, schedule.stages_of_rank)) > 1:
         meaning = "Dark to light: a rank's stages in the order in which a micro-batch passes them."
     else:
         return ""
@@ -150,7 +150,7 @@ def _shades(schedule: Schedule) -> str:
 
 def _table_rows(timeline: Timeline) -> Iterable[str]:
     step = timeline.step_time
-    columns = zip(timeline.schedule.placement, timeline.bubble, timeline.peak_microbatches, strict=True)
+    columns = zip(timeline.schedule.stages_of_rank, timeline.bubble, timeline.peak_microbatches, strict=True)
     for rank, (stages, bubble, peak) in enumerate(columns):
         cells = (rank, ", ".join(map(str, stages)), number(bubble), share(bubble / step if step else 0.0), peak)
         yield f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
@@ -158,26 +158,26 @@ def _table_rows(timeline: Timeline) -> Iterable[str]:
 
 def _origins(schedule: Schedule) -> tuple[int, ...] | None:
     """Ranks where micro-batches enter a pipeline that holds stages more than once; None for any other pipeline."""
-    held = [stage for stages in schedule.placement for stage in stages]
+    held = [stage for stages in schedule.stages_of_rank for stage in stages]
     return schedule.holders(0) if len(held) > len(set(held)) else None
 
 
 def _timeline_data(timeline: Timeline) -> dict[str, Any]:
     schedule, step = timeline.schedule, timeline.step_time
-    chunks = max(map(len, schedule.placement))
+    chunks = max(map(len, schedule.stages_of_rank))
     tick = _tick(timeline)
     return {
         "step": step,
         "bubble": [[number(bubble), share(bubble / step if step else 0.0)] for bubble in timeline.bubble],
         "peak": list(timeline.peak_microbatches),
-        "placement": schedule.placement,
+        "placement": schedule.stages_of_rank,
         "chunks": chunks,
         "origins": _origins(schedule),
         "tick": tick,
         "actions": [len(spans) for spans in timeline.spans],
         "spans": [
             base64.b64encode(_pack(spans, stages, chunks, tick)).decode()
-            for spans, stages in zip(timeline.spans, schedule.placement, strict=True)
+            for spans, stages in zip(timeline.spans, schedule.stages_of_rank, strict=True)
         ],
     }
 

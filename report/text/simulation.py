@@ -90,7 +90,7 @@ def _summary(case: Case, timeline: Timeline) -> str:
     fullest = peak.index(max(peak))
     who = "every rank holds" if schedule.num_ranks > 1 and min(peak) == max(peak) else f"rank {fullest} holds"
     held = f"{who}{' most,' * (min(peak) < max(peak))} {count(peak[fullest], 'micro-batch', 'es')} at a time"
-    if any(len(stages) > 1 for stages in schedule.placement):
+    if any(len(stages) > 1 for stages in schedule.stages_of_rank):
         held += ", each of one stage"
     of = f"{count(schedule.num_stages, 'stage')} on {count(schedule.num_ranks, 'rank')}"
     first, *more = assumptions(case)
@@ -122,7 +122,7 @@ def _longest_wait(timeline: Timeline, unit: str) -> str:
 def _ranks(timeline: Timeline) -> str:
     rows: list[tuple[str, ...]] = [("rank", "stages", "busy", "bubble", "share", "activations")]
     for rank, (waits, peak) in enumerate(zip(timeline.bubble, timeline.peak_microbatches, strict=True)):
-        stages = " ".join(map(str, timeline.schedule.placement[rank]))
+        stages = " ".join(map(str, timeline.schedule.stages_of_rank[rank]))
         part = share(waits / timeline.step_time)
         rows.append((str(rank), stages, number(timeline.step_time - waits), number(waits), part, str(peak)))
     return "\n".join(align(rows, frozenset({1})))

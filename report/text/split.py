@@ -32,7 +32,7 @@ def describe_split(config: Config) -> str:
                 f"{work[stage].total / whole:.1%}",
             )
         )
-    loads = rank_loads([stage.total for stage in work], schedule.placement)
+    loads = rank_loads([stage.total for stage in work], schedule.stages_of_rank)
     busiest = loads.index(max(loads))
     summary = f"busiest: rank {busiest}, {loads[busiest] * len(loads) / whole:.2f} x the mean"
     return "\n".join([*align(rows, left=frozenset({1, 2, 3})), summary])

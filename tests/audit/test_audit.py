@@ -1,4 +1,4 @@
-"""`counterflow audit`: both runs, what it says of them, and that it names the class that was made bad.
+"""`counterflow audit`: both runs, its report of them, and the class of tensors that it blames.
 
 The model is 0.7M parameters of V3's shape, so that 60 steps of both runs take seconds. The bound for the losses is
 looser than V3's 0.25 %, which `make audit` holds over 1,000 steps: so early each run goes its own way by a percent.
@@ -22,7 +22,7 @@ import torch
 from counterflow.audit.attribution import attribute
 from counterflow.audit.case import Case, make_case
 from counterflow.audit.probe import Gradients, Point, Probe, compare, moved_share, parameter_class
-from counterflow.audit.result import mean_loss, most_hurt, worst_first
+from counterflow.audit.result import AuditStep, Look, Result, mean_loss, most_hurt
 from counterflow.audit.run import Audit, audit_of
 from counterflow.configs.load import load_config
 from counterflow.fp8.statistics import Statistics
@@ -34,6 +34,8 @@ from counterflow.parallel.layout import Layout
 from counterflow.training.build import make_groups
 from counterflow.training.trainer import Trainer
 
+UNUSED = Path("unused")
+"""Folder for tokenised text, of which the built-in text needs none."""
 STEPS = 60
 BOUND = 0.02
 """Relative error of the mean loss of the last tenth of 60 steps."""
@@ -67,7 +69,8 @@ optim:
     - {tokens: 15360, start: 2e-3, end: 5e-4, shape: cosine}
 precision: {recipe: fp8}
 data: {source: builtin}
-train: {steps: 60, evaluate_sequences: 8, recompute: v3}
+train: {steps: 60, evaluate_sequences: 8}
+memory: {recompute: v3}
 """
 
 
@@ -87,7 +90,7 @@ def trained(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Both runs over 60 steps, with all classes quantised: their records, and the folder with their checkpoints."""
     folder = tmp_path_factory.mktemp("trained") / "records"
     with audit(small, folder, steps=STEPS) as made:
-        assert made.run(told_nothing) is None
+        assert made.run(ignore) is None
         return {
             "steps": made.steps,
             "looks": made.looks,
@@ -111,7 +114,7 @@ def audited(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @contextlib.contextmanager
 def audit(small: Path, folder: Path, *overrides: str, steps: int = 4) -> Iterator[Audit]:
-    case = make_case(load_config(str(small), overrides), steps, steps, "bf16", folder)
+    case = make_case(load_config(str(small), overrides), steps, steps, "bf16", folder, UNUSED)
     folder.mkdir(exist_ok=True)
     with bootstrap(WorkerEnvironment(), "cpu") as process, audit_of(case, process.device) as made:
         yield made
@@ -125,17 +128,17 @@ def opened(trained: dict[str, Any], small: Path) -> Iterator[Audit]:
         yield made
 
 
-def told_nothing(*_: Any) -> None:
+def ignore(*_: Any) -> None:
     pass
 
 
 def test_losses_stay_together_over_60_steps_and_fall_below_the_unigram_entropy(trained: dict[str, Any]) -> None:
-    last = trained["steps"][-STEPS // 10 :]
-    loss = mean_loss(last, "bf16")
-    fp8, bf16 = (sum(step[name]["loss"] for step in last) / len(last) for name in ("fp8", "bf16"))
-    assert loss["error"] == pytest.approx((fp8 - bf16) / bf16)
-    print(f"error {100 * loss['error']:+.3f} %, bound {100 * BOUND} %")
-    assert len(trained["steps"]) == STEPS and 0 < abs(loss["error"]) < BOUND
+    last: list[AuditStep] = trained["steps"][-STEPS // 10 :]
+    loss = mean_loss(last)
+    fp8, bf16 = (sum(losses) / len(last) for losses in zip(*((s.fp8.loss, s.other.loss) for s in last), strict=True))
+    assert loss.error == pytest.approx((fp8 - bf16) / bf16)
+    print(f"error {100 * loss.error:+.3f} %, bound {100 * BOUND} %")
+    assert len(trained["steps"]) == STEPS and 0 < abs(loss.error) < BOUND
     assert fp8 < trained["entropy"] and bf16 < trained["entropy"]
 
 
@@ -143,17 +146,17 @@ def test_each_run_is_the_one_that_train_makes(trained: dict[str, Any], small: Pa
     """Two at a time on two threads, each is bit for bit what it is alone."""
     with bootstrap(WorkerEnvironment(), "cpu") as process:
         for recipe in ("fp8", "bf16"):
-            case = make_case(load_config(str(small)), None, None, "bf16", None)
+            case = make_case(load_config(str(small)), None, None, "bf16", None, UNUSED)
             config = case.config if recipe == "fp8" else case.plain("bf16")
             trainer = Trainer(config, make_groups(config, Layout(1), "cpu"), process.device, case.plan.data)
             losses = [trainer.step().loss for _ in range(3)]
             trainer.close()
-            assert losses == [step[recipe]["loss"] for step in trained["steps"][:3]]
+            assert losses == [getattr(step, recipe).loss for step in trained["steps"][:3]]
 
 
 def test_gradients_are_those_of_the_next_step(small: Path, tmp_path: Path) -> None:
     with audit(small, tmp_path / "a", "batch.micro_sequences=2", steps=2) as made:
-        made.run(told_nothing)
+        made.run(ignore)
         trainer = made.trainers["fp8"]
         point = Point.of(trainer)
         probe = Probe(made.case.config, made.groups, made.device)
@@ -168,18 +171,19 @@ def test_gradients_are_those_of_the_next_step(small: Path, tmp_path: Path) -> No
 
 def test_an_audit_that_was_stopped_goes_on_as_if_it_had_not_been(small: Path, tmp_path: Path) -> None:
     with audit(small, tmp_path / "whole", steps=6) as whole:
-        whole.run(told_nothing)
+        whole.run(ignore)
     with audit(small, tmp_path / "parts", "checkpoint.every=3", steps=3) as first:
-        first.run(told_nothing)
+        first.run(ignore)
     with (tmp_path / "parts" / "steps.jsonl").open("a") as file:
         file.write('{"step": 4, "fp8')  # it was killed here
     with audit(small, tmp_path / "parts", "checkpoint.every=3", steps=6) as rest:
         assert rest.resume() == 3
-        rest.run(told_nothing)
+        rest.run(ignore)
     assert rest.steps == whole.steps
     assert rest.looks[-1] == whole.looks[-1]
     written = [json.loads(line) for line in (tmp_path / "parts" / "steps.jsonl").read_text().splitlines()]
-    assert written == whole.steps
+    assert written == [step.model_dump() for step in whole.steps]
+    assert list(written[0]) == ["step", "fp8", "bf16"] and list(written[0]["fp8"]) == ["loss", "loss_mtp", "grad_norm"]
 
 
 def test_difference_is_the_relative_norm_and_the_cosine() -> None:
@@ -217,11 +221,12 @@ def test_parameters_have_classes(name: str, expected: str) -> None:
 
 
 def test_a_look_compares_with_fp32(trained: dict[str, Any]) -> None:
+    look: Look
     (look,) = trained["looks"]
-    assert look["step"] == STEPS
-    assert 0 < look["gradients"]["bf16"]["all"]["error"] < look["gradients"]["fp8"]["all"]["error"] < 0.2
-    assert 0 < look["moved"]["bf16"] < look["moved"]["fp8"] < 0.1
-    assert {name.partition(".")[2] for name in look["classes"]} == {"input", "weight", "gradient", "cache"}
+    assert look.step == STEPS
+    assert 0 < look.gradients.bf16["all"].error < look.gradients.fp8["all"].error < 0.2
+    assert 0 < look.moved.bf16 < look.moved.fp8 < 0.1
+    assert {name.partition(".")[2] for name in look.classes} == {"input", "weight", "gradient", "cache"}
 
 
 def test_attribution_adds_up(audited: dict[str, Any]) -> None:
@@ -243,12 +248,12 @@ def test_attribution_names_the_class_that_was_made_bad(trained: dict[str, Any], 
     found = {}
     with opened(trained, small) as made:
         for override in ([], [bad]):
-            made.case = make_case(load_config(str(small), override), None, None, "bf16", None)
-            found[len(override)] = attribute(made, Point.of(made.trainers["fp8"]), inputs, told_nothing)
-    orders = [[name for name, _ in worst_first({"attribution": found[key]})] for key in (0, 1)]
+            made.case = make_case(load_config(str(small), override), None, None, "bf16", None, UNUSED)
+            found[len(override)] = attribute(made, Point.of(made.trainers["fp8"]), inputs, ignore)
+    orders = [[name for name, _ in found[key].worst_first()] for key in (0, 1)]
     assert set(orders[0]) == inputs
     assert orders[0][0] != "experts_down.input" and orders[1][0] == "experts_down.input", orders
-    before, after = (most_hurt(found[key]["entries"]["experts_down.input"]["alone"]) for key in (0, 1))
+    before, after = (most_hurt(found[key].entries["experts_down.input"].alone) for key in (0, 1))
     assert before[0] == after[0] == "experts_down"
     assert after[1] == pytest.approx(2 * before[1], rel=0.2)
 
@@ -278,7 +283,7 @@ def test_square_tiles_for_gradients_are_worse(trained: dict[str, Any], small: Pa
         point = Point.of(made.trainers["fp8"])
         for tile in ("1x128", "128x128"):
             override = f'precision.classes={{"*.gradient": {{tile: {tile}}}}}'
-            config = make_case(load_config(str(small), [override]), None, None, "bf16", None).config
+            config = make_case(load_config(str(small), [override]), None, None, "bf16", None, UNUSED).config
             seen[tile] = Statistics()
             Probe(config, made.groups, made.device).gradients(point, seen[tile])
     for name in (name for name in seen["1x128"].first if name.endswith(".gradient")):
@@ -329,7 +334,7 @@ def test_torchrun_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_a_layout_becomes_a_single_process_and_is_told(small: Path) -> None:
     config = load_config(str(small), ["parallel.ep=2", "parallel.pp=2", "precision.backend=te"])
-    case: Case = make_case(config, None, None, "bf16", None)
+    case: Case = make_case(config, None, None, "bf16", None, UNUSED)
     assert (case.config.parallel.pp, case.config.parallel.ep) == (1, 1)
     assert "a single process instead of pp 2, ep 2" in case.changes[0]
     assert "instead of Transformer Engine" in case.changes[1]
@@ -361,6 +366,21 @@ def test_a_finished_audit_is_told_again_in_80_columns(
         assert any(line.startswith(name) for line in lines), name
     assert cli.main([*command, f"{error * 0.99}"]) == 1
     assert "NOT within" in capsys.readouterr().out
+
+
+def test_json_of_a_result_has_the_same_keys_as_ever_and_reads_back(audited: dict[str, Any]) -> None:
+    result = audited["result"]
+    assert Result.model_validate(result).model_dump() == result
+    top = ("model", "steps", "against", "stopped", "loss", "validation", "curve", "looks", "attribution")
+    assert tuple(result) == top
+    assert tuple(result["model"]) == ("name", "parameters", "tokens", "unigram_entropy", "formats", "changes")
+    assert tuple(result["loss"]) == ("last", "fp8", "bf16", "error")
+    assert tuple(result["validation"]) == ("fp8", "bf16", "error")
+    assert tuple(result["curve"][0]) == ("step", "fp8", "bf16", "error")
+    assert tuple(result["looks"][0]) == ("step", "gradients", "moved", "classes", "classes_for_weights")
+    assert tuple(result["attribution"]) == ("together", "entries")
+    for entry in result["attribution"]["entries"].values():
+        assert tuple(entry) == ("alone", "without", "classes")
 
 
 def test_the_page_needs_nothing_from_elsewhere(audited: dict[str, Any]) -> None:

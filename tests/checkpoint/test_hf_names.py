@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from counterflow.checkpoint.hf_names import from_hugging_face, shared_copies, to_hugging_face
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.model.config import ModelConfig
-from counterflow.model.naming import placements, router_biases
+from counterflow.model.naming import local_parameters, router_biases
 from counterflow.model.transformer import Transformer
 
 LAYERS, DENSE, EXPERTS = 61, 3, 256
@@ -23,7 +23,7 @@ def names_of(config: ModelConfig) -> list[str]:
     """Every global tensor of a model: parameters and router biases."""
     with torch.device("meta"):
         model = Transformer(config, FlatDispatcher(None, config.n_routed_experts), range(config.n_routed_experts))
-    return [name for item in placements(model) for name in item.names] + list(router_biases(model))
+    return [name for item in local_parameters(model) for name in item.names] + list(router_biases(model))
 
 
 def block_names(layer: int, experts: int) -> list[str]:

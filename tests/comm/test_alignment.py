@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from counterflow.comm.flat import FlatDispatcher
+from counterflow.comm.routed import DispatchOptions
 from counterflow.tests.comm.layer import make_case, outputs_and_gradients
 from counterflow.tests.comm.test_flat import ROUTINGS
 from counterflow.tests.pool import Pool, Worker
@@ -16,7 +17,7 @@ def _compare(worker: Worker, alignment: int) -> None:
     for number, (tokens, experts, top_k, candidates) in enumerate(ROUTINGS):
         case = make_case(number, tokens[: worker.world_size], experts, top_k, torch.float32, candidates)
         plain = FlatDispatcher(dist.group.WORLD, experts)
-        aligned = FlatDispatcher(dist.group.WORLD, experts, alignment)
+        aligned = FlatDispatcher(dist.group.WORLD, experts, DispatchOptions(alignment))
         expected = outputs_and_gradients(case, worker.rank, worker.world_size, plain)
         found = outputs_and_gradients(case, worker.rank, worker.world_size, aligned)
         assert expected.keys() == found.keys()
@@ -36,7 +37,7 @@ def _look(worker: Worker) -> None:
         case = make_case(number, tokens[: worker.world_size], experts, top_k, torch.bfloat16, candidates)
         given = case.x[worker.rank], case.expert_ids[worker.rank], case.weights[worker.rank]
         plain = FlatDispatcher(dist.group.WORLD, experts).dispatch(*given)
-        wide = FlatDispatcher(dist.group.WORLD, experts, 4).dispatch(*given)
+        wide = FlatDispatcher(dist.group.WORLD, experts, DispatchOptions(4)).dispatch(*given)
         assert wide.tokens_per_expert == [-(-count // 4) * 4 for count in plain.tokens_per_expert]
         assert wide.offsets.tolist() == torch.tensor(wide.tokens_per_expert).cumsum(0).tolist()
         assert wide.x.shape[0] == wide.weights.shape[0] == sum(wide.tokens_per_expert)
@@ -55,7 +56,7 @@ def _look(worker: Worker) -> None:
         y = torch.full_like(wide.x, float("nan"))
         for rows, expected in zip(y.split(wide.tokens_per_expert), plain.x.split(plain.tokens_per_expert), strict=True):
             rows[: len(expected)] = expected
-        combined = FlatDispatcher(dist.group.WORLD, experts, 4).combine(y, wide)
+        combined = FlatDispatcher(dist.group.WORLD, experts, DispatchOptions(4)).combine(y, wide)
         assert torch.equal(combined, FlatDispatcher(dist.group.WORLD, experts).combine(plain.x, plain))
 
 

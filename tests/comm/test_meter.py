@@ -9,7 +9,7 @@ from torch import Tensor
 
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.comm.meter import KINDS, Kind, Meter, Tally, Traffic, numbers_of, traffic_of
-from counterflow.comm.routed import RoutedDispatcher
+from counterflow.comm.routed import DispatchOptions, RoutedDispatcher
 from counterflow.comm.two_hop import TwoHopDispatcher
 from counterflow.comm.wire import FP8Wire
 from counterflow.model.config import ModelConfig
@@ -34,8 +34,9 @@ def test_the_meter_equals_the_tensors_that_were_sent(pool: Pool) -> None:
         for seed in range(12):
             case, nodes = random_routing(seed, 4), [[0, 0, 1, 1], [0, 1, 2, 2]][seed % 2]
             meter = Meter(dict(enumerate(nodes)))
-            flat = FlatDispatcher(dist.group.WORLD, len(case.up), meter=meter)
-            hops = TwoHopDispatcher(dist.group.WORLD, len(case.up), wire=FP8Wire(), meter=meter, nodes=nodes)
+            flat = FlatDispatcher(dist.group.WORLD, len(case.up), DispatchOptions(meter=meter))
+            options = DispatchOptions(wire=FP8Wire(), meter=meter)
+            hops = TwoHopDispatcher(dist.group.WORLD, len(case.up), options, nodes)
             for dispatcher in (flat, hops):
                 with recorded_all_to_alls(splits=True) as events:
                     outputs_and_gradients(case, worker.rank, 4, dispatcher)
@@ -70,8 +71,8 @@ def _v3_choices(rank: int) -> Tensor:
 def _v3_traffic(worker: Worker) -> tuple[Traffic, Traffic, Tensor]:
     ids, group = _v3_choices(worker.rank), dist.group.WORLD
     meter = Meter({rank: rank for rank in range(8)})
-    flat = FlatDispatcher(group, EXPERTS, meter=meter)
-    hops = TwoHopDispatcher(group, EXPERTS, wire=FP8Wire(), meter=meter, nodes=range(8))
+    flat = FlatDispatcher(group, EXPERTS, DispatchOptions(meter=meter))
+    hops = TwoHopDispatcher(group, EXPERTS, DispatchOptions(wire=FP8Wire(), meter=meter), range(8))
     found = [_round_trip(dispatcher, ids, meter) for dispatcher in (flat, hops)]
     return found[0], found[1], ids
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from counterflow.comm.dispatcher import Dispatcher
 from counterflow.comm.flat import FlatDispatcher
-from counterflow.comm.routed import RoutedDispatcher
+from counterflow.comm.routed import DispatchOptions, RoutedDispatcher
 from counterflow.comm.two_hop import TwoHopDispatcher
 from counterflow.comm.wire import FP8Wire
 from counterflow.fp8.linear import GroupedLinear
@@ -24,8 +24,8 @@ from counterflow.tests.pool import Pool, Worker
 def _dispatchers(experts: int) -> list[RoutedDispatcher]:
     group = dist.group.WORLD
     return [
-        FlatDispatcher(group, experts, wire=FP8Wire()),
-        TwoHopDispatcher(group, experts, wire=FP8Wire(), nodes=[0, 0, 1, 1][: group.size()]),
+        FlatDispatcher(group, experts, DispatchOptions(wire=FP8Wire())),
+        TwoHopDispatcher(group, experts, DispatchOptions(wire=FP8Wire()), [0, 0, 1, 1][: group.size()]),
     ]
 
 
@@ -111,7 +111,7 @@ def test_experts_quantise_neither_tokens_nor_gradients_again(pool: Pool) -> None
             Quantizer("experts_down.gradient", WIRE_FORMAT, recipe.monitor),
         )
         plain, by_row = step(FlatDispatcher(dist.group.WORLD, experts))
-        quick, by_token = step(FlatDispatcher(dist.group.WORLD, experts, wire=wire))
+        quick, by_token = step(FlatDispatcher(dist.group.WORLD, experts, DispatchOptions(wire=wire)))
         (rows,) = {count for name, count in by_row if name == "experts_down.input"}
         for name in ("experts_up.input", "experts_down.gradient"):
             # Once along the rows, for two of the products, and once along the columns, for the weights' gradient.
@@ -130,5 +130,5 @@ def test_infinities_are_noted_before_they_travel() -> None:
     wire = FP8Wire(Quantizer("experts_up.input", WIRE_FORMAT, monitor))
     x = torch.zeros(2, 128)
     x[1, 5] = float("inf")
-    FlatDispatcher(None, 2, wire=wire).dispatch(x, torch.tensor([[0], [1]]), torch.ones(2, 1))
+    FlatDispatcher(None, 2, DispatchOptions(wire=wire)).dispatch(x, torch.tensor([[0], [1]]), torch.ones(2, 1))
     assert monitor.infinite == ["experts_up.input"]

@@ -13,7 +13,7 @@ from counterflow.comm.flat import FlatDispatcher
 from counterflow.fp8.recipe import Recipe
 from counterflow.model.config import ModelConfig, RopeScaling
 from counterflow.model.kernels import Kernels
-from counterflow.model.naming import placements, router_biases
+from counterflow.model.naming import local_parameters, router_biases
 from counterflow.model.recompute import RecomputePolicy
 from counterflow.model.transformer import Output, Transformer
 from counterflow.seeds import seed_of
@@ -123,14 +123,18 @@ def _random_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 def global_tensors(model: Transformer) -> dict[str, Tensor]:
     """The parameters' values by global name, as views."""
-    return {name: tensor for item in placements(model) for name, tensor in zip(item.names, item.tensors(), strict=True)}
+    return {
+        name: tensor
+        for item in local_parameters(model)
+        for name, tensor in zip(item.names, item.tensors(), strict=True)
+    }
 
 
 def global_gradients(model: Transformer) -> dict[str, Tensor]:
     """The gradients by global name; a parameter without one is left out."""
     return {
         name: gradient
-        for item in placements(model)
+        for item in local_parameters(model)
         if item.parameter.grad is not None
         for name, gradient in zip(item.names, item.tensors(item.parameter.grad), strict=True)
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.model.config import ModelConfig
 from counterflow.model.counts import count_parameters
-from counterflow.model.naming import initial_tensor, initialise, placements, router_biases
+from counterflow.model.naming import initial_tensor, initialise, local_parameters, router_biases
 from counterflow.model.transformer import Transformer
 from counterflow.seeds import seed_of
 from counterflow.tests.model.small import (
@@ -48,8 +48,8 @@ def is_expert(name: str) -> bool:
 )
 def test_every_element_of_every_parameter_has_one_name(config: ModelConfig) -> None:
     model = build(config)
-    placed = placements(model)
-    assert sorted(map(id, model.parameters())) == sorted(id(item.parameter) for item in placed)
+    parameters = local_parameters(model)
+    assert sorted(map(id, model.parameters())) == sorted(id(item.parameter) for item in parameters)
     tensors = global_tensors(model)
     with torch.no_grad():
         for tensor in tensors.values():
@@ -57,9 +57,9 @@ def test_every_element_of_every_parameter_has_one_name(config: ModelConfig) -> N
         for tensor in tensors.values():
             tensor += 1
     assert all((parameter == 1).all() for parameter in model.parameters())
-    assert len(tensors) == sum(len(item.names) for item in placed)
+    assert len(tensors) == sum(len(item.names) for item in parameters)
     assert sum(tensor.numel() for tensor in tensors.values()) == count_parameters(config).trained
-    for item in placed:
+    for item in parameters:
         assert {tensor.shape for tensor in item.tensors()} == {torch.Size(item.shape)}
 
 
@@ -89,7 +89,7 @@ def test_gradients_are_named_like_their_parameters() -> None:
 
 
 def test_experts_are_replicated_over_edp_and_the_rest_over_dp() -> None:
-    for item in placements(build(small_config())):
+    for item in local_parameters(build(small_config())):
         assert item.replicas == ("edp" if any(map(is_expert, item.names)) else "dp")
         assert all(map(is_expert, item.names)) or not any(map(is_expert, item.names))
 

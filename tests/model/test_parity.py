@@ -123,7 +123,7 @@ CASES: dict[str, ModelConfig] = {
 }
 
 
-@pytest.mark.parametrize("length", [50, 200])
+@pytest.mark.parametrize("length", [50, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES.keys())
 def test_logits_loss_and_every_gradient_equal_transformers(config: ModelConfig, length: int) -> None:
     model, tokens = build(config, seed=length), random_tokens(config, 2, length)

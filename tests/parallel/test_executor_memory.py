@@ -55,8 +55,8 @@ def ledger_of(schedule: Schedule, recompute: RecomputePolicy) -> tuple[Ledger, i
         one = allocations.bytes_alive()
         del made, tape
     with Allocations() as allocations:
-        executor.watch = ledger = Ledger(allocations)
-        results = executor.train(program, batches)
+        ledger = Ledger(allocations)
+        results, _ = executor.train(program, batches, watch=ledger)
         results.clear()
         ledger.alive["end"] = ledger.bytes()
     return ledger, one

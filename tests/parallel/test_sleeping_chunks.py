@@ -47,12 +47,12 @@ class TurnedByHand(Device):
 def test_every_action_takes_exactly_its_cost(name: str, options: dict[str, Any]) -> None:
     schedule = find_schedule(name)(1, MICRO_BATCHES, **options)
     device = TurnedByHand()
-    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.placement[0]}
+    chunks = {stage: SleepingChunk(stage, schedule.num_stages, device) for stage in schedule.stages_of_rank[0]}
     unconnected: PipelineChannels = None  # type: ignore[assignment]
     executor = Executor(chunks, unconnected, find_order("v3"), SHAPE, torch.float32, torch.device("cpu"))
     starts: list[float] = []
-    executor.watch = SimpleNamespace(begin=lambda action: starts.append(device.now()), backward=lambda running: None)
-    executor.train(Program.of(schedule, 0), torch.zeros(MICRO_BATCHES, *SHAPE).unbind())
+    watch = SimpleNamespace(begin=lambda action: starts.append(device.now()), backward=lambda running: None)
+    executor.train(Program.of(schedule, 0), torch.zeros(MICRO_BATCHES, *SHAPE).unbind(), watch=watch)
     simulated = simulate(schedule, Costs.uniform(schedule.num_stages, **COSTS))
     assert starts == pytest.approx([span.start for span in simulated.spans[0]])
     assert device.now() == pytest.approx(simulated.step_time)

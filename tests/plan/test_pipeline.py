@@ -132,7 +132,7 @@ def test_schedule_of_the_users_own_file_takes_its_options_and_refuses_its_number
 def test_counts_of_micro_batches_the_schedule_refuses_stop_a_run_before_it_starts() -> None:
     Path("own.py").write_text(OWN_SCHEDULE)
     with pytest.raises(UsageError, match=r"of 8 sequences is 8 micro-batches a pipeline: one_more takes .* in threes"):
-        prepare_run(load("pp=3", "schedule=own.py:one_more"), 3, 3)
+        prepare_run(load("pp=3", "schedule=own.py:one_more"), 3, 3, Path("unused"))
 
 
 def test_pipeline_gets_its_replicas_share_of_the_batch() -> None:

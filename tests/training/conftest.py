@@ -12,11 +12,11 @@ from counterflow.tests.training.harness import Runs, tiny, write_text
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of text that is the same on every machine."""
+    """Folder of text that is the same on every machine."""
     return write_text(tmp_path_factory.mktemp("training") / "text")
 
 
 @pytest.fixture(scope="session")
 def runs(pool: Pool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The runs that several tests look at."""
+    """Runs that several tests share."""
     return Runs(pool, tiny(text), tmp_path_factory.mktemp("runs"))

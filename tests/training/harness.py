@@ -1,4 +1,4 @@
-"""What the tests of training share: a text, a small configuration, and trainers on the ranks of the pool.
+"""Text, small configuration and trainers that the tests of training share.
 
 L MoE layers, E experts, T tokens of the global batch.
 """
@@ -31,7 +31,7 @@ LAYOUTS = [(1, 1), (2, 2), (4, 4), (2, 1), (4, 2), (8, 4)]
 
 
 def write_text(folder: Path) -> Path:
-    """A text that is the same on every machine: words with the frequencies of a language, from hash functions."""
+    """Text that is the same on every machine: words with a language's frequencies, made by hash functions."""
     letters = str.maketrans("0123456789", "ghijklmnop")
     words = [hashlib.blake2b(f"word {i}".encode(), digest_size=2 + i % 3).hexdigest() for i in range(400)]
     folder.mkdir(parents=True)
@@ -43,12 +43,12 @@ def write_text(folder: Path) -> Path:
 
 
 def settings(text: Path) -> list[str]:
-    """What the tests set on top of `tiny`: FP32 throughout, on the text of `write_text`, 8 sequences of 16 tokens.
+    """Overrides of `tiny` in the tests: FP32 throughout, on the text of `write_text`, 8 sequences of 16 tokens.
 
-    Routing is a decision: two numbers that differ by less than the rounding of a layout's sums may come out either
-    way, and everything differs from there on. So experts are spread wider than a real run's (larger initial weights)
-    and kept in use (faster bias), and the moments are FP32: rounding them to BF16 turns a difference in the last bit
-    of FP32 into one in the last bit of BF16 now and then, 65,536 times as large.
+    Routing is a decision. Two scores that differ by less than the rounding of a layout's sums may be ordered either
+    way, and everything differs from there on. So experts are spread wider than in a real run (larger initial weights)
+    and kept in use (faster bias). The moments are FP32: rounding them to BF16 now and then turns a difference in the
+    last bit of FP32 into one in the last bit of BF16, which is 65,536 times as large.
     """
     return [
         "data.source=folder",
@@ -64,7 +64,7 @@ def settings(text: Path) -> list[str]:
 
 
 def tiny(text: Path, *overrides: str) -> Config:
-    """The `tiny` configuration with these settings."""
+    """Return the `tiny` configuration with `settings` and `overrides`."""
     return load_config("tiny", [*settings(text), *overrides])
 
 
@@ -75,8 +75,10 @@ def open_text(config: Config) -> Data:
 
 
 def make_trainer(config: Config, world_size: int, ep: int, ranks: Sequence[int] | None = None) -> Trainer:
-    """A trainer on a grid of `world_size` ranks, on which every rank calls this; pp is the configuration's, and so are
-    the ranks of a node if it says how many."""
+    """Make a trainer on a grid of `world_size` ranks; every rank calls this.
+
+    pp comes from the configuration, and so do the ranks of a node unless they are `auto`.
+    """
     node = config.parallel.gpus_per_node
     layout = Layout(world_size, config.parallel.pp, ep, 8 if node == "auto" else node)
     groups = make_groups(config, layout, "cpu", ranks)
@@ -85,21 +87,21 @@ def make_trainer(config: Config, world_size: int, ep: int, ranks: Sequence[int] 
 
 @dataclass
 class Curve:
-    """What one rank saw of a run, step by step, and what it held at the end."""
+    """Record of one rank in a run: numbers of every step, and the tensors at the end."""
 
     numbers: list[dict[str, float]] = field(default_factory=list)
-    """loss, loss_mtp, loss_balance and grad_norm of each step."""
+    """Values of loss, loss_mtp, loss_balance and grad_norm in each step."""
     counts: list[Tensor] = field(default_factory=list)
-    """`[L, E]` tokens each expert was sent in the step, by all ranks together."""
+    """`[L, E]` tokens that all ranks together sent to each expert in the step."""
     biases: list[Tensor] = field(default_factory=list)
     """`[L, E]` router biases after the step; NaN in the rows of layers that this rank does not hold."""
     closest_choice: float = float("inf")
-    """In a single process: smallest difference between a routing score that was chosen and one that was not."""
+    """Smallest difference between a chosen routing score and one that was not chosen; in a single process only."""
     validation_loss: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)
-    """The global tensors that this rank's parameters hold at the end."""
+    """Global tensors that this rank's parameters hold at the end."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """The summed gradients of the first step, whole, of the tensors that this rank has a part in."""
+    """Summed gradients of the first step: whole tensors, of which this rank holds at least a part."""
 
 
 def train(
@@ -110,7 +112,10 @@ def train(
     save_at: dict[int, Path] | None = None,
     resume: Path | None = None,
 ) -> Curve:
-    """For `pool.run`: train until step `steps`, from the start or from a checkpoint, saving into folders by step."""
+    """Train until step `steps`, from the start or from a checkpoint; `save_at` has the folder of each saved step.
+
+    A function for `pool.run`.
+    """
     trainer = make_trainer(config, worker.world_size, ep)
     if resume is not None:
         trainer.restore(resume)
@@ -118,7 +123,7 @@ def train(
 
 
 def run_steps(trainer: Trainer, steps: int, save_at: dict[int, Path]) -> Curve:
-    """Train until step `steps` and evaluate. Counts are taken from the routers, not from what the trainer sums."""
+    """Train until step `steps` and evaluate. Counts come from the routers, not from the sums of the trainer."""
     curve, counts = Curve(), no_counts(trainer)
     routers = trainer.model.routers()
     layer_of = {id(router): layer for layer, router in routers}
@@ -152,18 +157,21 @@ def run_steps(trainer: Trainer, steps: int, save_at: dict[int, Path]) -> Curve:
 
 
 def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
-    """The summed gradients of the last step; every rank calls it."""
+    """Summed gradients of the last step, whole; every rank calls this."""
     return {name: gathered(gradient) for name, gradient in trainer.optimizer.reduced_gradients().items()}
 
 
 def no_counts(trainer: Trainer) -> Tensor:
-    """Zeros `[L, E]`. A function of its own: cloudpickle takes `config` beside `dist` for torch.distributed.config."""
+    """Zeros `[L, E]`.
+
+    A separate function, because cloudpickle takes `config` next to `dist` for torch.distributed.config.
+    """
     model = trainer.config.model
     return torch.zeros(model.num_moe_layers, model.n_routed_experts, dtype=torch.int64)
 
 
 def biases(trainer: Trainer) -> Tensor:
-    """`[L, E]` router biases; NaN in the rows of layers that this rank does not hold, or that have none."""
+    """`[L, E]` router biases; NaN in the rows of layers that this rank does not hold or that have no bias."""
     held = torch.full(no_counts(trainer).shape, float("nan"))
     for layer, router in trainer.model.routers():
         if router.bias is not None:
@@ -178,7 +186,7 @@ def parameters(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def closest_choice(router: Router, x: Tensor) -> float:
-    """How near any of the router's three choices for `x` `[B, S, H]` was to coming out otherwise."""
+    """Smallest margin of the router's three choices for `x` `[B, S, H]`: groups, experts and scores."""
     config = router.config
     with torch.no_grad():
         logits = (x.float() @ router.weight.float().t()).flatten(0, 1)
@@ -198,7 +206,7 @@ def _gap(scores: Tensor, chosen: int) -> float:
 
 
 def replicas(ranks: list[Curve]) -> dict[str, list[Tensor]]:
-    """Every global tensor with the copies that the ranks hold of it."""
+    """Name of every global tensor, and the copies that the ranks hold."""
     held: dict[str, list[Tensor]] = {}
     for rank in ranks:
         for name, tensor in rank.weights.items():
@@ -212,7 +220,7 @@ def relative(one: float, other: float) -> float:
 
 
 class Runs:
-    """Runs of 20 steps of `tiny`, one a layout, each made when first asked for; a checkpoint of step 10 is kept."""
+    """Runs of 20 steps of `tiny`, one per layout, each made at its first use; a checkpoint of step 10 is kept."""
 
     def __init__(self, pool: Pool, config: Config, folder: Path) -> None:
         self.config = config
@@ -220,7 +228,7 @@ class Runs:
         self._curves: dict[tuple[int, int], list[Curve]] = {}
 
     def curves(self, world_size: int, ep: int) -> list[Curve]:
-        """What each rank saw."""
+        """Record of each rank."""
         key = world_size, ep
         if key not in self._curves:
             save_at = {10: self._folder / f"{world_size}-{ep}"}
@@ -228,10 +236,10 @@ class Runs:
         return self._curves[key]
 
     def checkpoint(self, world_size: int, ep: int) -> Path:
-        """The checkpoint of step 10."""
+        """Checkpoint of step 10."""
         self.curves(world_size, ep)
         return self._folder / f"{world_size}-{ep}" / "step-10"
 
     def resumed(self, world_size: int, ep: int, checkpoint: Path, steps: int = 20) -> list[Curve]:
-        """Step 11 to `steps`, gone on with from `checkpoint`."""
+        """Records of steps 11 to `steps` of a run that continues from `checkpoint`."""
         return self._pool.run(train, world_size, self.config, ep, steps, None, checkpoint)

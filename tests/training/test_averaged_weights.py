@@ -1,4 +1,4 @@
-"""The moving average in a run: in checkpoints, in another layout, and in evaluations."""
+"""Moving average in a run: in checkpoints, in another layout, and in evaluations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def config(text: Path) -> Config:
 def unbroken(
     pool: Pool, config: Config, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[dict[str, Tensor]], Path]:
-    """What two ranks hold at the end of a run, and its checkpoint of half-way."""
+    """State of two ranks at the end of a run, and the checkpoint of its middle."""
     folder = tmp_path_factory.mktemp("averaged")
     return pool.run(state_at_the_end, 2, config, 2, None, folder), folder / f"step-{STEPS // 2}"
 
@@ -88,7 +88,7 @@ Restored = tuple[dict[str, Tensor], dict[str, Tensor], int | None, list[str]]
 
 
 def _restored(worker: Worker, config: Config, path: Path) -> Restored:
-    """Master weights and averages after loading, how many steps the average has seen, and what was said."""
+    """Master weights and averages after loading, how many steps the average has seen, and the log messages."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(f"{record.levelname}: {record.getMessage()}")  # type: ignore[method-assign]
@@ -128,7 +128,7 @@ def test_an_average_that_is_not_asked_for_is_left_behind(
 
 
 def _evaluations(worker: Worker, config: Config, ep: int) -> tuple[dict[str, float], float, float, bool]:
-    """What a trainer finds; the loss of a second trainer whose weights are the average; the first one's afterwards."""
+    """Losses of a trainer; loss of a second trainer whose weights are the average; the first one's loss afterwards."""
     first, second = (make_trainer(config, worker.world_size, ep) for _ in range(2))
     for _ in range(4):
         first.step()

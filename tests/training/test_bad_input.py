@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything is started or written: one clear message, exit code 2."""
+"""Refusal of settings that cannot work, before anything is started or written: one message, exit code 2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from counterflow.tests.training.harness import Runs, settings
 def refused(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Runs `counterflow train tiny`, expects it to be refused without a trace, and returns what it said."""
+    """Run `counterflow train tiny`, check that it is refused and writes nothing, and return its message."""
     monkeypatch.chdir(tmp_path)
     for name in (*RANK_VARIABLES, PARENT_VARIABLE):
         monkeypatch.delenv(name, raising=False)
@@ -118,7 +118,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(refused: Refused, tmp_path:
 
 @pytest.fixture
 def checkpoint(runs: Runs, tmp_path: Path) -> Path:
-    """A run folder with a checkpoint of step 10 that two ranks wrote."""
+    """Run folder with a checkpoint of step 10 that two ranks wrote."""
     return Path(shutil.copytree(runs.checkpoint(2, 2), tmp_path / "runs" / "tiny" / "checkpoints" / "step-10"))
 
 
@@ -148,7 +148,7 @@ def test_a_torn_checkpoint_is_refused_with_what_to_do(
 
 
 def test_a_damaged_checkpoint_ends_a_launch_with_the_same_clear_words(text: Path, checkpoint: Path) -> None:
-    """In real processes: the ranks find it, and the one who called says it, once."""
+    """Real processes: the ranks find the damage, and the calling process reports it once."""
     run = checkpoint.parent.parent
     file = checkpoint / "__0_0.distcp"
     content = bytearray(file.read_bytes())
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_ends_a_launch_with_the_same_clear_words(text: Path
 
 
 def test_starting_afresh_leaves_the_old_run_alone_if_the_ranks_cannot_start(text: Path, checkpoint: Path) -> None:
-    """Only the ranks look for a GPU; the folder is moved aside once all of them are there."""
+    """The ranks look for a GPU; the folder is moved aside once all of them have started."""
     run = checkpoint.parent.parent
     before = contents(run.parent)
     no_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

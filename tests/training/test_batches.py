@@ -1,4 +1,4 @@
-"""What a step is of does not depend on how its global batch is cut: uneven, padded, ramped."""
+"""A step is the same however its global batch is cut: unevenly, with padding, with a ramp."""
 
 from __future__ import annotations
 

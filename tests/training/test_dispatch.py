@@ -1,4 +1,4 @@
-"""What `comm` asks for: what is chosen, what is refused with what would work, and what is noted."""
+"""Choices, refusals and notes that follow from the section `comm`."""
 
 from __future__ import annotations
 

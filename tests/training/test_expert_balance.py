@@ -1,4 +1,4 @@
-"""Experts that change ranks in the midst of a run: nothing else changes, whatever is kept of them and in any layout."""
+"""Experts that change ranks during a run: nothing else changes, whatever state they have and in any layout."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STEPS = 3  # experts move before steps 2 and 3; the checkpoint is of step 2
 
 @dataclass
 class Seen:
-    """What one rank saw of a run and held at its end."""
+    """Record of one rank in a run, and its tensors at the end."""
 
     numbers: list[dict[str, float]] = field(default_factory=list)
     ranks: list[Tensor] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Seen:
     """Bytes by which experts moved before each step, as the traffic meters of all ranks have it."""
     validation: dict[str, float] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
-    """Weights, moments and averages of the tensors that this rank has a part in, whole."""
+    """Weights, moments and averages: whole tensors, of which this rank holds at least a part."""
     parameters: dict[str, Tensor] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
 
@@ -96,7 +96,7 @@ def run(
 
 
 def merged(ranks: list[Seen], what: str) -> dict[str, Tensor]:
-    """The global tensors that the ranks hold, which are the same wherever two have one."""
+    """Global tensors of all ranks; copies of a tensor must be equal."""
     found: dict[str, Tensor] = {}
     for rank in ranks:
         for name, tensor in getattr(rank, what).items():
@@ -113,7 +113,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SHORT_LAYOUTS = ("ep4", "ep2-edp2-dualpipe")
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name in SHORT_LAYOUTS else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS]
+)
 def test_a_run_whose_experts_move_has_the_bits_of_one_whose_experts_stay(pool: Pool, text: Path, layout: str) -> None:
     world, ep, more = LAYOUTS[layout]
     moving = pool.run(run, world, tiny(text, *SMALL, *MOVING, *more), ep)
@@ -134,7 +139,7 @@ def test_a_run_whose_experts_move_has_the_bits_of_one_whose_experts_stay(pool: P
 
 
 def test_on_several_nodes_groups_move_as_a_whole(pool: Pool, text: Path) -> None:
-    """By two hops, which add up a node's outputs first: another placement adds in another order."""
+    """Two hops add up a node's outputs first, so another placement adds in another order."""
     moving, staying = (
         pool.run(run, 4, tiny(text, *SMALL, "comm.dispatcher=two-hop", "run.seed=4", *more), 4, None, None, 2)
         for more in (MOVING, ())
@@ -237,7 +242,7 @@ def test_loads_are_those_since_the_last_placement_or_checkpoint(pool: Pool, text
 
 def _evaluations(worker: Worker, config: Config, ep: int) -> tuple[list[dict[str, float]], list[int], bool]:
     """Losses of evaluations with replicas and without, the rows that this rank's experts computed in each, and whether
-    training goes on as if nothing had been."""
+    training continues as if no evaluation had run."""
     trainer, other = (make_trainer(config, worker.world_size, ep) for _ in range(2))
     for _ in range(2):
         trainer.step()
@@ -259,7 +264,14 @@ def _evaluations(worker: Worker, config: Config, ep: int) -> tuple[list[dict[str
     return losses, rows, numbers[0] == numbers[1]
 
 
-@pytest.mark.parametrize(("world", "ep", "more"), [(4, 4, ()), (4, 2, LAYOUTS["ep2-edp2-dualpipe"][2]), (2, 2, FP8)])
+@pytest.mark.parametrize(
+    ("world", "ep", "more"),
+    [
+        (4, 4, ()),
+        pytest.param(4, 2, LAYOUTS["ep2-edp2-dualpipe"][2], marks=pytest.mark.long),
+        pytest.param(2, 2, FP8, marks=pytest.mark.long),
+    ],
+)
 def test_an_evaluation_with_replicas_has_the_same_loss_on_evener_ranks(
     pool: Pool, text: Path, world: int, ep: int, more: tuple[str, ...]
 ) -> None:
@@ -318,7 +330,7 @@ def test_tokens_that_go_nowhere_go_nowhere_in_any_placement(text: Path) -> None:
 
 
 class _Unused:
-    """Where no token is sent."""
+    """Dispatcher that receives no token."""
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,9 @@ LAYOUTS = [
     *((4, 2, name, RECOMPUTE[number % 3], 2) for number, name in enumerate(sorted(schedule_names()))),
     (4, 1, "zb1p", "none", 4),
 ]
+SHORT = [(4, 2, "1f1b", "v3", 1), (4, 2, "dualpipe", "v3", 2), (4, 2, "zb1p", "full", 2)]
+assert set(SHORT) <= set(LAYOUTS)
+MARKED = [layout if layout in SHORT else pytest.param(*layout, marks=pytest.mark.long) for layout in LAYOUTS]
 NAMES = [f"{name}-pp{pp}-ep{ep}-edp{world // ep // pp}-{policy}" for world, ep, name, policy, pp in LAYOUTS]
 
 
@@ -51,7 +54,7 @@ def test_the_single_process_is_worth_comparing_with(pool: Pool, text: Path, alon
     assert min(errors) > 1e-3, "what is compared is FP8, not FP32"
 
 
-@pytest.mark.parametrize(("world", "ep", "schedule", "recompute", "pp"), LAYOUTS, ids=NAMES)
+@pytest.mark.parametrize(("world", "ep", "schedule", "recompute", "pp"), MARKED, ids=NAMES)
 def test_layouts_schedules_and_recompute_follow_the_single_process(
     pool: Pool, text: Path, alone: Curve, world: int, ep: int, schedule: str, recompute: str, pp: int
 ) -> None:

@@ -25,7 +25,7 @@ from counterflow.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Plant:
-    """One number of a module's output, or of its gradient, made not finite on one rank in one micro-batch."""
+    """Number of a module's output, or of its gradient, that is made not finite on one rank in one micro-batch."""
 
     rank: int
     module: str
@@ -60,7 +60,7 @@ def spoil(tensor: Tensor, value: float) -> Tensor:
 
 @contextmanager
 def planted(trainer: Trainer, plant: Plant) -> Iterator[None]:
-    """While open, the module's output is spoilt. The step is looked at again when it fails, so it happens again."""
+    """Spoil the module's output while open. A failed step runs again to be examined, so the fault repeats."""
     module = dict(trainer.model.modules())[plant.module]
     calls = 0
 
@@ -100,7 +100,7 @@ def changed(trainer: Trainer, before: dict[str, Tensor]) -> list[str]:
 
 
 def failure_of(trainer: Trainer) -> str:
-    """What the next step says, and that it left everything as it was."""
+    """Message of the next step, which must leave all state unchanged."""
     before, progress = state_of(trainer), trainer.progress
     try:
         trainer.step()
@@ -112,7 +112,7 @@ def failure_of(trainer: Trainer) -> str:
 
 
 def plant_and_train(worker: Worker, config: Config, plants: list[Plant]) -> list[str]:
-    """What every plant leads to, one after the other in one trainer, which trains on in between."""
+    """Message of every plant, one after the other in one trainer, which then continues to train."""
     trainer = make_trainer(config, 4, 2)
     messages = []
     for plant in plants:
@@ -187,7 +187,7 @@ def test_a_gradient_that_only_a_weight_has_is_named(pool: Pool, text: Path) -> N
 
 
 def _once(worker: Worker, config: Config) -> str:
-    """A fault that does not come again, as of memory or of a network."""
+    """Message of a fault that does not repeat, like one of memory or of a network."""
     trainer = make_trainer(config, 1, 1)
     calls: list[int] = []
 

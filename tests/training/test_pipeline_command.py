@@ -1,4 +1,4 @@
-"""`counterflow train` with a pipeline, in real processes: what it prints and draws, a schedule from a file, a death."""
+"""`counterflow train` with a pipeline, in real processes: its output, a schedule from a file, a rank that dies."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 
-from counterflow.launcher.environment import RANK_VARIABLES
+from counterflow.launcher.cli import main
+from counterflow.launcher.environment import PARENT_VARIABLE, RANK_VARIABLES
 from counterflow.tests.training.harness import settings
 
 SCHEDULE = """
@@ -28,7 +30,7 @@ def all_forwards_first(num_ranks, num_microbatches, *, backwards_in_order=True):
     placement = tuple((rank,) for rank in range(num_ranks))
     return Schedule("mine", num_ranks, num_ranks, num_microbatches, placement, tuple(actions))
 """
-PATIENCE = 120.0  # seconds, on a busy machine
+PATIENCE = 300.0  # seconds, on a busy machine; half of the default of parallel.timeout
 
 
 def start(folder: Path, text: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -45,7 +47,7 @@ def start(folder: Path, text: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def test_a_run_prints_its_split_and_draws_its_third_step(tmp_path: Path, text: Path) -> None:
-    """With a schedule that is a function in the user's file."""
+    """The schedule is a function in the user's file."""
     (tmp_path / "mine.py").write_text(SCHEDULE)
     schedule = ("parallel.schedule=mine.py:all_forwards_first", "parallel.schedule_options.backwards_in_order=false")
     process = start(tmp_path, text, "train.steps=4", *schedule)
@@ -72,11 +74,8 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path: Path, text: 
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         ranks = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
-        victim = next(child for child in ranks if child.environ().get("RANK") == "1")
-        killed = time.monotonic()
-        victim.kill()
+        next(child for child in ranks if child.environ().get("RANK") == "1").kill()
         _, err = process.communicate(timeout=PATIENCE)
-        assert time.monotonic() - killed < 30
     finally:
         process.kill()
     assert process.returncode == 1
@@ -95,10 +94,18 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path: Path, text: 
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(
-    tmp_path: Path, text: Path, overrides: list[str], said: str
+    tmp_path: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    overrides: list[str],
+    said: str,
 ) -> None:
-    process = start(tmp_path, text, "train.steps=2", *overrides)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2, err
-    assert said in err
+    monkeypatch.chdir(tmp_path)
+    for variable in (*RANK_VARIABLES, PARENT_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    given = [*settings(text), "parallel.pp=2", "model.num_hidden_layers=4", "train.steps=2", *overrides]
+    with mock.patch("counterflow.launcher.local_launch.elastic_launch", side_effect=AssertionError("ranks started")):
+        assert main(["train", "tiny", "--nproc", "2", "--json", *(f"--set={each}" for each in given)]) == 2
+    assert said in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -1,6 +1,6 @@
 """The schedule never changes the maths: 8 layers, FP32, MTP, every schedule and layout against a single process.
 
-Three steps at pp 2 x ep 2 and at pp 4 in `make test`; twenty, and also pp 2 and pp 4 x ep 2, in `make layouts`.
+Three steps; every schedule in one layout in `make test`, in all layouts in `make test-all`. Twenty in `make layouts`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, Curve, make_trainer, relative, replicas, tiny, train
 
 DEEP = ("model.num_hidden_layers=8", "run.seed=19")
-"""The seed is the one of the first 40 whose single process stays farthest from a near tie, see `settings`."""
+"""Depth, and the seed among the first 40 whose single process stays farthest from a near tie, see `settings`."""
 STEPS = int(os.environ.get("COUNTERFLOW_TEST_STEPS", "3"))
 
 
@@ -45,14 +45,29 @@ class Case(NamedTuple):
 
 
 DEFER = ("parallel.schedule_options.defer_weights=true",)
-LAYOUTS = ((2, 1), (2, 2), (4, 1), (4, 2)) if STEPS >= 20 else ((2, 2), (4, 1))
-CASES = [Case(name, pp, ep) for name in sorted(schedule_names()) for pp, ep in LAYOUTS]
+CASES = [Case(name, pp, ep) for name in sorted(schedule_names()) for pp, ep in ((2, 1), (2, 2), (4, 1), (4, 2))]
 CASES += [Case("dualpipe", 2, 2, DEFER), Case("dualpipev", 4, 1, DEFER)]
-EVERY = pytest.mark.parametrize("case", CASES, ids=str)
+DEEPEST = {"interleaved": (4, 1), "dualpipev": (4, 1)}
+"""Schedules whose short case is not that of pp 2 x ep 2."""
+
+
+def is_short(case: Case) -> bool:
+    """Whether `make test` runs the case: one of each schedule, and DualPipe also deeper and with late weights."""
+    layout = (case.pp, case.ep)
+    return layout == DEEPEST.get(case.schedule, (2, 2)) if case.schedule != "dualpipe" else layout in ((2, 2), (4, 1))
+
+
+def parameters_of(cases: list[Case]) -> pytest.MarkDecorator:
+    """Parametrization by `cases`; `make test-long` runs those that are not short."""
+    marked = [case if is_short(case) else pytest.param(case, marks=pytest.mark.long) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=str)
+
+
+EVERY = parameters_of(CASES)
 
 
 class PipelineRuns:
-    """Runs of STEPS steps, each made when first asked for."""
+    """Runs of STEPS steps, each made at its first use."""
 
     def __init__(self, pool: Pool, text: Path) -> None:
         self._pool, self._text = pool, text
@@ -128,7 +143,7 @@ def test_copies_of_a_parameter_are_bit_equal_at_the_end(runs: PipelineRuns, case
 
 
 def _ones(worker: Worker, config: Config, ep: int) -> tuple[float, int, int]:
-    """Norm of gradients of one over the whole model, and how many elements of state this rank keeps of how many."""
+    """Norm of the whole model's gradients, all of them one; elements of state and of parameters on this rank."""
     trainer = make_trainer(config, worker.world_size, ep)
     trainer.optimizer.zero_gradients()
     layout = trainer.groups.layout
@@ -142,7 +157,7 @@ def _ones(worker: Worker, config: Config, ep: int) -> tuple[float, int, int]:
     return trainer.optimizer.reduce_gradients(), kept, sum(p.numel() for _, p in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.pp == 4 and case.ep == 1], ids=str)
+@parameters_of([case for case in CASES if case.pp == 4 and case.ep == 1])
 def test_every_parameter_counts_once_in_the_norm_and_in_the_optimizers_state(
     pool: Pool, text: Path, case: Case
 ) -> None:
@@ -170,12 +185,12 @@ def equal_bits(one: Curve, other: Curve) -> bool:
     ("case", "precision"),
     [
         (Case("dualpipe", 2, 2), "bf16"),
-        (Case("dualpipev", 2, 2, DEFER), "fp32"),
+        pytest.param(Case("dualpipev", 2, 2, DEFER), "fp32", marks=pytest.mark.long),
     ],
     ids=str,
 )
 def test_orders_of_overlap_and_recompute_give_the_same_bits(pool: Pool, text: Path, case: Case, precision: str) -> None:
-    """Phases of two micro-batches in any order, activations kept, rebuilt or replayed: nothing of it changes a bit."""
+    """No order of the phases of two micro-batches and no way to keep or rebuild activations changes a bit."""
     alternate = "[F.attention,B.finish,F.dispatch,B.combine,F.shared,B.experts,W,F.experts,B.attention,F.finish]"
     given = [
         ("parallel.overlap_order=sequence",),

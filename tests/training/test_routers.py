@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,11 @@ ROUTERS = {
 }
 DEEP = ("model.num_hidden_layers=4",)
 # World size, ep, sequences of a micro-batch, and what is set beside.
-LAYOUTS: list[tuple[int, int, int, tuple[str, ...]]] = [
-    (4, 2, 2, ()),
-    (8, 4, 1, ("memory.recompute=v3",)),
-    (4, 2, 2, ("parallel.pp=2", "parallel.schedule=dualpipe", "memory.recompute=full")),
-]
+LAYOUTS: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
+    "ep2-edp2": (4, 2, 2, ()),
+    "ep4-edp2": (8, 4, 1, ("memory.recompute=v3",)),
+    "dualpipe": (4, 2, 2, ("parallel.pp=2", "parallel.schedule=dualpipe", "memory.recompute=full")),
+}
 MEASURED = (
     *("loss", "loss_mtp", "loss_balance", "loss_device", "loss_communication", "grad_norm"),
     *("max_vio", "load_cv", "dropped", "dropped_worst"),
@@ -49,16 +51,32 @@ def _steps(worker: Worker, config: Config, ep: int, steps: int) -> list[StepMetr
     return made
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["ep2-edp2", "ep4-edp2", "dualpipe"])
-@pytest.mark.parametrize("router", ROUTERS)
+SHORT = [("V2", "dualpipe"), ("plain", "ep2-edp2"), ("V3 with drops", "ep2-edp2")]
+PAIRS = [(router, layout) for router in ROUTERS for layout in LAYOUTS]
+
+
+@pytest.fixture(scope="module")
+def alone(pool: Pool, text: Path) -> Callable[[str], list[StepMetrics]]:
+    """Metrics of three steps of a router in a single process."""
+
+    @cache
+    def made(router: str) -> list[StepMetrics]:
+        (steps,) = pool.run(_steps, 1, config_of(text, router), 1, 3)
+        return steps
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("router", "layout"), [pair if pair in SHORT else pytest.param(*pair, marks=pytest.mark.long) for pair in PAIRS]
+)
 def test_every_router_trains_alike_in_every_layout(
-    pool: Pool, text: Path, router: str, layout: tuple[int, int, int, tuple[str, ...]]
+    pool: Pool, text: Path, alone: Callable[[str], list[StepMetrics]], router: str, layout: str
 ) -> None:
-    world, ep, micro, more = layout
-    (alone,) = pool.run(_steps, 1, config_of(text, router), 1, 3)
+    world, ep, micro, more = LAYOUTS[layout]
     split = config_of(text, router, f"batch.micro_sequences={micro}", *more)
     found = pool.run(_steps, world, split, ep, 3)[0]
-    for one, other in zip(alone, found, strict=True):
+    for one, other in zip(alone(router), found, strict=True):
         for name in MEASURED:
             assert relative(getattr(one, name), getattr(other, name)) < 1e-5, name
         assert one.layers is not None and other.layers is not None
@@ -87,7 +105,7 @@ def test_evaluation_drops_nothing(pool: Pool, text: Path) -> None:
 
 
 def test_exempt_sequences_lose_nothing(pool: Pool, text: Path) -> None:
-    config, other = (config_of(text, "V2", f"train.{key}") for key in ("keep_sequences=1", "capacity_factor=null"))
+    config, other = (config_of(text, "V2", f"balance.{key}") for key in ("keep_sequences=1", "capacity_factor=null"))
     first, second, _ = pool.run(_with_and_without, 1, config, other)[0]
     assert first.model_dump(include=set(MEASURED)) == second.model_dump(include=set(MEASURED))
 
@@ -100,7 +118,7 @@ def test_sequences_are_exempt_by_their_number_in_the_run(text: Path) -> None:
 
 
 def _exempt(worker: Worker, config: Config, ep: int) -> list[tuple[int, bool]]:
-    """Of this rank's first two steps every sequence's number and whether it is exempt."""
+    """Number of every sequence of this rank's first two steps, and whether the sequence is exempt."""
     trainer, found = make_trainer(config, worker.world_size, ep), []
     for _ in range(2):
         for batch in trainer._next_batch()[0]:
@@ -130,7 +148,7 @@ def _last_balance(worker: Worker, config: Config, steps: int) -> tuple[float, fl
 
 
 def test_the_bias_alone_balances_and_without_it_nothing_does(pool: Pool, text: Path) -> None:
-    """512 tokens a step are few: of 128 an expert in perfect balance some get a third more by chance alone."""
+    """512 tokens per step are few: in perfect balance an expert gets 128, and some get a third more by chance alone."""
     more = ("batch.sequence_length=64", "batch.micro_sequences=8", "optim.lr=3e-4", "model.num_nextn_predict_layers=0")
     fast_then_slow = "balance.bias_update_speed=[{tokens: 20480, value: 0.02}, {value: 0.005}]"
     sides = (

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, from the same point on every rank, and where the user meant it."""
+"""Run folders: one run at a time, from the same point on every rank, in the place that the user named."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def test_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def _verdict(worker: Worker, config: Config, odd_rank: int, changes: dict[str, Any]) -> str:
-    """What a rank says where one sees something else."""
-    flight = prepare_run(config, worker.world_size, worker.world_size)
+    """Message of a rank when one rank sees something else."""
+    run_plan = prepare_run(config, worker.world_size, worker.world_size, Path("unused"))
     if worker.rank == odd_rank:
-        digest = changes.get("digest", flight.data.digest)
+        digest = changes.get("digest", run_plan.data.digest)
         others = {name: value for name, value in changes.items() if name != "digest"}
-        flight = replace(flight, data=replace(flight.data, digest=digest), **others)
+        run_plan = replace(run_plan, data=replace(run_plan.data, digest=digest), **others)
     try:
-        check_agreement(flight, worker.world_size)
+        check_agreement(run_plan, worker.world_size)
     except UsageError as error:
         return str(error)
     return "agreed"
@@ -107,11 +107,7 @@ def _verdict(worker: Worker, config: Config, odd_rank: int, changes: dict[str, A
     [
         (1, {"digest": "0123456789abcdef"}, "rank 1 and rank 0 disagree on the text: 0123456789ab and "),
         (0, {"digest": "0123456789abcdef"}, "rank 1 and rank 0 disagree on the text: "),
-        (
-            1,
-            {"progress": Progress(10, 5120, 80)},
-            "rank 1 and rank 0 disagree on the step to continue from: 10 and 0; ",
-        ),
+        (1, {"progress": Progress(10)}, "rank 1 and rank 0 disagree on the step to continue from: 10 and 0; "),
         (1, {"total_steps": 7}, "rank 1 and rank 0 disagree on the last step: 7 and 20; "),
         (1, {}, "agreed"),
     ],
@@ -126,6 +122,14 @@ def test_ranks_that_see_another_text_or_checkpoint_do_not_start(
 def test_a_tilde_is_the_users_home(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(text.parent))
     monkeypatch.chdir(tmp_path)
-    flight = prepare_run(tiny(text, "run.dir=~/x", f"data.path=~/{text.name}"), 1, 1)
-    assert flight.run_dir == text.parent / "x" / "tiny"
-    assert flight.data.digest == prepare_run(tiny(text), 1, 1).data.digest
+    run_plan = prepare_run(tiny(text, "run.dir=~/x", f"data.path=~/{text.name}"), 1, 1, tmp_path)
+    assert run_plan.run_dir == text.parent / "x" / "tiny"
+    assert run_plan.data.digest == prepare_run(tiny(text), 1, 1, tmp_path).data.digest
+
+
+def test_tokenised_text_is_kept_in_the_configured_folder_or_else_in_the_callers(text: Path, tmp_path: Path) -> None:
+    configured, given = tmp_path / "configured", tmp_path / "given"
+    prepare_run(tiny(text, f"data.cache_dir={configured}"), 1, 1, given)
+    assert list(configured.iterdir()) and not given.exists()
+    prepare_run(tiny(text, "data.cache_dir=null"), 1, 1, given)
+    assert list(given.iterdir())

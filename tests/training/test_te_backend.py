@@ -1,4 +1,4 @@
-"""Training on the Transformer Engine backend, on a fake that computes as our emulation does, against that emulation.
+"""Training on the Transformer Engine backend: a fake that computes as our emulation does, against that emulation.
 
 Everything around the products is the real thing: pipelines that put weight gradients off, buckets that are reduced
 when the last gradient has arrived, dispatch with aligned rows, recomputation, the optimizer's update and checkpoints.
@@ -29,7 +29,7 @@ def config(text: Path, *overrides: str) -> Config:
 
 @contextlib.contextmanager
 def backend(name: str, emulated: bool = True) -> Iterator[Any]:
-    """`te` is the fake; `emulated` is our emulation with as many rows an expert as the fake gets."""
+    """Install a backend: `te` is the fake, `emulated` our emulation with as many rows per expert as the fake gets."""
     from unittest import mock
 
     from counterflow.fp8.recipe import Recipe
@@ -58,7 +58,7 @@ def train(
     resume: Path | None = None,
     emulated: bool = True,
 ) -> tuple[Curve, dict[str, Any]]:
-    """For `pool.run`: what a run saw, and what the backend and the optimizer were called for."""
+    """Record of a run, and the calls of the backend and of the optimizer; for `pool.run`."""
     with backend(name, emulated) as fake:
         trainer: Trainer = make_trainer(with_backend(config, name), worker.world_size, ep)
         assert (trainer.model.recipe.backend is not None) == (name == "te")
@@ -96,7 +96,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(v, marks=pytest.mark.long if name == "zb1p" else (), id=name) for name, v in LAYOUTS.items()],
+)
 def test_training_has_the_bits_of_emulation(layout: Any, pool: Pool, text: Path) -> None:
     world_size, ep, overrides = layout
     settings = config(text, *overrides)
@@ -113,9 +116,9 @@ def test_training_has_the_bits_of_emulation(layout: Any, pool: Pool, text: Path)
         assert seen["calls"]["weight quantised"] < seen["calls"]["Linear.forward"]
 
 
-@pytest.mark.parametrize("policy", ["v3", "full"])
+@pytest.mark.parametrize("policy", ["v3", pytest.param("full", marks=pytest.mark.long)])
 def test_recomputation_differs_in_values_far_below_their_tiles_largest(policy: str, pool: Pool, text: Path) -> None:
-    """What is made again is quantised from itself along the rows, where emulation quantises what fprop saw."""
+    """Recomputed inputs are quantised along the rows again, where emulation quantises the input of fprop."""
     settings = config(text, f"memory.recompute={policy}")
     expected = pool.run(train, 2, settings, "emulated", 2)
     found = pool.run(train, 2, settings, "te", 2)
@@ -140,7 +143,11 @@ def test_as_the_library_computes_the_curve_is_emulations_within_rounding(pool: P
         assert relative(one["loss"], there["loss"]) < 1e-2  # a few choices of experts have come out otherwise
 
 
-@pytest.mark.parametrize("backends", [("emulated", "te"), ("te", "emulated")], ids=" to ".join)
+@pytest.mark.parametrize(
+    "backends",
+    [("emulated", "te"), pytest.param(("te", "emulated"), marks=pytest.mark.long)],
+    ids=" to ".join,
+)
 def test_a_checkpoint_of_one_backend_goes_on_in_the_other(
     backends: tuple[str, str], pool: Pool, text: Path, tmp_path: Path
 ) -> None:

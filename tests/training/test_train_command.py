@@ -30,12 +30,12 @@ TWO = [*PYTHON, "-m", "counterflow", "train", "tiny", "--nproc", "2"]
 TORCHRUN = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TORCHRUN += ["-m", "counterflow", "train", "tiny"]
 STEPS = 20
-PATIENCE = 120.0  # seconds, on a busy machine
+PATIENCE = 300.0  # seconds, on a busy machine
 EXACT = (*NUMBERS, "validation_loss", "max_vio", "lr", "tokens")
 
 
 class Launcher:
-    """Starts runs in a folder of their own."""
+    """Starter of runs in a separate folder."""
 
     def __init__(self, folder: Path, text: Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class Launcher:
             "log.peak_tflops=0.1",
             "log.tensorboard=false",
         ]
-        # What a rank of the pool or of an outer launcher has set is none of these runs' business.
+        # Variables of a pool's rank or of an outer launcher must not reach these runs.
         self._environment = {n: v for n, v in os.environ.items() if n not in RANK_VARIABLES}
 
     def start(self, command: Sequence[str], name: str, *overrides: str) -> subprocess.Popen[str]:
@@ -62,7 +62,7 @@ class Launcher:
         )
 
     def run_here(self, monkeypatch: pytest.MonkeyPatch, name: str, *overrides: str) -> None:
-        """Run in this very process, which nobody launched."""
+        """Run in this process, which no launcher started."""
         monkeypatch.chdir(self.folder)
         for variable in (*RANK_VARIABLES, PARENT_VARIABLE):
             monkeypatch.delenv(variable, raising=False)
@@ -70,7 +70,7 @@ class Launcher:
         assert main(["train", "tiny", *sets, "--json"]) == 0
 
     def run(self, command: Sequence[str], name: str, *overrides: str) -> dict[str, Any]:
-        """Run to the end; the line that `--json` ends with."""
+        """Run to the end and return the line that `--json` ends with."""
         process = self.start(command, name, *overrides)
         out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err
@@ -82,7 +82,7 @@ class Launcher:
         return [json.loads(line) for line in lines]
 
     def state(self, name: str) -> tuple[int, dict[str, Tensor]]:
-        """The newest checkpoint: its step and every tensor in it, read without our own reader."""
+        """Step and all tensors of the newest checkpoint, read without our own reader."""
         steps = complete_steps(self.folder / "runs" / name / "checkpoints")
         path = steps[max(steps)]
         index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
@@ -99,12 +99,12 @@ def launcher(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Launcher:
 
 @pytest.fixture(scope="module")
 def unbroken(launcher: Launcher) -> dict[str, Any]:
-    """The result of a run of two ranks that nothing stops."""
+    """Result of a run of two ranks that nothing stops."""
     return launcher.run(TWO, "unbroken", "log.tensorboard=true")
 
 
 def exact(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What does not depend on the clock."""
+    """Numbers that do not depend on the clock."""
     return [{name: step[name] for name in EXACT} for step in metrics]
 
 
@@ -134,7 +134,7 @@ def test_the_run_folder_holds_config_metrics_checkpoints_logs_and_tensorboard(
 
 
 def kill_everything(process: subprocess.Popen[str]) -> None:
-    """kill -9 for the launcher and all its ranks."""
+    """Kill the launcher and all its ranks with SIGKILL."""
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()

@@ -153,7 +153,7 @@ def test_initial_weights_keep_the_spread_of_what_they_make() -> None:
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_configs_shrink_and_leave_a_single_process_the_same_model(name: str) -> None:
     shrunk = shrink(loaded(name))
-    alone = shrunk.alone()
+    alone = shrunk.single_process()
     assert alone.model == shrunk.config.model and alone.batch == shrunk.config.batch
     assert (alone.parallel.pp, alone.parallel.ep, alone.parallel.dp) == (1, 1, 1)
     assert {change.key for change in shrunk.changes} >= {"model.hidden_size", "batch.sequence_length"}

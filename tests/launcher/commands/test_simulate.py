@@ -12,7 +12,7 @@ from counterflow.configs.load import load_config
 from counterflow.launcher.cli import main
 from counterflow.parallel.schedule.catalogue import schedule_names
 from counterflow.settings import UsageError
-from counterflow.training.measure import _EvenShare, measure_parts
+from counterflow.training.measure import EvenShare, measure_parts
 
 KEYS = ["step_time", "bubble", "bubble_fraction", "peak_microbatches", "parameter_copies"]
 
@@ -256,11 +256,11 @@ def test_measured_costs_can_be_pasted_into_a_config(capsys: pytest.CaptureFixtur
 def test_model_too_large_to_measure_is_refused_with_the_numbers() -> None:
     config = load_config("deepseek-v3-671b", ["parallel.dp=auto", "run.device=cpu", "batch.micro_sequences=9999"])
     with pytest.raises(UsageError, match=r"takes about \d+\.\d GiB, and .* are free on cpu: set a larger parallel.ep"):
-        measure_parts(config)
+        measure_parts(config, torch.device("cpu"))
 
 
 def test_measured_rank_gets_as_many_rows_as_an_even_router_sends_it() -> None:
-    share, x = _EvenShare(3), torch.randn(5, 4, requires_grad=True)
+    share, x = EvenShare(3), torch.randn(5, 4, requires_grad=True)
     sent = share.dispatch(x, torch.zeros(5, 2, dtype=torch.int64), torch.rand(5, 2))
     assert (sent.x.shape, sent.tokens_per_expert, sent.offsets.tolist()) == ((10, 4), [3, 3, 4], [3, 6, 10])
     torch.testing.assert_close(share.combine(sent.x, sent), 2 * x)

@@ -235,7 +235,7 @@ class Model:
         self.optimizer.initialise(lambda name, shape: noise(name))
 
     def step(self, number: int) -> None:
-        self.optimizer.zero_gradients()
+        self.optimizer.begin_step()
         groups = self.optimizer.groups
         for name, gradient in self.optimizer.gradients().items():
             replicas = dist.get_world_size(groups.edp if "experts" in name else groups.dp)

@@ -113,7 +113,7 @@ def _waiting_for_one(worker: Worker) -> list[Any]:
 
 
 def test_a_weight_on_its_way_is_nan_and_takes_no_gradient(pool: Pool) -> None:
-    refused = "layers.3 was used, and nobody waited for its new weights"
+    refused = "layers.3 was used before its new weights had arrived"
     assert pool.run(_waiting_for_one, 2) == [[[0, 1, 2, 3], [0, 3], refused, []]] * 2
 
 

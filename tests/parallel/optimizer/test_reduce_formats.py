@@ -128,7 +128,7 @@ def _non_finite(worker: Worker, value: float) -> tuple[float, Any]:
     groups = Groups.create(Layout(2), "cpu")
     weight = nn.Parameter(torch.ones(4))
     optimizer = ShardedOptimizer([LocalParameter(weight, ("w",))], groups, optim("bf16"))
-    optimizer.zero_gradients()
+    optimizer.begin_step()
     factor = torch.tensor([1.0, 1.0, value if worker.rank else 1.0, 1.0])
     (weight * factor).sum().backward()
     norm = optimizer.reduce_gradients()

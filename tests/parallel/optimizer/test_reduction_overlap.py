@@ -57,7 +57,7 @@ def _opposite_orders(worker: Worker, case: Case) -> dict[bool, dict[str, Any]]:
                 if overlapped:
                     optimizer.begin_step(part.expected())
                 else:
-                    optimizer.zero_gradients()
+                    optimizer.begin_step()
                 for items in in_own_order(part):
                     part.backward(rounded_gradients(case, step), items)
                     found["early"].append(optimizer.launched_early)

@@ -174,7 +174,7 @@ def _placed_twice(worker: Worker) -> None:
 
 
 def test_a_parameter_that_is_placed_twice_is_refused(pool: Pool) -> None:
-    with pytest.raises(RankFailure, match="last is placed twice"):
+    with pytest.raises(RankFailure, match="last is listed twice"):
         pool.run(_placed_twice, 1)
 
 

@@ -84,7 +84,7 @@ def trained(
     optimizer.initialise(initial)
     norms = []
     for step in range(steps):
-        optimizer.zero_gradients()
+        optimizer.begin_step()
         model.backward(lambda name, micro_batch, step=step: gradient(name, step, micro_batch))
         norms.append(optimizer.reduce_gradients())
         optimizer.step(config.lr.at(0), norms[-1])
@@ -216,7 +216,7 @@ def _norm_of_ones(worker: Worker, ep: int) -> float:
     groups = Groups.create(Layout(worker.world_size, 1, ep), "cpu")
     model = Model(groups, torch.float32)
     optimizer = ShardedOptimizer(model.placed, groups, optim())
-    optimizer.zero_gradients()
+    optimizer.begin_step()
     model.backward(lambda name, micro_batch: torch.full(SHAPES[name], 1 / MICRO_BATCHES))
     return optimizer.reduce_gradients()
 

@@ -28,7 +28,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def examples(count: int) -> settings:
-    """So many examples, each as slow as a busy machine makes it."""
+    """Settings of a test with so many examples, each as slow as a busy machine makes it."""
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

@@ -99,7 +99,7 @@ def test_a_users_schedule_is_checked_and_simulated_like_any(mine: Path) -> None:
     ("function", "message"),
     [
         ("breaks", r"breaks for 4 ranks and 8 micro-batches failed with IndexError: .* \(mine.py, line 34\)$"),
-        ("flat", r"schedule flat, rank 0: its placement must be a tuple of stages, such as \(0,\), not the int 0"),
+        ("flat", r"schedule flat, rank 0: its stages must be a tuple of numbers, such as \(0,\), not the int 0"),
         ("picky", "^picky wants 7 ranks$"),
         ("nothing", "the function must return a Schedule, not a NoneType"),
         ("other_size", "the function returned one for 4 ranks and 1 micro-batches"),

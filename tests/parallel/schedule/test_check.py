@@ -109,14 +109,14 @@ def test_stages_on_one_rank_come_in_the_order_of_the_data() -> None:
 def test_forms_that_do_not_fit_are_refused() -> None:
     for change, message in (
         ({"num_microbatches": 0}, "num_microbatches is 0"),
-        ({"placement": ((0,),)}, "placement is given for 1 ranks, but there are 2"),
-        ({"placement": ((0,), (0,))}, r"wrong or missing are \[1\]"),
-        ({"placement": ((0, 0), (1,))}, "holds a stage twice"),
+        ({"stages_of_rank": ((0,),)}, "stages_of_rank is given for 1 ranks, but there are 2"),
+        ({"stages_of_rank": ((0,), (0,))}, r"wrong or missing are \[1\]"),
+        ({"stages_of_rank": ((0, 0), (1,))}, "holds a stage twice"),
         ({"actions": ()}, "actions is given for 0 ranks"),
         ({"num_stages": "2"}, "num_stages is '2', which is no int"),
-        ({"placement": (0, 1)}, r"rank 0: its placement must be a tuple of stages, such as \(0,\), not the int 0"),
-        ({"placement": ((0,), ("1",))}, r"rank 1: its placement must be a tuple of stages"),
-        ({"placement": 2}, "placement must be a tuple with one entry a rank, not the int 2"),
+        ({"stages_of_rank": (0, 1)}, r"rank 0: its stages must be a tuple of numbers, such as \(0,\), not the int 0"),
+        ({"stages_of_rank": ((0,), ("1",))}, r"rank 1: its stages must be a tuple of numbers"),
+        ({"stages_of_rank": 2}, "stages_of_rank must be a tuple with one entry per rank, not the int 2"),
         (
             {"actions": (GOOD.actions[0], iter(()))},
             "rank 1: its actions must be a tuple of Actions, not the tuple_",
@@ -236,7 +236,7 @@ def is_sound(schedule: Schedule) -> bool:
             places = [at[part] for part in (whole if len(mine) == 2 else split)]
             if places != sorted(set(places)) or len({rank for rank, _ in places}) > 1:
                 return False
-            if stage not in schedule.placement[places[0][0]]:
+            if stage not in schedule.stages_of_rank[places[0][0]]:
                 return False
             # Forward up, then backward down, where neighbouring stages share a rank.
             for kinds in ("F", "BI"):

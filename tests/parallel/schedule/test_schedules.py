@@ -167,12 +167,12 @@ def test_no_stage_a_rank_is_refused() -> None:
 
 @examples(60)
 @given(schedule=schedules())
-def test_placement_of_dual_schedules_is_mirrored_or_folded(schedule: Schedule) -> None:
+def test_stages_of_dual_schedules_are_mirrored_or_folded(schedule: Schedule) -> None:
     copies = {len(schedule.holders(stage)) for stage in range(schedule.num_stages)}
     assert copies == {2 if schedule.name == "dualpipe" else 1}
     if schedule.name.startswith("dualpipe"):
         last = schedule.num_stages - 1
-        assert schedule.placement == tuple((rank, last - rank) for rank in range(schedule.num_ranks))
+        assert schedule.stages_of_rank == tuple((rank, last - rank) for rank in range(schedule.num_ranks))
 
 
 def test_dualpipe_feeds_both_ends() -> None:
@@ -195,7 +195,7 @@ def test_forwards_alone_have_no_bubble_but_the_way_in(name: str, ranks: int) -> 
     """The last stage begins when the first micro-batch has come through, and then never waits."""
     schedule = forward_only(find_schedule(name)(ranks, 24))
     timeline = simulate(schedule, Costs.uniform(schedule.num_stages, UNIT))
-    assert timeline.step_time <= UNIT * (schedule.num_stages - 1 + 24 * len(schedule.placement[0]))
+    assert timeline.step_time <= UNIT * (schedule.num_stages - 1 + 24 * len(schedule.stages_of_rank[0]))
 
 
 def test_generators_are_pure() -> None:

@@ -90,4 +90,4 @@ def test_a_pair_sends_its_forwards_output_first() -> None:
 
 def test_a_transfer_reads_as_a_sentence() -> None:
     transfer = Transfer("gradient", stage=2, microbatch=5, source=2, target=1)
-    assert str(transfer) == "gradient of micro-batch 5 out of stage 2, from rank 2 to rank 1"
+    assert str(transfer) == "gradient of micro-batch 5 that stage 2 made, from rank 2 to rank 1"

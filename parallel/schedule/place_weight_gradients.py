@@ -1,4 +1,4 @@
-"""Where the weight gradients go that the backwards of a schedule left over: into the gaps where a rank would wait."""
+"""Weight gradients that the backwards of a schedule left over, put into the gaps where a rank would wait."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from .costs import Costs
 from .transfers import Transfer, plan_transfers
 
 # F, I and W alike and a pair that hides a sixth, as in the figures. The order must suit other costs too, so it does not
-# depend on the user's: a rank's order stays the same when a cost is measured anew.
+# depend on the user's: a rank's order stays the same when costs are measured again.
 NOMINAL = {"forward": 1.0, "backward_input": 1.0, "backward_weight": 1.0, "overlapped": 2.5}
 
 
-def place_weights(schedule: Schedule, live_limit: int, patience: float) -> Schedule:
-    """`schedule`, which has no W, with one for every I; the order of all else stays.
+def place_weight_gradients(schedule: Schedule, live_limit: int, max_wait: float) -> Schedule:
+    """Insert a W for every I into `schedule`, which has none; the order of all other actions stays.
 
-    Played through at nominal costs: a rank whose next action still lacks an input does the W that it has left longest,
-    unless the input is on its way and comes within `patience` (in units of one F). No more than `live_limit` (stage,
-    micro-batch) are live on a rank where a W in time can help it. O(n log P) for n actions on P ranks.
+    The schedule is played through at nominal costs. A rank whose next action still lacks an input runs its oldest W,
+    unless the input is on its way and arrives within `max_wait` (in units of one F). At most `live_limit` (stage,
+    micro-batch) are live on a rank wherever an earlier W can achieve it. O(n log P) for n actions on P ranks.
     """
-    play = _Play(schedule, live_limit, patience)
+    play = _Play(schedule, live_limit, max_wait)
     play.run()
     return replace(schedule, actions=tuple(map(tuple, play.done)))
 
 
 class _Play:
-    def __init__(self, schedule: Schedule, live_limit: int, patience: float) -> None:
+    def __init__(self, schedule: Schedule, live_limit: int, max_wait: float) -> None:
         ranks = range(schedule.num_ranks)
-        self.order, self.live_limit, self.patience = schedule.actions, live_limit, patience
+        self.order, self.live_limit, self.max_wait = schedule.actions, live_limit, max_wait
         self.costs = Costs.uniform(schedule.num_stages, **NOMINAL)
         self.boundaries = plan_transfers(schedule)
         self.next = [0] * schedule.num_ranks
@@ -50,7 +50,7 @@ class _Play:
                     self._begin(rank, now)
             if not self.ends:
                 break
-            # All that ends now ends before anything begins, so that no rank decides on half of the news.
+            # Actions that end at the same time all end before any begins, so that every rank decides on the same state.
             now, awake = self.ends[0][0], set()
             while self.ends and self.ends[0][0] == now:
                 awake |= self._end(heapq.heappop(self.ends)[1])
@@ -79,12 +79,12 @@ class _Play:
                 ready_at = max((self.arrivals.get(transfer, inf) for transfer in needs), default=now)
                 if ready_at <= now:
                     return action
-                if ready_at <= now + self.patience:
+                if ready_at <= now + self.max_wait:
                     return None
         return left.popleft() if left else None
 
     def _end(self, rank: int) -> set[int]:
-        """Finish what runs on `rank`; the ranks that may now go on."""
+        """Finish the action that runs on `rank`; returns the ranks that may now continue."""
         action, self.running[rank] = self.running[rank], None
         assert action is not None
         for part in parts(action):

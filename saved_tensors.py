@@ -1,0 +1,13 @@
+"""Tensors that autograd saves for the backward: how a hook recognises one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Address of the memory that a saved tensor lies in; 0 for a tensor that wraps others and has no memory itself."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
