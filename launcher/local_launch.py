@@ -38,7 +38,7 @@ def launch_local(nproc: int, command: Sequence[str], logs_folder: Path | None = 
     """
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="counterflow-")))
-        stack.enter_context(_worker_environment(nproc))
+        stack.enter_context(_variables_for_workers(nproc))
         interrupted = stack.enter_context(_interrupt_ends_workers())
         stack.enter_context(_quiet_elastic())
         config = LaunchConfig(
@@ -66,7 +66,7 @@ def launch_local(nproc: int, command: Sequence[str], logs_folder: Path | None = 
 
 
 @contextmanager
-def _worker_environment(nproc: int) -> Iterator[None]:
+def _variables_for_workers(nproc: int) -> Iterator[None]:
     """Set the variables that workers inherit besides their ranks.
 
     They are set in this process's environment, because the agent offers no other way.

@@ -11,7 +11,10 @@ PIECE = 4096  # bytes that POSIX writes to a pipe all at once (PIPE_BUF on Linux
 
 
 def print_long(text: str) -> None:
-    """Print ASCII in pieces that a pipe takes whole: with PYTHONUNBUFFERED set, Python drops what a write leaves."""
+    """Print ASCII in pieces that a pipe takes whole.
+
+    With PYTHONUNBUFFERED set, Python drops the rest of a write that a pipe took in part.
+    """
     for start in range(0, len(text), PIECE):
         sys.stdout.write(text[start : start + PIECE])
     print()

@@ -18,6 +18,7 @@ from ...plan.simulation import Case, NumbersCase, case_from_config
 from ...report.pages.timeline import draw_html
 from ...report.text.simulation import assumptions, compare_table, report
 from ...settings import UsageError
+from ..output import write_page
 from .options import add_config, add_overrides
 
 INSTEAD = {
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         return _compare(case, args)
     timeline = case.simulate()
     if args.html is not None:
-        _write(args.html, draw_html([(timeline.schedule.name, timeline)], case.unit, _notes(case)))
+        write_page(args.html, draw_html([(timeline.schedule.name, timeline)], case.unit, _notes(case)))
     print(json.dumps(case.to_json(timeline)) if args.json else report(case, timeline))
     return 0
 
@@ -101,7 +102,7 @@ def _compare(case: Case, args: argparse.Namespace) -> int:
     outcomes = case.compare()
     drawn = [(name, timeline) for name, timeline in outcomes.items() if isinstance(timeline, Timeline)]
     if args.html is not None:
-        _write(args.html, draw_html(drawn, case.unit, _notes(case)))
+        write_page(args.html, draw_html(drawn, case.unit, _notes(case)))
     if args.json:
         results = {
             name: case.to_json(outcome) if isinstance(outcome, Timeline) else {"refused": outcome}
@@ -186,13 +187,6 @@ def _notes(case: Case) -> list[str]:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--html {path} cannot be written: {error.strerror}") from error
 
 
 def _count(text: str) -> int:

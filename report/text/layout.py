@@ -5,14 +5,16 @@ Every rank is drawn where all fit; otherwise dots stand for the middle. The cost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ...parallel.layout import Layout
 from .lines import WIDTH
 from .numbers import count
+from .table import align
 
 ALL_NODES = 4  # most nodes that are all drawn; with more, the first and the last
 SHOWN = 4  # most stages, replicas or members that are all drawn; with more, the first two and the last
+ALL_COLUMNS = frozenset(range(2 + SHOWN))  # of the widest table
 
 
 def describe_layout(layout: Layout) -> str:
@@ -69,18 +71,18 @@ def _draw_node(layout: Layout, node: int) -> str:
 def _draw_grid(layout: Layout) -> str:
     """A row for each pipeline stage, a column for each replica; a cell is an expert parallel group."""
     columns = _pick(layout.edp, SHOWN)
-    table = [["", "", *("..." if edp is None else f"edp {edp}" for edp in columns)]]
+    table: list[tuple[str, ...]] = [("", "", *("..." if edp is None else f"edp {edp}" for edp in columns))]
     for pp in _pick(layout.pp, SHOWN):
         if pp is None:
-            table.append(["...", "", *("" for _ in columns)])
+            table.append(("...", "", *("" for _ in columns)))
             continue
         # An expert parallel group's ranks are consecutive, as `ep` runs fastest.
         ends = [
             edp if edp is None else (layout.rank(pp, edp, 0), layout.rank(pp, edp, layout.ep - 1)) for edp in columns
         ]
-        table.append([f"pp {pp}", "ranks", *("" if end is None else _span(*end) for end in ends)])
-        table.append(["", "nodes", *("" if end is None else _span(*map(layout.node, end)) for end in ends)])
-    return "\n".join(_align(table))
+        table.append((f"pp {pp}", "ranks", *("..." if end is None else _span(*end) for end in ends)))
+        table.append(("", "nodes", *("..." if end is None else _span(*map(layout.node, end)) for end in ends)))
+    return "\n".join(align(table, left=ALL_COLUMNS))
 
 
 def _draw_groups(layout: Layout) -> str:
@@ -91,14 +93,14 @@ def _draw_groups(layout: Layout) -> str:
         ("dp", layout.dp, 1, "hold the same stage"),
         ("pp", layout.pp, layout.dp, "pass micro-batches on"),
     )
-    table = [["group", "members", "groups", "first", "its ranks"]]
+    table: list[tuple[str, ...]] = [("group", "members", "groups", "first", "its ranks")]
     for name, members, stride, purpose in kinds:
         if stride == 1 and members > 2:
             first = f"0-{members - 1}"
         else:
             first = ", ".join("..." if index is None else str(stride * index) for index in _pick(members, SHOWN))
-        table.append([name, str(members), str(layout.world_size // members), first, purpose])
-    return "\n".join(_align(table))
+        table.append((name, str(members), str(layout.world_size // members), first, purpose))
+    return "\n".join(align(table, left=ALL_COLUMNS))
 
 
 def _pick(things: int, most: int) -> list[int | None]:
@@ -108,8 +110,3 @@ def _pick(things: int, most: int) -> list[int | None]:
 
 def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
-
-
-def _align(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from ...parallel.schedule.timeline import Timeline
 from ...plan.simulation import Case, ConfigCase, NumbersCase
-from .lines import WIDTH
-from .numbers import count, number, share
+from .lines import WIDTH, wrap_row
+from .numbers import count, number, plural, share
 from .split import describe_split
 from .table import align
 from .timeline import draw_text
 
+INDENT = 13  # columns before the texts of rows
 FEW_RANKS = 8
 """Largest number of ranks of which each gets a row of its own."""
 
@@ -47,13 +48,13 @@ def compare_table(case: Case, outcomes: Mapping[str, Timeline | str]) -> str:
             )
         )
     lines = [f"{count(case.num_ranks, 'rank')}, {count(case.num_microbatches, 'micro-batch', 'es')}"]
-    lines += [*_wrapped("costs", "; ".join(assumptions(case))), ""]
+    lines += [*wrap_row("costs", "; ".join(assumptions(case)), INDENT), ""]
     if simulated:
         lines += align(rows, frozenset({0}))
     width = max(map(len, outcomes))
     for name, outcome in outcomes.items():
         if isinstance(outcome, str):
-            lines += _wrapped(name, f"cannot: {outcome}", width + 2)
+            lines += wrap_row(name, f"cannot: {outcome}", width + 2)
     lines += ["", *textwrap.wrap(_LEGEND, WIDTH)]
     return "\n".join(lines)
 
@@ -100,10 +101,10 @@ def _summary(case: Case, timeline: Timeline) -> str:
         ("step time", f"{number(timeline.step_time)}{unit}"),
         ("bubble", f"{share(timeline.bubble_fraction)} of all ranks' time{_longest_wait(timeline, unit)}"),
         ("activations", held),
-        ("parameters", f"{timeline.parameter_copies:.3g} {'copy' if timeline.parameter_copies == 1 else 'copies'} of "
+        ("parameters", f"{timeline.parameter_copies:.3g} {plural(timeline.parameter_copies, 'copy', 'copies')} of "
          "each stage"),
     ]  # fmt: skip
-    return "\n".join(line for name, text in rows for line in _wrapped(name, text))
+    return "\n".join(line for name, text in rows for line in wrap_row(name, text, INDENT))
 
 
 def _longest_wait(timeline: Timeline, unit: str) -> str:
@@ -125,7 +126,3 @@ def _ranks(timeline: Timeline) -> str:
         part = share(waits / timeline.step_time)
         rows.append((str(rank), stages, number(timeline.step_time - waits), number(waits), part, str(peak)))
     return "\n".join(align(rows, frozenset({1})))
-
-
-def _wrapped(name: str, text: str, width: int = 13) -> list[str]:
-    return textwrap.wrap(f"{name:<{width}}{text}", WIDTH, subsequent_indent=" " * width, break_on_hyphens=False)

@@ -7,7 +7,7 @@ from ...model.config import ModelConfig
 from ...parallel.stages import rank_loads
 from ...plan.costs import stage_parameters, stage_work
 from ...plan.pipeline import example_schedule, make_split
-from .numbers import format_count
+from .numbers import count, format_count
 from .table import align
 
 
@@ -51,5 +51,5 @@ def _besides(model: ModelConfig, stage: int, num_stages: int) -> str:
     if stage == num_stages - 1:
         modules = model.num_nextn_predict_layers
         extras.append("head")
-        extras += [f"{modules} MTP module{'s' * (modules > 1)}"] if modules else []
+        extras += [count(modules, "MTP module")] if modules else []
     return ", ".join(extras)

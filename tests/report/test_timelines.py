@@ -89,8 +89,8 @@ def assert_same(drawn: dict[str, Any], timeline: Timeline) -> None:
         read = list(read_spans(drawn, rank))
         assert drawn["actions"][rank] == len(read)
         assert [span.action for span in read] == [span.action for span in spans]
-        for mine, theirs in zip(read, spans, strict=True):
-            assert abs(mine.start - theirs.start) <= exact and abs(mine.end - theirs.end) <= exact
+        for shown, given in zip(read, spans, strict=True):
+            assert abs(shown.start - given.start) <= exact and abs(shown.end - given.end) <= exact
 
 
 @pytest.mark.parametrize("name", schedule_names())
