@@ -59,9 +59,16 @@ class Products:
         """Products by the key `precision.cpu_products`; `auto` follows this machine's CPU."""
         return cls(widens_here(isa_limit) if setting == "auto" else setting == "widened")
 
+    def __str__(self) -> str:
+        return "widened to FP32" if self.widened else "native"
+
     def widens(self, operand: Tensor) -> bool:
-        """Whether a product of `operand`, and another of its type, is computed in FP32."""
-        return self.widened and operand.device.type == "cpu" and operand.dtype == torch.bfloat16
+        """Whether a product of `operand` with another tensor of its type is computed in FP32."""
+        return operand.dtype == torch.bfloat16 and self.computes_in(operand.device, operand.dtype) == torch.float32
+
+    def computes_in(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """Type in which operands of type `dtype` are multiplied on `device`."""
+        return torch.float32 if self.widened and device.type == "cpu" and dtype == torch.bfloat16 else dtype
 
     def multiply(self, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
         """`a b` of a `[..., M, K]` and b `[..., K, N]`, in their format.
