@@ -87,7 +87,7 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
 
 
 def _products_of(config: Config, process: Process) -> str | None:
-    """How this rank computes BF16 products on its CPU, which unlike CPUs choose differently; None without any."""
+    """Choice of this rank for BF16 products on its CPU, which differs between unlike CPUs; None without such products."""
     from ...fp8.products import Products
 
     if process.device.type != "cpu" or config.precision.format != "bf16":

@@ -267,12 +267,12 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     ),
     "Hugging Face's `config.json` read": (
         "tests/configs/*::file_of_transformers_4_gives_its_architecture",
-        "tests/configs/*::what_transformers_writes_is_read_back_as_what_it_holds",
+        "tests/configs/*::files_written_by_transformers_are_read_back_with_their_values",
         "tests/configs/*::v2_files_give_their_network_and_router",
     ),
     # Reports
     "simulated and measured timelines": (
-        "tests/parallel/schedule/*::simulating_with_the_measured_costs_gives_the_measured_step",
+        "tests/plan/*::simulating_with_the_measured_costs_gives_the_measured_step",
         "tests/training/*::a_run_prints_its_split_and_draws_its_third_step",
         "tests/report/*::compared_timelines_stand_under_each_other_in_order",
     ),
