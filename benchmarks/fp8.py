@@ -36,7 +36,7 @@ SIDES = {
     "fp8": PrecisionConfig(recipe="fp8"),
     "fp8, scales v3": PrecisionConfig(recipe="fp8", scales="v3"),
 }
-KEEPERS = ("_LinearFunctionBackward", "_GroupedLinearFunctionBackward", "QuantizedFunctionBackward", "SwiGLU")
+KEEPERS = ("_LinearFunctionBackward", "QuantizedFunctionBackward", "SwiGLU")
 V3_PROPORTIONS = {  # widths a sixteenth of DeepSeek-V3's, heads an eighth as many, experts an eighth as many
     "vocab_size": 512,
     "hidden_size": 448,

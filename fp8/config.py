@@ -41,6 +41,11 @@ class PrecisionConfig(Section):
     products: Literal["fast", "promoted"] = key(
         "fast", "emulated FP8 products: of dequantised values, or every 128 elements promoted to FP32 (slow)"
     )
+    cpu_products: Literal["auto", "native", "widened"] = key(
+        "auto",
+        "BF16 products on a CPU: native, or widened to FP32 and rounded once, which is far faster without BF16 "
+        "instructions; auto decides by the CPU's flags",
+    )
     backend: Literal["auto", "emulated", "te"] = key(
         "auto",
         "what computes on a GPU: te is NVIDIA's Transformer Engine, for FP8 products, attention and the optimizer's "
@@ -73,10 +78,11 @@ class PrecisionConfig(Section):
         return formats
 
     def make(self) -> Recipe:
-        """What the model's linear layers are told, for emulation; the launcher adds a backend."""
-        from .recipe import Recipe  # a configuration is read without torch
+        """Return the recipe of the model's layers, with emulated FP8. The caller adds a backend."""
+        from .products import Products  # a configuration is read without torch
+        from .recipe import Recipe
 
-        return Recipe(self.formats(), self.products)
+        return Recipe(self.formats(), self.products, products=Products.choose(self.cpu_products))
 
     def _clashes(self) -> Iterator[Clash]:
         if self.classes and self.recipe != "fp8":

@@ -13,7 +13,6 @@ T tokens, R rows, E experts, K inputs, N outputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,30 +21,14 @@ from torch.autograd.function import once_differentiable
 
 from . import gemm
 from .gemm import Operand
+from .kept import Kept
 from .quantize import BlockQuantized
 from .recipe import LinearRecipe, Quantizer
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Tensors that stay for the backward, and what makes of them what they stand for.
-
-    `restore` holds no tensors: they pass through autograd's hooks on saved tensors, or could not be dropped.
-    """
-
-    tensors: tuple[Tensor, ...]
-    restore: Callable[..., Tensor]
-
-    def and_then(self, more: tuple[Tensor, ...], compute: Callable[..., Tensor]) -> Kept:
-        """Restores `compute(restored, *more)`; `more` is kept, too."""
-        count = len(self.tensors)
-        restore = self.restore
-        return Kept((*self.tensors, *more), lambda *all: compute(restore(*all[:count]), *all[count:]))
-
-
 def keep(recipe: LinearRecipe | None, x: Tensor) -> Kept | None:
     """x `[..., K]` as the cache of a layer with this recipe; None if there is none."""
-    if recipe is None or recipe.cache is None:
+    if recipe is None or recipe.cache is None or not recipe.quantises:
         return None
     if recipe.cache.format is None:
         return Kept((x.detach(),), lambda x: x)
@@ -167,4 +150,4 @@ def _product(
 ) -> Tensor:
     both = isinstance(left, BlockQuantized) and isinstance(right, BlockQuantized)
     mode = recipe.mode if both else "fast"
-    return function(left, right, offsets=offsets, mode=mode, out_dtype=dtype)
+    return function(left, right, offsets=offsets, mode=mode, out_dtype=dtype, products=recipe.products)

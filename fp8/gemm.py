@@ -23,11 +23,11 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..settings import UsageError
 from .number_formats import FORMATS, decode
+from .products import Products
 from .quantize import BlockQuantized
 from .tensor_formats import SIDE
 
@@ -60,13 +60,14 @@ def fprop(
     mode: Mode = "fast",
     out_dtype: torch.dtype = torch.bfloat16,
     accumulator: Accumulator | None = None,
+    products: Products | None = None,
 ) -> Tensor:
     """`x w^T`, `[T, N]`. `accumulator` is for `promoted`: the partial sums as a tensor core adds them, not exact.
 
     Raises UsageError for shapes or tiles that do not go together.
     """
     if mode == "fast":
-        return _fast(_values(x, 1), _values(w, 1).mT, offsets, out_dtype)
+        return _fast(_values(x, 1), _values(w, 1).mT, offsets, out_dtype, products)
     left, right = _encoded(x, w)
     if offsets is None:
         return promoted(left, right, out_dtype, accumulator)
@@ -82,10 +83,11 @@ def dgrad(
     mode: Mode = "fast",
     out_dtype: torch.dtype = torch.bfloat16,
     accumulator: Accumulator | None = None,
+    products: Products | None = None,
 ) -> Tensor:
     """`dy w`, `[T, K]`; the rest as `fprop`."""
     if mode == "fast":
-        return _fast(_values(dy, 1), _values(w, 0), offsets, out_dtype)
+        return _fast(_values(dy, 1), _values(w, 0), offsets, out_dtype, products)
     left, right = _encoded(dy, w)
     if offsets is None:
         return promoted(left, right.transpose(), out_dtype, accumulator)
@@ -101,6 +103,7 @@ def wgrad(
     mode: Mode = "fast",
     out_dtype: torch.dtype = torch.bfloat16,
     accumulator: Accumulator | None = None,
+    products: Products | None = None,
 ) -> Tensor:
     """`dy^T x`, `[N, K]`, or `[E, N, K]` with `offsets`; the rest as `fprop`.
 
@@ -109,7 +112,7 @@ def wgrad(
     if offsets is not None:
         _check_groups((dy, x), offsets)
     if mode == "fast":
-        return _fast(_values(dy, 0).mT, _values(x, 0), offsets, out_dtype)
+        return _fast(_values(dy, 0).mT, _values(x, 0), offsets, out_dtype, products)
     left, right = _encoded(dy, x)
     if offsets is None:
         return promoted(left.transpose(), right.transpose(), out_dtype, accumulator)
@@ -194,15 +197,16 @@ def _power(exponent: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def _fast(left: Tensor, right: Tensor, offsets: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _fast(
+    left: Tensor, right: Tensor, offsets: Tensor | None, out_dtype: torch.dtype, products: Products | None
+) -> Tensor:
     """`left right`, grouped by rows of left and right's stack, or by the contraction where right is a matrix."""
     if left.dtype != right.dtype or (out_dtype == torch.float32 and left.dtype != out_dtype):
         left, right = left.float(), right.float()  # a BF16 product would round its result to BF16
     inner = right.shape[-2]
     if left.shape[-1] != inner:
         raise UsageError(f"cannot contract {left.shape[-1]} columns with {inner}")
-    result = left @ right if offsets is None else F.grouped_mm(left, right, offs=offsets)
-    return result.to(out_dtype)
+    return (products or Products()).multiply(left, right, offsets).to(out_dtype)
 
 
 def _values(operand: Operand, contracted: int) -> Tensor:

@@ -1,28 +1,76 @@
-"""What quantises the tensors of each class while a model runs; the classes and their formats are in `classes`."""
+"""Recipes: the formats of a model's linear layers, and the backend that computes their products.
+
+The classes of tensors and their formats are in `tensor_formats`. What a backend such as Transformer Engine offers is
+stated here as Protocols, so a backend imports this module and this module imports no backend.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..weight_gradients import GradientSink, WeightQueue
 from .gemm import Mode, Operand
+from .kept import Kept
+from .products import Products
 from .quantize import BlockQuantized, FP8RangeError, fake_quantize, quantize, quantize_with_values
 from .tensor_formats import WITH_CACHE, Formats, Kind, TensorFormat
 
-if TYPE_CHECKING:
-    from .te.backend import Attention, TransformerEngine
-
 Observer = Callable[[str, Tensor, Tensor, TensorFormat, int, Tensor | None], None]
-"""Called with a class, a tensor, what its quantisation dequantises to, and the format; with the dimension that the
-product contracts, which with the format gives the tiles, and the ends of the groups in which tiles begin anew."""
+"""Observer of one quantisation: class, tensor, dequantised values, format, contracted dimension, ends of groups.
+
+The contracted dimension and the format give the tiles; those of 128 rows begin again with each group.
+"""
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Causal attention of queries that are already scaled: query and key `[B, A, S, D]`, value and result
+`[B, A, S, V]` (A heads)."""
+
+
+class LayerEngine(Protocol):
+    """A backend's computation of one linear layer, plain or of experts."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: nn.Parameter,
+        queue: WeightQueue | None,
+        sink: GradientSink | None,
+        kept: Kept | None = None,
+        rebuilt: bool = False,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return y of x `[..., K]` and weight `[N, K]`, or of rows `[R, K]` and a stack `[E, N, K]` with E `counts`.
+
+        `queue` takes the weight's gradient while it defers. Without a `sink` the gradient goes to `weight.grad`.
+        `kept` and `rebuilt` as in `Linear`.
+        """
+
+
+class Backend(Protocol):
+    """A library that computes quantised layers, on one device."""
+
+    @property
+    def library(self) -> Any:
+        """The library itself, for the optimizer's update."""
+
+    @property
+    def alignment(self) -> int:
+        """Divisor of the number of an expert's rows."""
+
+    def linear(self, recipe: LinearRecipe, num_groups: int | None = None) -> LayerEngine:
+        """Return the computation of a linear layer, or of `num_groups` experts."""
+
+    def attention(self, heads: int, qk_width: int, v_width: int) -> Attention:
+        """Return causal attention for these widths. All operands lie in memory as `[B, S, A, …]`."""
 
 
 @dataclass
 class Monitor:
-    """What is watched while tensors are quantised."""
+    """Watch over the quantisation of tensors: an observer, and a list of faults."""
 
     observer: Observer | None = None
     infinite: list[str] = field(default_factory=list)
@@ -105,8 +153,15 @@ class LinearRecipe:
     cache: Quantizer | None
     """None where the input itself is kept, as fprop saw it."""
     mode: Mode
-    backend: TransformerEngine | None = None
-    """What computes the products; None emulates them."""
+    backend: Backend | None = None
+    """Library that computes the products; None emulates them."""
+    products: Products = field(default_factory=Products)
+    """Products of values, on a CPU natively or widened."""
+
+    @property
+    def quantises(self) -> bool:
+        """Whether any class has a format. Without one the layer multiplies in the format of its operands."""
+        return any(q is not None and q.format is not None for q in (self.input, self.weight, self.gradient, self.cache))
 
     def operand(self, quantizer: Quantizer, x: Tensor, contracted: int, offsets: Tensor | None = None) -> Operand:
         """x as an operand of a product: its values for `fast`, codes and scales for `promoted`."""
@@ -123,26 +178,26 @@ class Recipe:
     mode: Mode = "fast"
     """How products are computed, see `gemm`; those with an operand in high precision are always `fast`."""
     monitor: Monitor = field(default_factory=Monitor)
-    backend: TransformerEngine | None = None
-    """Transformer Engine; None emulates the products of quantised operands, on any device."""
+    backend: Backend | None = None
+    """Library such as Transformer Engine; None emulates the products of quantised operands, on any device."""
+    products: Products = field(default_factory=Products)
+    """Products of values, on a CPU natively or widened."""
 
-    def linear(self, kind: Kind) -> LinearRecipe | None:
-        """That of a layer of this kind; None if it is all in high precision."""
+    def linear(self, kind: Kind) -> LinearRecipe:
+        """Recipe of a layer of this kind."""
         roles = ("input", "weight", "gradient", "cache")
-        if not any(self.formats.get(f"{kind}.{role}") for role in roles):
-            return None
         of = {role: Quantizer(f"{kind}.{role}", self.formats.get(f"{kind}.{role}"), self.monitor) for role in roles}
         cache = of["cache"] if kind in WITH_CACHE else None
         # With a cache alone there is no product of quantised operands.
         backend = self.backend if of["weight"].format is not None else None
-        return LinearRecipe(of["input"], of["weight"], of["gradient"], cache, self.mode, backend)
+        return LinearRecipe(of["input"], of["weight"], of["gradient"], cache, self.mode, backend, self.products)
 
     @property
     def alignment(self) -> int:
-        """The rows that reach each of the experts are a multiple of it."""
+        """Divisor of the number of rows that reach each expert."""
         quantised = self.formats.get("experts_up.weight") or self.formats.get("experts_down.weight")
         return 1 if self.backend is None or not quantised else self.backend.alignment
 
     def attention(self, heads: int, qk_width: int, v_width: int) -> Attention | None:
-        """What computes causal attention, see `TransformerEngine.attention`; None leaves it to PyTorch."""
+        """Return the backend's causal attention; None leaves attention to PyTorch."""
         return None if self.backend is None else self.backend.attention(heads, qk_width, v_width)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from ..fp8.linear import Linear
@@ -35,7 +37,9 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, kernels)
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), quantized)
         self.out = Linear(heads * config.v_head_dim, hidden, recipe.linear("attention_out"))
-        self._attend = recipe.attention(heads, config.qk_head_dim, config.v_head_dim)
+        self._attend = recipe.attention(heads, config.qk_head_dim, config.v_head_dim) or partial(
+            causal_attention, products=recipe.products
+        )
 
     def forward(self, x: Tensor, rotary: Tensor, saved: Saved) -> Tensor:
         again = saved.rebuilds(x)
@@ -47,8 +51,7 @@ class LatentAttention(nn.Module):
         parts = self._up_project(query, key_value, rotary_key, rotary, saved)
         # The latents are kept, their norms and up-projections are not (V3 §3.2.3).
         saved.rebuild(parts, lambda: self._up_project(query, key_value, rotary_key, rotary, Keep()))
-        attend = self._attend or causal_attention
-        attended = attend(*parts).transpose(1, 2).flatten(2)
+        attended = self._attend(*parts).transpose(1, 2).flatten(2)
         return self.out(attended, self.out.keep(attended))
 
     def _up_project(

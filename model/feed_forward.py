@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.dispatcher import Dispatcher, Incoming
-from ..fp8.emulated import Kept
+from ..fp8.kept import Kept
 from ..fp8.linear import GroupedLinear, Linear
 from ..fp8.quantize import BlockQuantized
 from ..fp8.recipe import LinearRecipe, Recipe

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..fp8.emulated import Kept
+from ..fp8.kept import Kept
 
 
 def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:

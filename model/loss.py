@@ -3,7 +3,8 @@
 Tokens pass in pieces. A piece's logits are one buffer in the model's format; its gradient overwrites it in place,
 a few rows at a time in FP32. The gradients of input and weight are made in the forward, where the logits are at
 hand, so nothing is computed twice and no logits wait for the backward. What waits is the weight's gradient: V x H, in
-FP32 where there was more than one piece.
+FP32 where there was more than one piece. Where BF16 products are widened, logits and their gradient are FP32
+throughout, and the results are rounded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..fp8.products import Products
+
 IGNORED = -100
 """Label of a position that has no target."""
 
@@ -22,19 +25,23 @@ LOGITS_BYTES = 256 * 2**20  # one piece's logits
 BLOCK_BYTES = 4 * 2**20  # rows turned to FP32 at a time: they stay in the cache
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, products: Products | None = None) -> Tensor:
     """Sum over tokens of -log softmax(hidden W^T)[label], in nats, FP32 scalar.
 
-    hidden `[T, H]`, weight `[V, H]`, labels `[T]` int64, IGNORED where there is no target.
+    hidden `[T, H]`, weight `[V, H]`, labels `[T]` int64, IGNORED where there is no target. `products` None are
+    those of this machine.
     """
-    return _HeadLoss.apply(hidden, weight, labels, torch.is_grad_enabled())
+    return _HeadLoss.apply(hidden, weight, labels, torch.is_grad_enabled(), (products or Products()).widens(hidden))
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, training: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, training: bool, widen: bool) -> Tensor:
         # needs_input_grad says what could be wanted, also under no_grad, where nothing is.
         needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
+        dtype = hidden.dtype
+        if widen:
+            hidden, weight = hidden.float(), weight.float()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
@@ -51,8 +58,12 @@ class _HeadLoss(torch.autograd.Function):
                 # The first piece keeps its format; more pieces are summed in FP32.
                 grad_weight = part if grad_weight is None else grad_weight.float().add_(part)
             del logits  # before the next piece's, or two of them live at once
+        if widen:
+            grad_hidden = None if grad_hidden is None else grad_hidden.to(dtype)
+            if grad_weight is not None and hidden.shape[0] <= piece:
+                grad_weight = grad_weight.to(dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype = dtype
         return total
 
     @staticmethod
@@ -63,6 +74,7 @@ class _HeadLoss(torch.autograd.Function):
         return (
             None if grad_hidden is None else (grad_hidden.float() * grads[0]).to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight.float() * grads[0]).to(ctx.weight_dtype),
+            None,
             None,
             None,
         )

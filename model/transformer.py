@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..comm.dispatcher import Dispatcher
@@ -264,7 +263,7 @@ class Transformer(nn.Module):
         x = EmbeddingFunction.apply(tokens, self.embedding)
         for block in self.layers.values():
             x, _ = block(x, self._rotary(tokens.shape[1], x.device), valid)
-        return F.linear(self.norm(x, Keep()), self.head)
+        return self.recipe.products.multiply(self.norm(x, Keep()), self.head.mT)
 
     def routers(self) -> list[Router]:
         """Routers of the MoE layers it holds in order, MTP modules last: the rows of `Output.counts`."""
@@ -282,7 +281,7 @@ class Transformer(nn.Module):
         return self._table[:length]
 
     def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy_sum(hidden.flatten(0, 1), self.head, labels.flatten())
+        return cross_entropy_sum(hidden.flatten(0, 1), self.head, labels.flatten(), self.recipe.products)
 
 
 def _nothing_to_wait_for(*users: nn.Module | nn.Parameter) -> None:

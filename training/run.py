@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..configs.config import Config
+from ..fp8.products import Products
 from ..model.counts import FLOP_CONVENTION, count_parameters
 from ..parallel.groups import Groups
 from ..parallel.optimizer.bucket import DTYPES
@@ -92,6 +93,8 @@ class _Watch(ExitStack):
             self._display.note(f"\n{describe_split(config)}")
         for note in plan.notes:
             self._display.note(note)
+        if groups.mesh.device_type == "cpu" and config.precision.format == "bf16":
+            self._display.note(f"products of BF16 on this CPU: {Products.choose(config.precision.cpu_products)}")
         rows = describe_run(
             total_parameters=counts.total,
             active_parameters=counts.active,
@@ -118,5 +121,6 @@ class _Watch(ExitStack):
 def _peak(config: Config, device: torch.device) -> Peak:
     """The peak MFU is measured against. All ranks of a node measure at the same time, because they share its cores."""
     if config.log.peak_tflops == "auto":
-        return peak_tflops(device, DTYPES[config.precision.format])
+        products = Products.choose(config.precision.cpu_products)
+        return peak_tflops(device, products.computes_in(device, DTYPES[config.precision.format]))
     return Peak(config.log.peak_tflops, "set by log.peak_tflops")

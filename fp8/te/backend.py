@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,14 +9,12 @@ import torch
 from torch import Tensor
 
 from ...settings import UsageError
-from ..recipe import LinearRecipe
+from ..recipe import Attention, LinearRecipe
 from ..tensor_formats import Formats
 from . import library as libraries
 from .engine import Engine
 from .library import Library
 from .translate import faults
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class TransformerEngine:

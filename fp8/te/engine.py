@@ -19,7 +19,7 @@ shapes and checkpoints are those of any other backend. What is ours around it:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,10 @@ from torch.autograd.function import once_differentiable
 from ...saved_tensors import memory_of
 from ...settings import UsageError, nearest_multiples
 from ...weight_gradients import GradientSink, WeightQueue, now_or_later
+from ..kept import Kept
 from ..recipe import LinearRecipe
 from . import translate as recipes
 from .library import INSTEAD, Library
-
-if TYPE_CHECKING:
-    from ..emulated import Kept
 
 
 class Engine:

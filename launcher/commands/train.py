@@ -72,7 +72,7 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
         bootstrap(worker, config.run.device, config.comm.backend, config.parallel.timeout) as process,
         locked(plan.run_dir) if process.rank == 0 else nullcontext(),
     ):
-        check_agreement(plan, process.world_size)
+        check_same_run(plan, process)
         changes: list[str] = []
         if process.rank == 0:
             if fresh:
@@ -85,16 +85,22 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
             return _train(plan, process, args.json)
 
 
-def check_agreement(plan: RunPlan, world_size: int) -> None:
+def check_same_run(plan: RunPlan, process: Process) -> None:
     """Raise UsageError if ranks, perhaps on several machines, differ in text, checkpoint or length of the run."""
     import torch.distributed as dist
+
+    from ...fp8.products import Products
 
     basis = {
         "text": plan.data.digest[:12],
         "step to continue from": plan.progress.step,
         "last step": plan.total_steps,
     }
-    by_rank: list[dict[str, Any]] = [{}] * world_size
+    if process.device.type == "cpu" and plan.config.precision.format == "bf16":  # ranks on unlike CPUs
+        basis["products of BF16 (set precision.cpu_products)"] = str(
+            Products.choose(plan.config.precision.cpu_products)
+        )
+    by_rank: list[dict[str, Any]] = [{}] * process.world_size
     dist.all_gather_object(by_rank, basis)
     for rank, values in enumerate(by_rank):
         for name, value in values.items():

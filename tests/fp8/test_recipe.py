@@ -79,7 +79,7 @@ def test_bf16_and_fp32_quantise_nothing() -> None:
     for name in ("bf16", "fp32"):
         precision = PrecisionConfig(recipe=name)  # type: ignore[arg-type]
         assert precision.format == name
-        assert all(precision.make().linear(kind) is None for kind in KINDS)
+        assert not any(precision.make().linear(kind).quantises for kind in KINDS)
     assert PrecisionConfig(recipe="fp8", high="fp32").format == "fp32"
 
 
