@@ -8,7 +8,6 @@ import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ...configs.config import Config
 from ...configs.load import load_config
 from ...settings import UsageError
 from ...training.preflight import RunPlan, prepare_run
@@ -73,7 +72,7 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
         bootstrap(worker, config.run.device, config.comm.backend, config.parallel.timeout) as process,
         locked(plan.run_dir) if process.rank == 0 else nullcontext(),
     ):
-        check_agreement(plan, process.world_size, _products_of(config, process))
+        check_same_run(plan, process)
         changes: list[str] = []
         if process.rank == 0:
             if fresh:
@@ -86,26 +85,22 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
             return _train(plan, process, args.json)
 
 
-def _products_of(config: Config, process: Process) -> str | None:
-    """Choice of this rank for BF16 products on its CPU, which differs between unlike CPUs; None without such products."""
-    from ...fp8.products import Products
-
-    if process.device.type != "cpu" or config.precision.format != "bf16":
-        return None
-    return str(Products.choose(config.precision.cpu_products))
-
-
-def check_agreement(plan: RunPlan, world_size: int, products: str | None = None) -> None:
+def check_same_run(plan: RunPlan, process: Process) -> None:
     """Raise UsageError if ranks, perhaps on several machines, differ in text, checkpoint, length or BF16 products."""
     import torch.distributed as dist
+
+    from ...fp8.products import Products
 
     basis = {
         "text": plan.data.digest[:12],
         "step to continue from": plan.progress.step,
         "last step": plan.total_steps,
-        "products of BF16 (set precision.cpu_products)": products,
     }
-    by_rank: list[dict[str, Any]] = [{}] * world_size
+    if process.device.type == "cpu" and plan.config.precision.format == "bf16":  # ranks on unlike CPUs
+        basis["products of BF16 (set precision.cpu_products)"] = str(
+            Products.choose(plan.config.precision.cpu_products)
+        )
+    by_rank: list[dict[str, Any]] = [{}] * process.world_size
     dist.all_gather_object(by_rank, basis)
     for rank, values in enumerate(by_rank):
         for name, value in values.items():

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from counterflow.configs.config import Config
-from counterflow.launcher.commands.train import check_agreement
+from counterflow.launcher.bootstrap import Process
+from counterflow.launcher.commands.train import check_same_run
 from counterflow.plan.steps import Progress
 from counterflow.settings import UsageError
 from counterflow.tests.pool import Pool, Worker
@@ -96,7 +98,8 @@ def _verdict(worker: Worker, config: Config, odd_rank: int, changes: dict[str, A
         others = {name: value for name, value in changes.items() if name != "digest"}
         run_plan = replace(run_plan, data=replace(run_plan.data, digest=digest), **others)
     try:
-        check_agreement(run_plan, worker.world_size)
+        ranks = worker.rank, worker.world_size
+        check_same_run(run_plan, Process(*ranks, *ranks, torch.device("cpu")))
     except UsageError as error:
         return str(error)
     return "agreed"
