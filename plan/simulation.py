@@ -23,7 +23,7 @@ from .pipeline import make_schedule, make_split
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """One step to simulate, with its own schedule or with others."""
+    """A step to simulate, with its own schedule or with others."""
 
     num_ranks: int
     num_microbatches: int
