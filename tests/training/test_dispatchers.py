@@ -91,11 +91,14 @@ def test_pairs_launch_second_hops_before_anybody_waits_for_them(pool: Pool, text
 
 
 FP8 = ("precision.recipe=fp8", "model.num_hidden_layers=4", "run.seed=7")
+AT_ONCE = "batch.micro_sequences=8"
 
 
 def test_an_fp8_wire_changes_no_bit_of_fp8_training(pool: Pool, text: Path) -> None:
     """With powers of two as scales, quantising received BF16 rows gives the codes that would travel in FP8."""
-    wire, plain = (pool.run(train, 1, tiny(text, *FP8, f"comm.wire={wire}"), 1, STEPS)[0] for wire in ("auto", "bf16"))
+    wire, plain = (
+        pool.run(train, 1, tiny(text, *FP8, AT_ONCE, f"comm.wire={wire}"), 1, STEPS)[0] for wire in ("auto", "bf16")
+    )
     assert equal_bits(wire, plain)
 
 
@@ -129,7 +132,7 @@ def test_fp8_training_over_an_fp8_wire_and_two_hops_follows_the_single_process(p
 
 
 def test_an_fp8_wire_in_bf16_training_rounds_and_trains(pool: Pool, text: Path) -> None:
-    bf16 = ("precision.recipe=bf16", "model.num_hidden_layers=4", "run.seed=7")
+    bf16 = ("precision.recipe=bf16", "model.num_hidden_layers=4", "run.seed=7", AT_ONCE)
     plain, wire = (pool.run(train, 1, tiny(text, *bf16, f"comm.wire={wire}"), 1, 6)[0] for wire in ("bf16", "fp8"))
     losses = [(a["loss"], b["loss"]) for a, b in zip(plain.numbers, wire.numbers, strict=True)]
     assert any(a != b for a, b in losses), "the wire rounds what the recipe does not"
