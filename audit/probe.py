@@ -13,7 +13,7 @@ from ..configs.config import Config
 from ..data.loader import Batch, Loader
 from ..fp8.recipe import Observer
 from ..model.router import Router
-from ..model.transformer import MicroBatch, Weights
+from ..model.transformer import LossWeights, MicroBatch
 from ..parallel.executor import Program
 from ..parallel.groups import Groups
 from ..plan.pipeline import make_schedule
@@ -32,7 +32,7 @@ class Point:
     state: Mapping[str, Tensor]
     """FP32 weights, and the routers' biases, by global name."""
     batches: Sequence[Batch]
-    weights: Weights
+    weights: LossWeights
 
     @classmethod
     def of(cls, trainer: Trainer) -> Point:

@@ -48,7 +48,7 @@ from counterflow.comm.wire import FP8Wire
 from counterflow.model.config import ModelConfig
 from counterflow.model.naming import initialise
 from counterflow.model.router import Router
-from counterflow.model.transformer import MicroBatch, Part, Transformer, Weights
+from counterflow.model.transformer import LossWeights, MicroBatch, Part, Transformer
 from counterflow.parallel.overlap import run_pair
 from counterflow.parallel.overlap_orders import find_order
 from counterflow.phases import Tape, run
@@ -193,7 +193,7 @@ class Pairs:
         self.in_flight = InFlight()
         self.chunk = make_chunk(work, group, self.in_flight, two_hop)
         tokens, valid = torch.zeros(1, TOKENS + 1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
-        self.batch = MicroBatch(tokens, valid, Weights(balance=0.0))
+        self.batch = MicroBatch(tokens, valid, LossWeights(balance=0.0))
         self.x = torch.randn(1, TOKENS, WIDTHS["hidden_size"])
         self._tape = Tape()
         run(self._forward())

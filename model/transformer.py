@@ -87,7 +87,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Weights:
+class LossWeights:
     """Factors of the sums of a micro-batch's losses, with which the backward begins."""
 
     token: float = 1.0
@@ -109,7 +109,7 @@ class MicroBatch:
     """`[B, S+1+D]` int64: position i predicts token i+1, MTP depth k token i+1+k."""
     valid: Tensor
     """`[B]` bool, False for sequences that are padding and count for nothing."""
-    weights: Weights = Weights()
+    weights: LossWeights = LossWeights()
     mtp: bool = True
     """Whether the MTP modules run; False is for evaluation."""
     dropping: Dropping | None = None

@@ -7,16 +7,16 @@ import torch
 from ..configs.config import Config
 from ..data.loader import Batch
 from ..model.capacity import Dropping
-from ..model.transformer import Weights
+from ..model.transformer import LossWeights
 from ..plan.steps import Progress
 from ..seeds import seed_of
 
 
-def loss_weights(config: Config, before: Progress, sequences: int) -> Weights:
+def loss_weights(config: Config, before: Progress, sequences: int) -> LossWeights:
     """Weights that turn the sums of micro-batches into weighted means over a global batch of `sequences`."""
     balance, tokens = config.balance, sequences * config.batch.sequence_length
     depth = max(1, config.model.num_nextn_predict_layers)
-    return Weights(
+    return LossWeights(
         token=1 / tokens,
         mtp=config.train.mtp_weight.at(before.tokens) / depth / tokens,
         balance=balance.expert_loss / sequences,

@@ -26,7 +26,7 @@ from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.open import Data
 from ..model.counts import flops_per_token
 from ..model.router import update_bias
-from ..model.transformer import MicroBatch, Output, Weights
+from ..model.transformer import LossWeights, MicroBatch, Output
 from ..parallel.executor import Program, Watch, microbatches_of
 from ..parallel.groups import Groups
 from ..parallel.schedule.actions import Schedule, forward_only
@@ -115,7 +115,7 @@ class Trainer:
         return self._metrics(before, totals, norm, lr, speed, started)
 
     def forward_backward(
-        self, batches: list[Batch], weights: Weights, timed: bool = False, watch: Watch | None = None
+        self, batches: list[Batch], weights: LossWeights, timed: bool = False, watch: Watch | None = None
     ) -> PipelineRun:
         """Run all micro-batches of a step through the pipeline; their gradients go to the optimizer's FP32 sums.
 
@@ -131,7 +131,7 @@ class Trainer:
         outputs, spans = self.executor.train(program, micro_batches, timed, watch)
         return PipelineRun(outputs, schedule, program, spans)
 
-    def _gradients(self, batches: list[Batch], weights: Weights, watch: Watch) -> Mapping[str, Tensor]:
+    def _gradients(self, batches: list[Batch], weights: LossWeights, watch: Watch) -> Mapping[str, Tensor]:
         """Sums of the gradients on this rank by global name, of a step run with `watch`."""
         self.forward_backward(batches, weights, watch=watch)
         self.optimizer.reduce_gradients()  # ends what the last backward has begun
@@ -243,7 +243,7 @@ class Trainer:
             self._programs[num_microbatches, training] = schedule, program
         return self._programs[num_microbatches, training]
 
-    def _on_device(self, batch: Batch, weights: Weights | None = None) -> MicroBatch:
+    def _on_device(self, batch: Batch, weights: LossWeights | None = None) -> MicroBatch:
         """Micro-batch to train on with `weights`, or to evaluate without: no MTP module runs, no token is dropped."""
         tokens, valid = batch.tokens.to(self.device), batch.valid.to(self.device)
         if weights is None:

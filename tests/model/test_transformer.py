@@ -30,7 +30,7 @@ CONFIGS = {
 }
 
 
-def weights_of(model: Transformer) -> reference.Weights:
+def weights_of(model: Transformer) -> reference.LossWeights:
     """FP64 copies that the reference can take gradients of."""
     weights = {name: tensor.double().requires_grad_() for name, tensor in global_tensors(model).items()}
     return weights | {name: bias.double() for name, bias in router_biases(model).items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from counterflow.configs.config import Config
 from counterflow.model.counts import count_parameters
-from counterflow.model.transformer import Weights
+from counterflow.model.transformer import LossWeights
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import LAYOUTS, make_trainer, tiny, whole_gradients
 from counterflow.training.trainer import Trainer
@@ -26,15 +26,15 @@ SPLITS = [
     *(pytest.param(*split, marks=pytest.mark.long) for split in ((1, 1, 4), (2, 1, 1), (8, 4, 1))),
 ]
 ALONE = {
-    "next token": Weights(token=1 / 128, mtp=0.0, balance=0.0),
-    "mtp": Weights(token=0.0, mtp=1 / 128, balance=0.0),
-    "balance": Weights(token=0.0, mtp=0.0, balance=1 / 8),
-    "device": Weights(token=0.0, mtp=0.0, balance=0.0, device=1 / 8),
-    "communication": Weights(token=0.0, mtp=0.0, balance=0.0, communication=1 / 8),
+    "next token": LossWeights(token=1 / 128, mtp=0.0, balance=0.0),
+    "mtp": LossWeights(token=0.0, mtp=1 / 128, balance=0.0),
+    "balance": LossWeights(token=0.0, mtp=0.0, balance=1 / 8),
+    "device": LossWeights(token=0.0, mtp=0.0, balance=0.0, device=1 / 8),
+    "communication": LossWeights(token=0.0, mtp=0.0, balance=0.0, communication=1 / 8),
 }
 
 
-def batch_gradients(trainer: Trainer, weights: Weights) -> dict[str, Tensor]:
+def batch_gradients(trainer: Trainer, weights: LossWeights) -> dict[str, Tensor]:
     """Gradients of the trainer's next global batch, summed over its ranks: whole tensors this rank's group holds."""
     micro_batches, _ = trainer._next_batch()
     trainer.forward_backward(micro_batches, weights)
@@ -119,7 +119,7 @@ def _accumulated_and_plain(worker: Worker, config: Config) -> list[tuple[dict[st
         gradients = torch.autograd.grad(out.loss + out.balance + out.mtp_losses[0], list(named.values()))
         for total, gradient in zip(plain.values(), gradients, strict=True):
             total += gradient
-        trainer.forward_backward(micro_batches[:number], Weights(1.0, 1.0, 1.0))
+        trainer.forward_backward(micro_batches[:number], LossWeights(1.0, 1.0, 1.0))
         found.append((by_parameter(trainer), {name: total.flatten().clone() for name, total in plain.items()}))
     trainer.close()
     return found
@@ -175,7 +175,7 @@ def test_a_step_has_the_gradient_of_the_formula(pool: Pool, text: Path, depth: i
 
 
 def _weighted(worker: Worker, config: Config, mtp: float) -> dict[str, Tensor]:
-    return batch_gradients(make_trainer(config, 1, 1), Weights(1 / 128, mtp / 128, 0.0))
+    return batch_gradients(make_trainer(config, 1, 1), LossWeights(1 / 128, mtp / 128, 0.0))
 
 
 def test_mtp_weight_scales_its_gradient_linearly(pool: Pool, text: Path, alone: dict[str, dict[str, Tensor]]) -> None:
@@ -200,7 +200,7 @@ def _with_idle_experts(worker: Worker, config: Config, ep: int) -> tuple[dict[st
     for name, module in trainer.model.modules():
         if name.endswith("mlp.experts"):
             module.register_forward_hook(count)
-    return batch_gradients(trainer, Weights(1 / 128, 0.3 / 128, 1e-3)), received
+    return batch_gradients(trainer, LossWeights(1 / 128, 0.3 / 128, 1e-3)), received
 
 
 def test_ranks_whose_experts_get_no_token_change_nothing(pool: Pool, text: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from counterflow.checkpoint.manifest import read_manifest
 from counterflow.configs.config import Config
-from counterflow.model.transformer import Weights
+from counterflow.model.transformer import LossWeights
 from counterflow.parallel.executor import PipelineError
 from counterflow.tests.pool import Pool, RankFailure, Worker
 from counterflow.tests.training.harness import (
@@ -44,11 +44,11 @@ def pipeline(text: Path, schedule: str, pp: int, *more: str) -> Config:
 
 
 ALONE = {
-    "next token": Weights(token=1 / 128, mtp=0.0, balance=0.0),
-    "mtp": Weights(token=0.0, mtp=1 / 128, balance=0.0),
-    "balance": Weights(token=0.0, mtp=0.0, balance=1 / 8),
-    "device": Weights(token=0.0, mtp=0.0, balance=0.0, device=1 / 8),
-    "communication": Weights(token=0.0, mtp=0.0, balance=0.0, communication=1 / 8),
+    "next token": LossWeights(token=1 / 128, mtp=0.0, balance=0.0),
+    "mtp": LossWeights(token=0.0, mtp=1 / 128, balance=0.0),
+    "balance": LossWeights(token=0.0, mtp=0.0, balance=1 / 8),
+    "device": LossWeights(token=0.0, mtp=0.0, balance=0.0, device=1 / 8),
+    "communication": LossWeights(token=0.0, mtp=0.0, balance=0.0, communication=1 / 8),
 }
 # World size, ep, and what is set: schedules, and splits of 8 sequences into micro-batches of 1 to 4.
 SPLITS = [
