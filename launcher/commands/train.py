@@ -70,7 +70,7 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
         bootstrap(worker, config.run.device, config.comm.backend, config.parallel.timeout) as process,
         locked(plan.run_dir) if process.rank == 0 else nullcontext(),
     ):
-        _check_agreement(plan, process)
+        _check_agreement(plan, process.world_size, process.device.type)
         changes: list[str] = []
         if process.rank == 0:
             if fresh:
@@ -83,7 +83,7 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
             return _train(plan, process, args.json)
 
 
-def _check_agreement(plan: RunPlan, process: Process) -> None:
+def _check_agreement(plan: RunPlan, world_size: int, device_type: str = "cpu") -> None:
     """Raise UsageError if the ranks, on several machines perhaps, see other text or another checkpoint."""
     import torch.distributed as dist
 
@@ -94,9 +94,9 @@ def _check_agreement(plan: RunPlan, process: Process) -> None:
         "step to go on from": plan.progress.step,
         "last step": plan.total_steps,
     }
-    if process.device.type == "cpu" and plan.config.precision.format == "bf16":  # ranks on unlike CPUs
+    if device_type == "cpu" and plan.config.precision.format == "bf16":  # ranks on unlike CPUs
         mine["products of BF16 (set precision.cpu_products)"] = str(Products.choose(plan.config.precision.cpu_products))
-    everyone: list[dict[str, Any]] = [{}] * process.world_size
+    everyone: list[dict[str, Any]] = [{}] * world_size
     dist.all_gather_object(everyone, mine)
     for rank, seen in enumerate(everyone):
         for what in mine:
