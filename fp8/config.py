@@ -102,7 +102,7 @@ class PrecisionConfig(Section):
 
     def te_faults(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What Transformer Engine cannot do of this on any GPU: the keys that ask for it, and why."""
-        from .te.translate import faults
+        from .te.limits import faults
 
         if self.format == "fp32":
             key = "high" if self.recipe == "fp8" else "recipe"

@@ -14,7 +14,7 @@ from ..tensor_formats import Formats
 from . import library as libraries
 from .engine import Engine
 from .library import Library
-from .translate import faults
+from .limits import faults
 
 
 class TransformerEngine:

@@ -32,7 +32,8 @@ from ...weight_gradients import GradientSink, WeightQueue, now_or_later
 from ..kept import Kept
 from ..recipe import LinearRecipe
 from . import translate as recipes
-from .library import INSTEAD, Library
+from .library import Library
+from .limits import INSTEAD
 
 
 class Engine:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ...settings import UsageError
+from .limits import INSTEAD
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,6 @@ CHECKED = "2.20.2"
 
 HOPPER_ALIGNMENT, BLACKWELL_ALIGNMENT = 16, 32
 """What sizes of matrices are a multiple of: cuBLAS reads FP8 in 16 bytes, and MXFP8 has tiles of 32."""
-
-INSTEAD = "precision.backend emulated needs neither it nor a GPU"
 
 
 @dataclass(frozen=True)
