@@ -54,15 +54,26 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
 
 
+def rounding_of_a_vanishing_gradient(parts: Parts) -> float:
+    """Bound on the gradients of query and key at length 1, which are zero: softmax of one score is constant.
+
+    The backward of softmax subtracts two equal dot products of gradient and value, each of V terms and off by at most
+    V 2^-24 of the sum of their magnitudes. The difference multiplies the key or the query.
+    """
+    query, key, value, gradient = parts
+    difference = 2 * value.shape[-1] * 2.0**-24 * (gradient * value).abs().sum(-1, keepdim=True)
+    return max((difference * other).norm().item() for other in (query, key))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_result_and_gradients_equal_sdpa_and_the_formula(shape: tuple[int, int, int, int, int]) -> None:
     parts = random_parts(shape)
     ours = with_gradients(causal_attention, parts)
+    vanishing = rounding_of_a_vanishing_gradient(parts) if shape[2] == 1 else 0.0
     for theirs in (with_gradients(sdpa, parts), with_gradients(written_out, [part.double() for part in parts])):
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.shape == other.shape
-            # The query's gradient at length 1 is zero: softmax of one score is constant.
-            assert (mine - other).norm() <= 1e-5 * max(other.norm().item(), 1e-2)
+            assert (mine - other).norm() <= 1e-5 * max(other.norm().item(), 1e-2) + vanishing
 
 
 @pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
