@@ -59,7 +59,7 @@ def node_limited(rank: int, args: argparse.Namespace) -> Tensor:
 
 @dataclass
 class Side:
-    """What is measured of one side."""
+    """Measurements of one side."""
 
     step: Callable[[], None]
     meter: Meter

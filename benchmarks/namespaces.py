@@ -50,7 +50,7 @@ class Link:
     """Its name, the same in both namespaces: what GLOO_SOCKET_IFNAME has to say."""
 
     def inside(self, end: int) -> list[str]:
-        """What to put before a command so that it runs at this end."""
+        """Words before a command that make it run at this end."""
         return ["ip", "netns", "exec", self.namespaces[end]]
 
     def limit(self, mbit: float) -> None:

@@ -1,4 +1,4 @@
-"""How much communication an overlapped pair exposes, on a real network between two processes.
+"""Measure the communication that an overlapped pair exposes, on a real network between two processes.
 
     sudo .venv/bin/python -P benchmarks/overlap.py [--rounds 9] [--ratios 0.5 1.0] [--order …] [--matmul] [--two-hop]
 
@@ -235,7 +235,7 @@ def exchanges(tally: Tally, blocking: bool = False) -> Iterator[None]:
 
 
 class Sides:
-    """What is timed, by name."""
+    """Timed sides by name."""
 
     def __init__(self, work: Work, group: dist.ProcessGroup, orders: dict[str, tuple[str, ...]], two_hop: bool) -> None:
         self.group, self.work = group, work
@@ -277,7 +277,7 @@ class Sides:
 
 @dataclass
 class Measured:
-    """What the rounds at one ratio gave, by side."""
+    """Results of the rounds at one ratio, by side."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     tensors: dict[str, list[int]] = field(default_factory=dict)

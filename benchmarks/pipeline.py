@@ -1,4 +1,4 @@
-"""What running a schedule on real processes costs beyond its simulated step, beside torch.distributed.pipelining.
+"""Cost of running a schedule on real processes beyond its simulated step, and that of torch.distributed.pipelining.
 
     python -P benchmarks/pipeline.py [--rounds 5] [--unit 0.1] [--microbatches 20]
 

@@ -33,13 +33,13 @@ TRANSFER = HIDDEN / 4
 FORWARD_HALF = FORWARD / 2 - TRANSFER
 BACKWARD_INPUT_HALF = BACKWARD_INPUT / 2 - TRANSFER
 BACKWARD_WEIGHT_HALF = BACKWARD_WEIGHT / 2
-"""What there is to compute before and after the experts' all-to-all, each."""
+"""Computation before and after the experts' all-to-all, each."""
 SHAPE = torch.Size((1, 128, 512))
-"""Of what passes between stages, `[B, S, H]`, FP32."""
+"""Shape of the tensors between stages, `[B, S, H]`, FP32."""
 
 
 class Device:
-    """What a GPU is to its host: it computes one thing after another, transfers beside that, and can be waited for.
+    """Stand-in for a GPU: computes one thing after another, transfers at the same time, and can be waited for.
 
     Durations are in units of `unit` seconds, points in time in seconds.
     """
@@ -197,7 +197,7 @@ class SleepingModule(nn.Module):
         self.paired: set[int] = set()
         """The micro-batches whose F at this stage is a part of a pair."""
         self.next_microbatch = 0
-        """Whose F comes next; the forwards of a step run in order. To be set to 0 before each step."""
+        """Micro-batch of the next F; the forwards of a step run in order. Set to 0 before each step."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.device.compute(FORWARD - (HIDDEN if self.next_microbatch in self.paired else 0.0))

@@ -1,4 +1,4 @@
-"""How long it takes to make, check and simulate schedules of the largest pipelines.
+"""Time the making, checking and simulating of schedules of the largest pipelines.
 
     python benchmarks/simulate.py [--ranks 64] [--microbatches 4096] [--schedules dualpipe,1f1b]
 

@@ -13,13 +13,13 @@ from ..tensor_formats import KINDS, Formats, Kind, TensorFormat
 INSTEAD = "precision.backend emulated needs neither it nor a GPU"
 
 PRODUCTS = ("input", "weight", "gradient")
-"""The roles whose tensors are multiplied; what a cache holds is ours to choose."""
+"""Roles whose tensors are multiplied. The format of a cache is not limited."""
 
 
 def fault(kind: Kind, formats: Formats, microscaling: bool = False) -> str | None:
-    """Which class of this kind's Transformer Engine cannot do, and what it can; None if it does them all.
+    """Fault of this kind's formats for Transformer Engine: the class, and the formats that would do; None without one.
 
-    A kind with all three operands in high precision never reaches it.
+    A kind with all three operands in high precision never reaches the library.
     """
     of = {role: formats.get(f"{kind}.{role}") for role in PRODUCTS}
     given = {role: format for role, format in of.items() if format is not None}
@@ -51,7 +51,7 @@ def _microscaling_fault(kind: Kind, given: dict[str, TensorFormat]) -> str | Non
 
 
 def faults(formats: Formats, microscaling: bool = False) -> Iterator[str]:
-    """What Transformer Engine cannot do of a whole model's formats."""
+    """Faults of a whole model's formats for Transformer Engine."""
     for kind in KINDS:
         found = fault(kind, formats, microscaling)
         if found is not None:

@@ -57,7 +57,7 @@ def block_loop(a: BlockQuantized, b: BlockQuantized, contracted: tuple[int, int]
 
 
 def bfloat16_ulps(a: Tensor, b: Tensor) -> Tensor:
-    """How many BF16 numbers apart."""
+    """Distance in BF16 numbers."""
     bits = [x.view(torch.int16).int() for x in (a, b)]
     first, second = (torch.where(x < 0, -32768 - x, x) for x in bits)  # in the order of the numbers
     return (first - second).abs()

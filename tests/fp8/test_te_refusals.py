@@ -1,4 +1,4 @@
-"""What the Transformer Engine backend refuses, and that it names the version, the architecture or the class."""
+"""Refusals of the Transformer Engine backend; each names the version, the architecture or the class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str | None, module: ModuleType | None = None) -> None:
-    """As if that release were installed; without a module its import fails as that of the package without binaries."""
+    """Pretend that a release is installed; without a module its import fails as without the package's binaries."""
 
     def find(name: str) -> str:
         if version is None:
