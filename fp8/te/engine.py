@@ -176,11 +176,10 @@ class _Module:
         """Value of `is_first_microbatch` for the next call.
 
         False makes the library use its quantised weight, or quantise where it has none, and add to the gradient. True
-        would also overwrite the gradient. So instead of True, the quantised weight is dropped when ours has changed. Micro-batches in flight
-        then share one quantised weight; with None each
-        would hold its own until its backward. Without a gradient to come the weight is quantised for fprop alone, and
-        a later backward must not find this copy: there the value is None. It is None too where a release keeps the
-        quantised weights elsewhere.
+        would also overwrite the gradient. So instead of True, the quantised weight is dropped when ours has changed.
+        Micro-batches in flight then share one quantised weight; with None each would hold its own until its backward.
+        Without a gradient to come the weight is quantised for fprop alone, and a later backward must not find this
+        copy: there the value is None. It is None too where a release keeps the quantised weights elsewhere.
         """
         if self._quantised is None or not torch.is_grad_enabled():
             return None

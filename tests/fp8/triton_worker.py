@@ -1,4 +1,4 @@
-"""Functions that tests of Triton kernels run in processes of their own: the interpreter is chosen before Triton is imported.
+"""Functions for tests of Triton kernels, in separate processes: the interpreter is chosen before Triton is imported.
 
 `interpreted` runs the public functions on CPU tensors under Triton's interpreter, whose conversions between formats
 are replaced by `convert_float`. `compiled` makes machine code of them without a GPU.
