@@ -59,14 +59,14 @@ def test_scales_are_neither_approximated_nor_flushed(programs: list[Compiled]) -
 
 @needs_triton
 def test_nothing_propagates_nan(programs: list[Compiled]) -> None:
-    """Which with transposed stores of codes trips ptxas 12.8 and 12.9, see `fp8/triton/numerics.py`."""
+    """A maximum that propagates NaN, with transposed stores of codes, trips ptxas 12.8 and 12.9; see `numerics`."""
     for p in programs:
         assert "max.NaN" not in p.ptx and "min.NaN" not in p.ptx, p.case
 
 
 @needs_triton
 def test_rows_and_columns_move_16_bytes_at_a_time(programs: list[Compiled]) -> None:
-    """Where 16 divides the sizes; 8 bytes of codes where a thread has read 8 numbers of BF16."""
+    """Loads and stores are wide where 16 divides the sizes; 8 bytes of codes after 8 numbers of BF16."""
     for p in programs:
         if "uneven" not in p.case and "odd groups" not in p.case:
             assert "ld.global.v4.b32" in p.ptx, p.case
