@@ -26,7 +26,9 @@ def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     with ProcessPoolExecutor(1, context, initializer=triton_worker.prepare_compiler, initargs=(cache,)) as pool:
         assert not pool.submit(triton_worker.importing_ours_imported_triton).result()
         waiting = [pool.submit(triton_worker.compiled, case, request.param) for case in CASES]
-        return [program for future in waiting for program in future.result()]
+        found = [program for future in waiting for program in future.result()]
+    assert {program.target for program in found} == {f"sm_{request.param}a"}
+    return found
 
 
 @needs_triton
@@ -35,7 +37,6 @@ def test_no_kernel_spills(programs: list[Compiled]) -> None:
     for p in programs:
         needs = f"{p.warps:5} {p.registers:9} {p.spilled_bytes:7} {p.shared_bytes:12}"
         print(f"{p.case:44} {p.kernel:19} {p.target:8} {needs}")
-    assert len({p.target for p in programs}) == 1 and programs[0].target in ("sm_90a", "sm_100a")
     assert [(p.case, p.target) for p in programs if p.spilled_bytes or p.stack_bytes] == []
     # A multiprocessor has 65,536 registers: at least 512 threads run at once.
     assert [p.case for p in programs if p.registers > 128] == []
