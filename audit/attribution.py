@@ -14,11 +14,11 @@ from .result import Attribution, Entry, Errors
 from .run import Audit
 
 ROLES = ("input", "weight", "gradient", "cache")
-Progress = Callable[[int, int], None]
+OnMeasurement = Callable[[int, int], None]
 """Called with the number of measurements made, and with that of all."""
 
 
-def attribute(audit: Audit, point: Point, present: frozenset[str], progress: Progress) -> Attribution:
+def attribute(audit: Audit, point: Point, present: frozenset[str], on_measurement: OnMeasurement) -> Attribution:
     """Errors at `point`: of all classes that are `present` together, of each role and kind, and of each class."""
     groups = {name: classes for name, classes in _groups(present) if classes}
     reference = Probe(audit.case.plain("fp32"), audit.groups, audit.device).gradients(point)
@@ -32,7 +32,7 @@ def attribute(audit: Audit, point: Point, present: frozenset[str], progress: Pro
     errors: dict[frozenset[str], Errors] = {frozenset(): {"all": 0.0}}
     for number, (quantised, found) in enumerate(audit.workers.stream(measure, list(sets)), 1):
         errors[quantised] = found
-        progress(number, len(sets))
+        on_measurement(number, len(sets))
     return Attribution(
         together=errors[present],
         entries={

@@ -29,9 +29,8 @@ from ..parallel.optimizer.fused_adamw import FusedAdamW
 from ..parallel.optimizer.sharded import ShardedOptimizer
 from ..parallel.overlap_orders import find_order
 from ..parallel.schedule.actions import Schedule
-from ..parallel.schedule.choose import example
 from ..parallel.stages import Split
-from ..plan.pipeline import make_split
+from ..plan.pipeline import example_schedule, make_split
 from .backend import choose_recipe
 from .dispatch import make_dispatcher
 from .schedules import links_of_run
@@ -118,15 +117,11 @@ def embedding_holders(schedule: Schedule, with_mtp: bool) -> tuple[int, ...]:
 
 def make_groups(config: Config, layout: Layout, device_type: str, ranks: Sequence[int] | None = None) -> Groups:
     """The process groups of a run: the layout's, and those of every set of pipeline ranks that share parameters."""
-    schedule = _any_schedule(config)
+    schedule = example_schedule(config)
     holders = {schedule.holders(stage) for stage in range(schedule.num_stages)}
     holders.add(embedding_holders(schedule, config.model.num_nextn_predict_layers > 0))
     links = sorted(links_of_run(config, layout))
     return Groups.create(layout, device_type, ranks, config.parallel.timeout, sorted(holders), links)
-
-
-def _any_schedule(config: Config) -> Schedule:
-    return example(config.parallel.schedule, config.parallel.pp, config.parallel.schedule_options)
 
 
 def build_model(
@@ -136,7 +131,7 @@ def build_model(
 
     `partial_sums` are the `nodes` of `make_dispatcher`.
     """
-    split, schedule, recipe = make_split(config), _any_schedule(config), choose_recipe(config, device)
+    split, schedule, recipe = make_split(config), example_schedule(config), choose_recipe(config, device)
     dispatcher = make_dispatcher(config, groups, recipe, device, partial_sums)
     chunks: dict[int, Transformer] = {}
     for stage in sorted(schedule.stages_of_rank[groups.coordinates.pp]):
