@@ -23,7 +23,7 @@ sums."""
 
 
 @dataclass(frozen=True)
-class Case:
+class AuditCase:
     """An audit that can start."""
 
     plan: RunPlan
@@ -65,7 +65,7 @@ def make_case(
     against: Literal["bf16", "fp32"],
     folder: Path | None,
     cache: Path,
-) -> Case:
+) -> AuditCase:
     """Check an audit; `cache` as in `prepare_run`.
 
     Raises UsageError for a configuration without FP8, or one that is too large for one process.
@@ -83,7 +83,7 @@ def make_case(
     plan = prepare_run(config, 1, 1, cache, fresh=True)
     total = steps or plan.total_steps
     where = folder or Path(config.run.dir).expanduser() / f"{config.run.name}-audit"
-    return Case(plan, total, min(every or max(1, total // 10), total), against, where, changes)
+    return AuditCase(plan, total, min(every or max(1, total // 10), total), against, where, changes)
 
 
 def _single_process(config: Config) -> tuple[Config, tuple[str, ...]]:

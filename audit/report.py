@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..report.text.lines import WIDTH
 from ..report.text.numbers import count, format_count
 from ..report.text.table import align
-from .case import Case
+from .case import AuditCase
 from .result import Attribution, Entry, Look, MeanLoss, Result, most_hurt
 
 MOST_HARMFUL = 12
@@ -23,7 +23,7 @@ CLASS_NOTES = (
 )
 
 
-def heading(case: Case) -> str:
+def heading(case: AuditCase) -> str:
     """Size of the audit, its runs and its folder."""
     batch = case.config.batch
     tokens = batch.sequence_length * batch.global_sequences

@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from ..fp8.tensor_formats import KINDS
-from .case import Case
+from .case import AuditCase
 
 Value = TypeVar("Value")
 Reference = Literal["bf16", "fp32"]
@@ -199,7 +199,7 @@ class Result(Record):
 
 
 def make_result(
-    case: Case,
+    case: AuditCase,
     curve: Sequence[AuditStep],
     looks: Sequence[Look],
     validation: MeanLoss | None,

@@ -21,7 +21,7 @@ from ..parallel.layout import Layout
 from ..training.build import make_groups
 from ..training.non_finite import NonFiniteError
 from ..training.trainer import Trainer
-from .case import Case
+from .case import AuditCase
 from .probe import Point, Probe, compare, moved_share
 from .result import AuditStep, Deviations, Look, MeanLoss, MovedShares, Record, RunStep, TensorClass, both_losses
 
@@ -58,7 +58,7 @@ def threads(device: torch.device) -> int:
 class Audit:
     """Both runs, and the models that gradients are looked at with."""
 
-    def __init__(self, case: Case, device: torch.device, workers: Workers) -> None:
+    def __init__(self, case: AuditCase, device: torch.device, workers: Workers) -> None:
         self.case, self.device, self.workers = case, device, workers
         self.groups = make_groups(case.config, Layout(1), device.type)
         configs = {"fp8": case.config, case.against: case.plain(case.against)}
@@ -143,7 +143,7 @@ class Audit:
 
 
 @contextmanager
-def audit_of(case: Case, device: torch.device, at_once: int = 2) -> Iterator[Audit]:
+def audit_of(case: AuditCase, device: torch.device, at_once: int = 2) -> Iterator[Audit]:
     """An audit with its runs, closed at the end; on a CPU it does `at_once` things at a time."""
     workers = Workers(device, at_once)
     audit = Audit(case, device, workers)

@@ -13,7 +13,7 @@ from .config import Config
 from .faults import validate
 from .huggingface import read_architecture
 from .located_yaml import Fault, Located, Location, merge, parse_yaml
-from .source import Source, find, run_name, show
+from .source import ConfigSource, find, run_name, show
 
 
 class ConfigError(UsageError):
@@ -53,7 +53,7 @@ class _Unreadable(Exception):
     """A file is needed and cannot be read; without the file every other fault could be false."""
 
 
-def _read_layers(source: Source, above: tuple[Source, ...], faults: list[Fault]) -> Located:
+def _read_layers(source: ConfigSource, above: tuple[ConfigSource, ...], faults: list[Fault]) -> Located:
     """Read a file and merge it on top of its bases; `above` are the files that it is a base of, directly or not."""
     top = Location(source.shown, 1, level=len(above))
     tree = parse_yaml(source.text, top, faults)
@@ -125,7 +125,7 @@ def _read_overrides(overrides: Sequence[str], faults: list[Fault]) -> Located:
     return _without_commands(tree, Path(), faults)
 
 
-def _with_run_name(tree: Located, source: Source) -> Located:
+def _with_run_name(tree: Located, source: ConfigSource) -> Located:
     """Return the tree with the name of the config as `run.name` where no other is given."""
     run = tree.mapping.get("run")
     if run is not None and not isinstance(run.value, dict):

@@ -14,7 +14,7 @@ from ..settings import UsageError
 
 
 @dataclass(frozen=True)
-class Source:
+class ConfigSource:
     """The text of a YAML file. `shown` is its name in messages; its relative paths start from `folder`."""
 
     text: str
@@ -33,7 +33,7 @@ def shipped() -> list[str]:
     return sorted(Path(entry.name).stem for entry in files(configs).iterdir() if entry.name.endswith(".yaml"))
 
 
-def find(name: str, folder: Path = Path()) -> Source:
+def find(name: str, folder: Path = Path()) -> ConfigSource:
     """Return the file that `name` means: a path, relative to `folder`, or the name of a shipped config.
 
     A name that ends in .yaml or .yml, or has a slash, is a path. Raises UsageError where there is no such file.
@@ -51,7 +51,7 @@ def find(name: str, folder: Path = Path()) -> Source:
         raise UsageError(f"cannot read {show(path)}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{show(path)} is not a text file in UTF-8: {error.reason} at byte {error.start}") from error
-    return Source(text, show(path), path.parent, path.resolve())
+    return ConfigSource(text, show(path), path.parent, path.resolve())
 
 
 def show(path: Path) -> str:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ...audit.case import Case, make_case
+from ...audit.case import AuditCase, make_case
 from ...audit.result import Attribution, AuditStep, Result
 from ...configs.config import Config
 from ...configs.load import load_config
@@ -96,7 +96,7 @@ def _print_result(result: Result, args: argparse.Namespace) -> int:
     return 0 if 100 * error < args.bound else 1
 
 
-def _audit(case: Case, quiet: bool) -> Result:
+def _audit(case: AuditCase, quiet: bool) -> Result:
     """Run both runs from their checkpoints to the last step, then find which class hurts."""
     from ...audit.report import heading, progress_heading, progress_line
     from ...audit.result import make_result, mean_loss
@@ -128,7 +128,7 @@ def _audit(case: Case, quiet: bool) -> Result:
         return make_result(case, audit.steps, audit.looks, validation, attribution, stopped)
 
 
-def _earlier_result(case: Case) -> Result | None:
+def _earlier_result(case: AuditCase) -> Result | None:
     """Result of an earlier audit of the same steps."""
     path = case.folder / RESULT_FILE
     if not path.exists():
@@ -154,7 +154,7 @@ def _attribute(audit: Audit, out: TextIO) -> Attribution:
     return found
 
 
-def _check_folder(case: Case) -> None:
+def _check_folder(case: AuditCase) -> None:
     """Raise UsageError if the folder holds the records of another audit."""
     folder, remedy = case.folder, "give another --out, or remove that folder"
     if folder.exists() and not folder.is_dir():

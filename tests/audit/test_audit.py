@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from counterflow.audit.attribution import attribute
-from counterflow.audit.case import Case, make_case
+from counterflow.audit.case import AuditCase, make_case
 from counterflow.audit.probe import Gradients, Point, Probe, compare, moved_share
 from counterflow.audit.result import AuditStep, Look, Result, mean_loss, most_hurt
 from counterflow.audit.run import Audit, audit_of
@@ -340,7 +340,7 @@ def test_torchrun_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_a_layout_becomes_a_single_process_and_is_told(small: Path) -> None:
     config = load_config(str(small), ["parallel.ep=2", "parallel.pp=2", "precision.backend=te"])
-    case: Case = make_case(config, None, None, "bf16", None, CACHE)
+    case: AuditCase = make_case(config, None, None, "bf16", None, CACHE)
     assert (case.config.parallel.pp, case.config.parallel.ep) == (1, 1)
     assert "a single process instead of pp 2, ep 2" in case.changes[0]
     assert "instead of Transformer Engine" in case.changes[1]
