@@ -17,7 +17,7 @@ EXACT = 0.0
 LOSSES = ("loss", "loss_mtp", "loss_balance", "loss_device", "loss_communication")
 
 CLASSES = ("embedding", "attention", "router", "experts", "shared experts", "dense", "norms", "head", "MTP")
-KINDS = {
+KIND_OF_CLASS = {
     **{name: name for name in ("embedding", "attention", "router", "norms", "head")},
     "attention_out": "attention",
     **dict.fromkeys(("experts_up", "experts_down"), "experts"),
@@ -113,7 +113,7 @@ class Difference:
 
 def parameter_kind(name: str) -> str:
     """Kind of a global tensor, one of CLASSES, by its name: coarser than its class, and MTP modules are one kind."""
-    return "MTP" if name.startswith("mtp.") else KINDS[parameter_class(name)]
+    return "MTP" if name.startswith("mtp.") else KIND_OF_CLASS[parameter_class(name)]
 
 
 def compare_numbers(
