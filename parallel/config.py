@@ -112,7 +112,7 @@ class ParallelConfig(Section):
 
 
 def yaml_text(value: Any) -> str:
-    """`value` as YAML spells it, for messages about keys."""
+    """YAML text of `value`, for messages about keys."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(yaml_text, value))}]"
     if isinstance(value, dict):
