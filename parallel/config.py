@@ -155,8 +155,8 @@ class OptimConfig(Section):
     )
     reduce: Literal["fp32", "bf16"] = key(
         "fp32",
-        "format in which gradients travel between replicas: bf16 halves the bytes, and rounds each rank's sum over its "
-        "micro-batches. The ranks' sums are added up in FP32 either way",
+        "format in which gradients are sent between replicas: bf16 halves the bytes, and rounds each rank's sum over "
+        "its micro-batches. The ranks' sums are added up in FP32 either way",
     )
     overlap_gather: bool = key(
         True,

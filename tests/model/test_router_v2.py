@@ -202,7 +202,7 @@ def test_gradient_of_each_loss_alone_equals_the_formula_in_any_split(
 
 
 def test_losses_of_perfect_balance_are_one() -> None:
-    """Token t prefers experts t and t + 4, of different groups: all experts, groups and pairs of groups are used alike."""
+    """Token t prefers experts t and t + 4, of different groups: experts, groups and pairs of groups are used alike."""
     config = small_config(**V2 | {"hidden_size": 8, "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
                                   "num_experts_per_tok": 2})  # fmt: skip
     router = Router(config)
