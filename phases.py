@@ -1,8 +1,8 @@
 """Contract between model and pipeline: a chunk's work in phases, each with its own piece of the autograd graph.
 
 A chunk's forward is a generator that yields the name of each phase before running it. The graph is cut at the tensors
-that one phase passes to the next. So the backward is a generator of the same phases in reverse, and two micro-batches
-can be advanced in turn. A cut holds no activation: only gradients cross it.
+that one phase passes to the next. The backward is therefore a generator of the same phases in reverse, and two
+micro-batches can be advanced in turn. A cut holds no activation: only gradients cross it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Chunk(Protocol):
 
 
 class Uncut:
-    """Tape that cuts nothing: the phases make one graph, for plain autograd or for none."""
+    """Tape that cuts nothing: the phases make one graph, for plain autograd or for use without autograd."""
 
     def phase(self, name: str) -> str:
         return name
@@ -70,7 +70,7 @@ class Tape:
     def __init__(self) -> None:
         self._pieces: list[_Piece | _Redo] = []
         self._open: _Piece | None = None
-        # Input of every cut, so that its output requires a gradient; the anchor itself never gets one.
+        # Input of every cut, so that the cut's output requires a gradient; the anchor itself never gets one.
         self._anchor = torch.zeros((), requires_grad=True)
         self._input: _Cut | None = None
         self._output: _Cut | None = None
@@ -142,7 +142,7 @@ class Tape:
 
 
 class _Cut:
-    """Cut of the graph at a tensor: the edge to the tensor's maker, and the gradient that arrived from its users."""
+    """Cut of the graph at a tensor: the edge to its operation, and the gradient that arrived from its users."""
 
     def __init__(self, edge: GradientEdge | None) -> None:
         self.edge = edge

@@ -1,4 +1,4 @@
-"""Seeds of all random numbers, each named by its purpose: no layout and no order of execution changes one."""
+"""Seeds of all random numbers, each named by its purpose: no layout and no order of execution changes a seed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def seed_of(*purpose: object) -> int:
 def named_permutation(length: int, *name: str | int) -> NDArray[np.int64]:
     """Return a random order of range(length), int64 [length], that depends on `length` and `name` alone.
 
-    Sorts the raw words of a counter-based generator. NumPy keeps the words of a bit generator the same in every
-    version, but not the results of `Generator.permutation`. A run resumed under another NumPy must see the same data.
+    The order sorts the raw words of a counter-based generator. NumPy keeps the words of a bit generator the same in
+    every version, but not the results of `Generator.permutation`. A run resumed under another NumPy must read the same
+    data.
     """
     digest = hashlib.blake2b(json.dumps(name).encode(), digest_size=16).digest()
     generator = np.random.Philox(key=int.from_bytes(digest, "little"))

@@ -22,8 +22,8 @@ class UsageError(ValueError):
 class Clash(NamedTuple):
     """Values of a section that do not go together.
 
-    `keys` are the dotted paths, below the section, of all keys involved; the faulty one comes first. `message` is what
-    is wrong with the value of that key, and continues the key: Clash(("ep", "dp"), "3 does not divide dp 8").
+    `keys` are the dotted paths, below the section, of all keys involved; the faulty key comes first. `message` states
+    the fault of that key's value and is printed after the key: Clash(("ep", "dp"), "3 does not divide dp 8").
     """
 
     keys: tuple[str, ...]
@@ -31,7 +31,7 @@ class Clash(NamedTuple):
 
 
 class SectionFaults(ValueError):
-    """Clashes between the keys of a section; the loader gives each clash a line of its own."""
+    """Clashes between the keys of a section; the loader gives each clash a separate line."""
 
     def __init__(self, clashes: Sequence[Clash]) -> None:
         self.clashes = tuple(clashes)
@@ -39,7 +39,7 @@ class SectionFaults(ValueError):
 
 
 class Section(BaseModel):
-    """A section of the configuration: immutable, and a fault if given a key that is not defined."""
+    """A section of the configuration: immutable; a key that is not defined is a fault."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

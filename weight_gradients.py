@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class GradientSink(Protocol):
-    """FP32 sums of parameters' gradients, as an optimizer keeps them. A layer gets a buffer once; buffers stay."""
+    """FP32 sums of parameters' gradients, as an optimizer keeps them. A layer gets a buffer once, and keeps it."""
 
     def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
         """Buffer in which gradients of `parameter` are added up, FP32, in its shape."""
@@ -23,8 +23,8 @@ class GradientSink(Protocol):
 class WeightQueue:
     """Queue of weight gradients that are computed later (W), first in, first out.
 
-    Linear layers read `deferring` in their backward. While it is set they compute only the gradient of their input and
-    `put` the gradient of their weight here, where it waits until the target list is drained.
+    Linear layers read `deferring` in their backward. While the queue defers, they compute only the gradient of their
+    input and `put` the gradient of their weight here, where it waits until the target list is drained.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class WeightQueue:
 
 
 def now_or_later(queue: WeightQueue | None, work: Callable[[], None]) -> None:
-    """Run `work` within a backward, or put it into the queue if the queue is deferring."""
+    """Run `work` at once, or put it into the queue if the queue is deferring; called within a backward."""
     if queue is not None and queue.deferring:
         queue.put(work)
     else:

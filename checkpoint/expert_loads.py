@@ -16,21 +16,21 @@ LOADS = "expert_loads"
 PLACEMENT = "expert_placement"
 """Key of a checkpoint's progress: `ranks`, `nodes`, and `experts`, the expert at each place of each MoE layer.
 
-Absent where all experts are in their order.
+The key is absent if all experts are in their order.
 """
 FORM = 'expected a list with one list of loads per layer, or {"loads": that list, "groups": routing groups}'
 
 
 @dataclass(frozen=True)
 class Loads:
-    """Tokens that each expert of each MoE layer was sent."""
+    """Number of tokens that each expert of each MoE layer received."""
 
     layers: tuple[str, ...]
     """Names of the L MoE layers."""
     tokens: list[list[float]]
     """`[L, E]`."""
     groups: int
-    """The router's groups, 1 where they limit nothing."""
+    """Number of the router's groups, 1 if groups limit nothing."""
     measured: str
     """Origin of the loads: steps and checkpoint, or the file."""
     decoder: tuple[int, int] | None = None
@@ -40,7 +40,7 @@ class Loads:
 def read_loads(source: Path) -> Loads:
     """Read the loads of a JSON file, of a checkpoint, or of the newest checkpoint of a run folder.
 
-    Raises UsageError, which states the expected form, where there are none.
+    Raises UsageError, which states the expected form, if there are no loads.
     """
     if (source / MANIFEST).is_file():
         return _of_checkpoint(source)

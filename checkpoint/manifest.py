@@ -1,7 +1,7 @@
 """Manifest of a checkpoint, readable without torch: its model, its progress, its tensors and files.
 
-A checkpoint is a folder `step-N`. Its `manifest.json` is written last, and only then the folder gets its name. So a
-folder of that name is damaged if it has no manifest, or files of other sizes than the manifest lists.
+A checkpoint is a folder `step-N`. Its `manifest.json` is written last, and only then the folder gets its name. A
+folder of that name is therefore damaged if it has no manifest, or files of other sizes than the manifest lists.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Manifest:
     files: dict[str, int]
     """Size in bytes of every other file in the folder."""
     index_digest: str
-    """Digest of the index file, without which the others cannot be read; tensors have checksums of their own."""
+    """Digest of the index file, without which the other files cannot be read; tensors have separate checksums."""
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -92,7 +92,7 @@ def digest_of(path: Path) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check the manifest of checkpoint `path` against the files beside it. Raises UsageError if torn."""
+    """Read and check the manifest of checkpoint `path` against its files. Raises UsageError for a torn one."""
 
     def torn(why: str) -> UsageError:
         return UsageError(f"checkpoint {path} is torn: {why}; {remedy(path)}")

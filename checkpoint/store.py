@@ -1,7 +1,7 @@
 """Saving and loading of checkpoints: sharded, atomic, and the same in every layout.
 
 The tensors are DTensors under global names, so torch.distributed.checkpoint reshards them between layouts. A
-checkpoint is written to a hidden folder, synced to disk and renamed. So a checkpoint is either complete or absent.
+checkpoint is written to a hidden folder, synced to disk and renamed. It is therefore either complete or absent.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _refuse(path: Path, fault: str | None, group: dist.ProcessGroup) -> None:
 def _find_mismatch(
     written: Mapping[str, TensorRecord], parts: list[dict[str, tuple[tuple[int, ...], str]]]
 ) -> str | None:
-    """Differences of the written tensors from those of this run in names, shapes or formats; None without any."""
+    """Differences of the written tensors from those of this run in names, shapes or formats, or None."""
     wanted = {name: form for part in parts for name, form in part.items()}
     lines = []
     for names, fault in (
@@ -164,7 +164,7 @@ def _cause(error: CheckpointException) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; a process killed half-way leaves no torn one behind."""
+    """Delete a checkpoint; a process that is killed half-way leaves no torn checkpoint."""
     removed = path.with_name(f".{path.name}.removed")
     path.rename(removed)
     shutil.rmtree(removed)

@@ -1,4 +1,4 @@
-"""Rows sorted by expert, each expert's rows filled up with zeros to the multiple that its matrix products need."""
+"""Rows sorted by expert. Zeros fill up each expert's rows to the multiple that its matrix products need."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class Aligned:
-    """Positions of rows sorted by expert, once each expert's rows are filled up; a unit of 1 moves none.
+    """Positions that rows sorted by expert have after each expert's rows are filled up. A unit of 1 moves no row.
 
     Args:
         counts: int64 [E], rows of each expert.
-        on_host: the same as a list.
-        unit: the number of each expert's rows becomes a multiple of it.
+        on_host: `counts` as a list on the host.
+        unit: multiple to which the number of each expert's rows is raised.
     """
 
     def __init__(self, counts: Tensor, on_host: list[int], unit: int) -> None:
@@ -31,7 +31,7 @@ class Aligned:
         wide = sum(self.tokens_per_expert)
         row = torch.arange(self.rows, device=counts.device)
         self.position = row + (wide_ends - short - ends)[torch.searchsorted(ends, row, right=True)]
-        first = wide_ends - short - (short.cumsum(0) - short)  # of an expert's padding, less all padding before it
+        first = wide_ends - short - (short.cumsum(0) - short)  # of each expert's padding, less all padding before it
         first = torch.repeat_interleave(first, short, output_size=wide - self.rows)
         self._padding = first + torch.arange(wide - self.rows, device=counts.device)
 

@@ -1,6 +1,7 @@
 """Contract of the token dispatchers: an MoE layer's two all-to-alls, with autograd and asynchronous forms.
 
-T tokens of this rank, K top-k, H hidden, E experts of the layer, E_local of them on this rank, R rows it receives.
+T tokens of this rank, K top-k, H hidden, E experts of the layer, E_local of them on this rank, R rows
+that this rank receives.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class Incoming:
-    """Codes in which a gradient arrived at the experts' outputs; taken once, None if it was not quantised."""
+    """Codes in which the gradient of the experts' outputs arrived; taken once, None for an unquantised gradient."""
 
     codes: BlockQuantized | None = None
 
@@ -36,8 +37,8 @@ class Dispatched:
     weights: FP32 [R], the gate weight of each row. `combine` does not apply it; the expert does, between its SwiGLU and
         its down projection, so that combine stays a plain sum and its backward a plain copy.
     offsets: int32 [E_local], end of each local expert's rows; `offs` of `torch.nn.functional.grouped_mm`.
-    tokens_per_expert: the same as counts, on the host.
-    handle: the dispatcher's record of the rows' way, for `combine`.
+    tokens_per_expert: number of each local expert's rows, on the host.
+    handle: the dispatcher's record of the rows' route, for `combine`.
     codes: quantised form in which the rows arrived, in the same order; `x` is its dequantised value. None if the rows
         were sent unquantised.
     incoming: codes of the gradient of the experts' outputs, once that gradient has arrived in the backward.
@@ -56,9 +57,9 @@ class Dispatched:
 class Pending(Generic[Result]):
     """Communication that has been launched; `wait` once for its result.
 
-    Between launch and wait there is only `ticket` in the autograd graph, a scalar of no meaning. In the backward the
-    gradient of the result launches the reverse communication and passes on a gradient for the ticket, whose own
-    backward waits: whatever autograd runs between the two overlaps. To run the two halves by hand, cut the graph
+    Between launch and wait the autograd graph holds only `ticket`, a scalar without meaning. In the backward the
+    gradient of the result launches the reverse communication and passes on a gradient for the ticket. The ticket's own
+    backward waits, so all that autograd runs between the two overlaps. To run the two halves by hand, cut the graph
     here: replace `ticket` by a detached leaf before `wait`, later run the backward of the result, and, once the
     communication is needed, the backward of the original ticket.
     """
@@ -97,14 +98,14 @@ class Dispatcher(Protocol):
         """Launch the exchange of counts that a dispatch begins with, as soon as the experts are chosen."""
 
     def begin_dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor, route: Any = None) -> Pending[Dispatched]:
-        """Launch `dispatch` without waiting for the tokens. The call waits for the counts: of `route`, from
-        `begin_route` of the same expert ids, or of a route that it makes."""
+        """Launch `dispatch` without waiting for the tokens. The call waits for the counts of `route`, which
+        `begin_route` made from the same expert ids. Without `route` the call makes one."""
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
         """Return for each token the unweighted sum of its experts' outputs, zero for a token that was sent nowhere.
 
-        Sums are taken in FP32 in a fixed order and rounded to the type of `y`: once by a flat dispatcher, in the order
-        of the token's K slots; where partial sums are sent, once for each of them.
+        Sums are taken in FP32 in a fixed order and rounded to the type of `y`. A flat dispatcher adds up in the order
+        of the token's K slots and rounds once. A dispatcher that sends partial sums rounds each of them once.
 
         Args:
             y: [R, H], the rows of `dispatched.x` after the experts.

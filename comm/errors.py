@@ -1,4 +1,4 @@
-"""Errors of failed transfers: they name the ranks that waited, and leave out the library's advice to its developers."""
+"""Errors of failed transfers, with the ranks that waited and without the library's advice to its developers."""
 
 from __future__ import annotations
 

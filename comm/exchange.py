@@ -13,9 +13,9 @@ from .meter import GroupMeter
 
 
 class Exchange:
-    """Rows sent between the ranks of a group by one all-to-all: launched when made, complete after `wait`.
+    """Rows sent between the ranks of a group by one all-to-all: launched by the constructor, complete after `wait`.
 
-    The rows are received into memory of their own, so the sent tensor keeps its values; both are kept alive until
+    The rows are received into separate memory, so the sent tensor keeps its values; both are kept alive until
     `wait`. A group of one rank, or none, moves nothing: `wait` returns the rows themselves.
 
     Args:
@@ -49,7 +49,7 @@ class Exchange:
             self._works = begin_all_to_all(received, self._sent, receive_splits, send_splits, group)
 
     def wait(self) -> Tensor:
-        """Return the received rows `[sum(receive_splits), ...]`, ordered by source rank; once, as they are not kept."""
+        """Return the received rows `[sum(receive_splits), ...]`, ordered by source rank. Call once: no row is kept."""
         works, self._works = self._works, []
         with comm_errors(self._description()) if works else nullcontext():
             for work in works:
@@ -68,9 +68,9 @@ def begin_all_to_all(
 ) -> list[dist.Work]:
     """Launch the exchange of `sent` for `received`; neither may be changed or freed until the works are waited for.
 
-    On CPUs every receive is announced before anything is sent. Gloo's own all-to-all announces a receive behind the
-    data that it sends to the same rank, so that where ranks begin at slightly different times one direction of a link
-    waits for the other: over a limited link it was seen to take twice the time.
+    On CPUs every receive is posted before anything is sent. Gloo's own all-to-all posts a receive behind the data that
+    it sends to the same rank. If ranks then begin at slightly different times, one direction of a link waits for the
+    other: over a limited link gloo's all-to-all was seen to take twice the time.
     """
     if sent.device.type != "cpu":
         work = dist.all_to_all_single(received, sent, receive_splits, send_splits, group=group, async_op=True)

@@ -15,11 +15,11 @@ class Expansion:
     """Map between the tokens that arrived and the rows of this rank's experts.
 
     Args:
-        local_ids: int64 [A, K], experts of this rank by their local number, -1 for those of other ranks. Rows of an
-            expert come in the order of the tokens.
-        counts: int64 [E_local], rows of each expert, and on_host the same as a list.
+        local_ids: int64 [A, K], experts of this rank by their local number, -1 for experts of other ranks. Rows of
+            an expert come in the order of the tokens.
+        counts, on_host: rows of each expert, as int64 [E_local] and as a list on the host.
         alignment: see `Aligned`.
-        arrival: int64 [A], row at which each of these tokens arrived; None for the same order.
+        arrival: int64 [A], row at which each of these tokens arrived; None if they arrived in this order.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Expansion:
         return self._sums.sum(rows)
 
     def slots(self, weights: Tensor) -> Tensor:
-        """One number per row [R] -> the same per slot [A, K], zero where the expert is on another rank."""
+        """Numbers per slot [A, K] from one number per row [R], zero where the expert is on another rank."""
         position = self.aligned.position
         by_row = weights if position is None else weights.index_select(0, position)
         return weights.new_zeros(self._shape.numel()).index_copy_(0, self._slot_of_row, by_row).view(self._shape)

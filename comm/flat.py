@@ -65,7 +65,7 @@ class FlatRoute:
 
     def dispatch(self, x: Tensor, weights: Tensor) -> Hops[Arrived]:
         dtype, width = x.dtype, x.shape[1]
-        # Gathered while the counts are being exchanged; slots that are sent nowhere come last.
+        # Rows are gathered while the counts are exchanged; slots that are sent nowhere come last.
         rows = self._wire.encode(x, "forward").index_select(0, self.order.token_of_row)
         row_weights = weights.reshape(-1).index_select(0, self.order.slot_of_row)
         del x, weights

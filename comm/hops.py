@@ -1,4 +1,4 @@
-"""Transfers of one hop or several, advanced by explicit calls: no threads, no streams of our own."""
+"""Transfers of one hop or several, advanced by explicit calls, without extra threads or streams."""
 
 from __future__ import annotations
 
@@ -58,10 +58,11 @@ class HoppedTransfer(Generic[Result]):
 class InFlight:
     """Transfers of a rank that have hops left to launch.
 
-    Between two hops, rows have to be received and sorted, and nothing does so while the host computes. The runner of a
+    Between two hops the host has to receive and sort rows, which it cannot do while it computes. The runner of a
     model's phases therefore calls `boundary` after each phase. A transfer launches its next hop once
-    `phases_before_next_hop` phases have run since the phase that launched its last one. The ranks of a group run the
-    same phases in the same order, so they launch the same hops in the same order, as collective libraries require.
+    `phases_before_next_hop` phases have run since the phase in which its last hop was launched. The ranks of a group
+    run the same phases in the same order, so they launch the same hops in the same order, as collective libraries
+    require.
     """
 
     def __init__(self) -> None:

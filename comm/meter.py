@@ -20,9 +20,9 @@ PURPOSES: dict[str, tuple[str, ...]] = {
     "combine backward": ("all_to_all",),  # gradients to the experts
     "dispatch backward": ("all_to_all",),  # gradients back to the tokens
     "pipeline": ("send",),  # activations and gradients between stages
-    "gradients": ("reduce_scatter", "all_to_all"),  # their sums over replicas
+    "gradients": ("reduce_scatter", "all_to_all"),  # summed over replicas
     "weights": ("all_gather",),  # new weights to all replicas
-    "experts": ("all_to_all",),  # those that change their rank
+    "experts": ("all_to_all",),  # experts that change their rank
     "statistics": ("all_reduce",),  # losses, loads, norms
 }
 """Purposes of messages, each with its collectives, in the order of reports."""
@@ -67,7 +67,7 @@ def numbers_of(traffic: Traffic) -> list[int]:
 
 
 def traffic_of(numbers: Sequence[int]) -> Traffic:
-    """Inverse of `numbers_of`, without kinds of which nothing was sent."""
+    """Inverse of `numbers_of`, without the kinds that have no messages."""
     tallies = zip(KINDS, numbers[::2], numbers[1::2], strict=True)
     return {kind: Tally(bytes, messages) for kind, bytes, messages in tallies if messages}
 
@@ -89,7 +89,7 @@ class Meter:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Context in which nothing that is sent is counted."""
+        """Context in which no messages are counted."""
         before, self.traffic = self.traffic, {}
         try:
             yield
@@ -123,7 +123,7 @@ class GroupMeter:
     """Kind of link from this rank to each rank of the group."""
 
     def all_to_all(self, purpose: str, splits: Iterable[int], unit: int) -> None:
-        """Count an all-to-all of `splits[r]` units of `unit` bytes for rank r; no message where there are none."""
+        """Count an all-to-all of `splits[r]` units of `unit` bytes for rank r; without units there is no message."""
         for rank, (link, units) in enumerate(zip(self.links, splits, strict=True)):
             if units and rank != self.rank:
                 self.meter.count(purpose, "all_to_all", link, units * unit)
@@ -145,7 +145,7 @@ class GroupMeter:
         self._ring(purpose, "all_reduce", -(-whole // len(self.links)), 2)
 
     def _ring(self, purpose: str, collective: str, shard: int, rounds: int) -> None:
-        """Count rings in which each rank passes one shard per other rank to the next rank: the least it can send.
+        """Count rings in which each rank passes one shard per other rank to the next rank: the least possible.
 
         Libraries may take other routes between the ranks; a ring has the fewest crossings between nodes.
         """

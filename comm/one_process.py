@@ -1,4 +1,4 @@
-"""Dispatch in one process with the sums of a two-hop group: the reference for a group, in formats that round."""
+"""Dispatch in one process with the sums of a two-hop group: the reference for such a group in formats that round."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .two_hop import Nodes
 
 
 class OneProcessDispatcher(FlatDispatcher):
-    """Dispatcher with all experts in this process, whose sums equal `TwoHopDispatcher`'s bit for bit.
+    """Dispatcher with all experts in this process. Its sums equal those of `TwoHopDispatcher` bit for bit.
 
     In combine, and in the backward of dispatch, the partial sums of each rank's and of each node's experts are rounded
     as if they were sent.
 
     Args:
         num_experts: E.
-        nodes: the node of each rank that the experts would lie on.
+        nodes: the node of each rank of the two-hop group that is reproduced.
         options: see `DispatchOptions`.
     """
 
@@ -53,7 +53,7 @@ class OneProcessRoute(FlatRoute):
 
 
 def _partial_sums(rank: Tensor, row: Tensor, node_of_rank: Tensor) -> list[Choice]:
-    """Sums of each token's rows by rank (in the order of slots), of these sums by node, and of those by token.
+    """Sums of each token's rows by rank (in the order of slots), then sums of these by node, then by token.
 
     rank, row: int64 [T, K], the rank and the row of each slot; the rank is negative for slots that are sent nowhere.
     """

@@ -36,7 +36,7 @@ class PipelineChannels:
         whole = tensor.contiguous()
         if self._meters:
             self._meters[self.rank, target].send("pipeline", int(target > self.rank), whole.nbytes)
-        # The group's own method: the checks of dist.isend take longer than all the rest, where every rank waits.
+        # Calls the group's own method: the checks of dist.isend take longer than all the rest, and every rank waits.
         return Transit(whole, self._group(self.rank, target).send([whole], int(target > self.rank), 0))
 
     def receive(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, source: int) -> Transit:

@@ -42,7 +42,7 @@ def order_by_expert(expert_ids: Tensor, num_experts: int) -> ExpertOrder:
     slot_of_row = _stable_argsort(keys, num_experts + 2)
     slots = torch.arange(flat.numel(), device=flat.device)
     row_of_slot = torch.empty_like(slots).scatter_(0, slot_of_row, slots)
-    # A search in the sorted ids, because bincount waits for a GPU to learn its largest value.
+    # Counts by a search in the sorted ids: bincount makes the host wait for a GPU's largest value.
     bounds = torch.arange(num_experts + 2, device=flat.device, dtype=flat.dtype)
     counts = torch.searchsorted(keys.index_select(0, slot_of_row), bounds).diff()
     return ExpertOrder(
@@ -70,7 +70,7 @@ class Choice:
     columns: Tensor
     """int64 [N], the rows of the first sum, in the order in which they are added, then those of the second, ..."""
     starts: Tensor
-    """int64 [T + 1], begin of each sum in `columns`, and N."""
+    """int64 [T + 1], start of each sum in `columns`, and N at the end."""
 
     @classmethod
     def every(cls, index: Tensor) -> Choice:
@@ -130,7 +130,7 @@ def _positions(chosen: Tensor, count: int) -> Tensor:
 
 
 def starts_of(sizes: Tensor) -> Tensor:
-    """Begin of each of consecutive pieces of these sizes, int64 [N], and the end of the last: int64 [N + 1]."""
+    """Starts of consecutive pieces of these `sizes` int64 [N], and the end of the last piece: int64 [N + 1]."""
     starts = sizes.new_zeros(sizes.numel() + 1)
     torch.cumsum(sizes, 0, out=starts[1:])
     return starts

@@ -5,11 +5,12 @@ Each direction is two autograd Functions joined by a scalar ticket, one that lau
     forward    start: launch -> ticket -> wait: wait
     backward   start: wait   <- ticket <- wait: launch
 
-So autograd, its hooks and its anomaly mode never see a tensor that is still being received.
+Autograd, its hooks and its anomaly mode therefore never meet a tensor that is still being received.
 
-The Functions keep their indices on the shared route and save no tensors. An index is a fraction of a percent of the row
-that it moves, and dispatch and combine share them. As combine saves nothing, a checkpointed layer that ends with it is
-recomputed only up to the last tensor that its experts saved: the rows are not sent back a second time.
+The Functions keep their indices on the shared route and save no tensors. An index takes a fraction of a percent of the
+memory of the row that it moves, and dispatch and combine share the indices. Combine saves nothing, so a checkpointed
+layer that ends with combine is recomputed only up to the last tensor that its experts saved: the rows are not sent back
+a second time.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Returned(NamedTuple):
 
 
 class HoppingRoute(Protocol):
-    """Route of the tokens of one dispatch, with the four transfers along it. Made when the experts are chosen.
+    """Route of the tokens of one dispatch, with its four transfers. It is made when the experts are chosen.
 
     `tokens_per_expert` and `offsets`, as in `Dispatched`, are set once the counts have arrived.
     """
@@ -83,8 +84,8 @@ class HoppingRoute(Protocol):
 class DispatchOptions:
     """Options that all dispatchers share.
 
-    alignment: each expert's rows are filled up with zeros to a multiple of it. Matrix products in FP8 need that, and
-        here it costs nothing, as the rows are sorted anyhow.
+    alignment: multiple to which each expert's rows are filled up with zeros. Matrix products in FP8 need one. Filling
+        up costs nothing here, as the rows are sorted anyhow.
     wire: format of the rows that are sent to the experts.
     meter: counts what is sent.
     in_flight: advances transfers of several hops.
@@ -97,7 +98,7 @@ class DispatchOptions:
 
 
 class RoutedDispatcher(ABC):
-    """Common part of the dispatchers; see `Dispatcher`. A subclass makes routes of its own.
+    """Common part of the dispatchers; see `Dispatcher`. A subclass makes its own kind of route.
 
     Rank r of the group holds the experts r E_local to (r + 1) E_local - 1.
 
@@ -112,7 +113,7 @@ class RoutedDispatcher(ABC):
     """
 
     hops = 1
-    """All-to-alls, one after another, of a transfer."""
+    """Number of all-to-alls that a transfer makes, one after another."""
     phases_before_next_hop: Mapping[Way, int] = {"to experts": 1, "to tokens": 1}
     """Phases before the next hop of a transfer, see `HoppedTransfer`, by direction."""
 
@@ -136,8 +137,8 @@ class RoutedDispatcher(ABC):
     def begin_route(self, expert_ids: Tensor) -> HoppingRoute:
         """Launch the exchange of counts."""
 
-    def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Release what is held besides memory, at the end of a successful run; every rank of the group calls it."""
+    def close(self) -> None:  # noqa: B027 - most dispatchers hold nothing
+        """Release resources other than Python's memory after a successful run; every rank of the group calls it."""
 
     def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
         return self.begin_dispatch(x, expert_ids, weights).wait()

@@ -3,14 +3,14 @@
 Tokens are sent as in V3 (§3.2.2). The first hop goes over the slow links between nodes, to the rank with the sender's
 local index on each node, the relay. The second hop goes inside the node, once to each rank with some of the token's
 experts. Combine takes the same way back: ranks add up the outputs of their experts, the relay adds up the sums of its
-node, and one sum per node crosses the network. Node-limited routing bounds the nodes that a token crosses to, whatever
-the number of its experts.
+node, and one sum per node crosses the network. Node-limited routing bounds the number of a token's nodes, whatever the
+number of its experts.
 
     dispatch    token -> [node] relay -> [rank] -> rows of its experts
     combine     rows -> sum per rank -> [relay] sum per node -> [token's rank] sum
 
 A token, its gate weights and its experts' numbers are sent as one message. G ranks of the group, N nodes, n ranks of
-this node, T tokens of this rank, P tokens it relays, A tokens that arrive, K top-k, H hidden.
+this node, T tokens of this rank, P tokens that it relays, A tokens that arrive, K top-k, H hidden.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .permute import FanOut
 from .routed import Arrived, DispatchOptions, Returned, RoutedDispatcher, Way
 from .wire import Decoded
 
-ALIGNMENT = 16  # bytes, of a message
+ALIGNMENT = 16  # bytes; the size of a message is a multiple
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Nodes:
 
     @classmethod
     def make(cls, nodes: Sequence[int]) -> Nodes:
-        """Make it from any ascending numbers of the ranks' nodes."""
+        """Make `Nodes` from any ascending numbers of the ranks' nodes."""
         assert list(nodes) == sorted(nodes), f"ranks of a node are neighbours, unlike {nodes}"
         number = {node: index for index, node in enumerate(dict.fromkeys(nodes))}
         return cls(tuple(number[node] for node in nodes))
@@ -59,8 +59,8 @@ class Nodes:
         return range(self.of.index(node), len(self.of) - self.of[::-1].index(node))
 
     def relay(self, source: int, node: int) -> int:
-        """Rank of `node` that receives what `source` sends there: the rank with the local index of `source`, modulo
-        the number of ranks on the node. On its own node every rank is its own relay."""
+        """Rank of `node` that receives the tokens of `source` for this node: the rank with the local index of
+        `source`, modulo the number of ranks on the node. On its own node every rank is its own relay."""
         members = self.members(node)
         return members[(source - self.members(self.of[source]).start) % len(members)]
 
@@ -73,14 +73,15 @@ class TwoHopDispatcher(RoutedDispatcher):
     """Token dispatch over nodes; see `RoutedDispatcher`.
 
     Sums differ from the flat dispatcher's only in their order: first over a token's experts on a rank, then over the
-    ranks of a node, then over nodes. Each partial sum is rounded to the type of the rows, as it is sent.
+    ranks of a node, then over nodes. Each partial sum is rounded to the type of the rows, because it is sent.
 
     Args:
         nodes: the node of each rank of the group, ascending; by default all are on one.
     """
 
     hops = 2
-    # To the experts the first hop is the long one, and the second needs all of it; on the way back the second is long.
+    # To the experts the first hop is the long one, and the second hop needs all its rows. On the way back the second
+    # hop is the long one.
     phases_before_next_hop: Mapping[Way, int] = {"to experts": 2, "to tokens": 1}
 
     def __init__(
@@ -268,7 +269,7 @@ class TwoHopRoute:
 
 
 def _wanted(destinations: Tensor, count: int) -> Tensor:
-    """Whether each destination is among a row's, bool [T, count], from int64 [T, K] in [0, count]; `count` is none."""
+    """Whether a row has each destination: bool [T, count] from int64 [T, K] in [0, count], where `count` means none."""
     wanted = torch.zeros(destinations.shape[0], count + 1, dtype=torch.bool, device=destinations.device)
     return wanted.scatter_(1, destinations, True)[:, :count]
 
@@ -278,7 +279,7 @@ def _splits(size: int, rows: dict[int, int]) -> list[int]:
 
 
 def _block_order(blocks: list[range], device: torch.device) -> Tensor | None:
-    """Index that takes these blocks of rows in this order; None if they are in it already."""
+    """Index that takes these blocks of rows in this order; None if they already are in this order."""
     if all(block.stop == following.start for block, following in pairwise(blocks)):
         return None
     return torch.cat([torch.arange(block.start, block.stop) for block in blocks]).to(device, non_blocking=True)
@@ -296,5 +297,5 @@ def _join(*parts: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def _part(messages: Tensor, ends: list[int], number: int, dtype: torch.dtype) -> Tensor:
-    """Copy of one matrix in the messages of `_join`. A view would not do: a single row may lie at any address."""
+    """Copy of one matrix in the messages of `_join`. A view would fail: a single row may start at any address."""
     return messages[:, ends[number - 1] : ends[number]].clone(memory_format=torch.contiguous_format).view(dtype)

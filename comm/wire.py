@@ -57,8 +57,8 @@ class FP8Wire:
     Args:
         activation: quantizer of tokens; its format is WIRE_FORMAT.
         gradient: quantizer of gradients in the backward of combine.
-        fused: makes messages of x BF16 [T, H] in one kernel, such as `pack_on_gpu`. It reports no infinities; while an
-            observer watches the quantised values, the quantizers are used instead.
+        fused: function that makes messages of x BF16 [T, H] in one kernel, such as `pack_on_gpu`. The kernel reports no
+            infinities, so the quantizers are used instead while an observer watches the quantised values.
     """
 
     def __init__(

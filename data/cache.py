@@ -40,7 +40,7 @@ Split = Literal["train", "validation"]
 
 @dataclass(frozen=True)
 class Meta:
-    """Content of `meta.json`. `digest` names the tokens and their order; `unigram_entropy` is the held-out text's."""
+    """Content of `meta.json`. `digest` names the tokens and their order; `unigram_entropy` is of the held-out text."""
 
     tokens: dict[str, int]
     documents: dict[str, int]
@@ -66,7 +66,7 @@ class TokenStore:
 
 
 def open_store(source: Source, tokenizer: ByteTokenizer, validation_fraction: float, cache_dir: Path) -> TokenStore:
-    """Return the tokenised `source` from `cache_dir`, which is built now if absent.
+    """Return the tokenised `source` from `cache_dir`; build it first if absent.
 
     Raises UsageError where the source cannot be read or split, or the cache folder cannot be used.
     """
@@ -74,7 +74,7 @@ def open_store(source: Source, tokenizer: ByteTokenizer, validation_fraction: fl
     if not target.exists():
         try:
             _build(source, tokenizer, validation_fraction, target)
-        except OSError as error:  # reading the source raises UsageError itself, so this is the cache
+        except OSError as error:  # reading the source raises UsageError, so the cache failed
             raise UsageError(
                 f"cannot keep tokenised text in {cache_dir}: {error.strerror or error}; set data.cache_dir"
             ) from error
@@ -144,7 +144,7 @@ def _write_split(
 
 
 def _flush(file: Any) -> None:
-    """Bring a file to the disk. After a crash the rename may otherwise be on the disk without the bytes."""
+    """Write a file through to the disk. After a crash the rename may otherwise be on the disk without the bytes."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -70,7 +70,7 @@ class Source:
 
 
 def open_source(config: DataConfig) -> Source:
-    """List the files of the configured source. Raises UsageError where there is nothing to read."""
+    """List the files of the configured source. Raises UsageError if there is nothing to read."""
     if config.source == "builtin":
         return standard_library()
     assert config.path is not None, "DataConfig checks that source: folder has a path"
@@ -97,7 +97,7 @@ def folder(root: Path, patterns: Sequence[str]) -> Source:
 def standard_library(root: Path | None = None) -> Source:
     """List sources and documentation of the running Python's standard library, or of the one in `root`.
 
-    Takes *.py, *.txt and *.rst. Left out: installed packages, tests, generated tables (`encodings`,
+    The list has *.py, *.txt and *.rst. Left out are installed packages, tests, generated tables (`encodings`,
     `html/entities.py`, `stringprep.py`) and descriptions of one machine (`_sysconfigdata*`, `config-*`).
     """
     root = root or Path(sysconfig.get_path("stdlib"))
@@ -126,8 +126,8 @@ def standard_library(root: Path | None = None) -> Source:
 def hold_out(names: Collection[str], fraction: float) -> frozenset[str]:
     """Return the names held out for validation: about `fraction` of them, by a hash of each name alone.
 
-    So adding or removing other files does not move a file between training and validation, with one exception: where
-    no hash falls under `fraction` the lowest is held out, and where all do, the highest is trained on.
+    Adding or removing other files therefore does not move a file between training and validation, with one exception:
+    if no hash falls under `fraction`, the lowest is held out, and if all do, the highest is trained on.
     """
     if len(names) < 2:
         raise UsageError(

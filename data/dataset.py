@@ -21,8 +21,8 @@ _COUNTED_AT_ONCE = 1 << 24
 def unigram_entropy(tokens: Tokens) -> float:
     """Entropy of the token frequencies of `tokens` [T], in nats per token.
 
-    No model that ignores context has a lower loss on these tokens. So a lower validation loss shows that context is
-    used.
+    No model that ignores context has a lower loss on these tokens. A lower validation loss therefore shows that
+    context is used.
     """
     if not len(tokens):
         raise ValueError("the entropy of no tokens is not defined")
@@ -45,11 +45,11 @@ class _Epoch:
 
 
 class PackedDataset:
-    """Training samples without end: document packing, deterministic in (seed, global sample index).
+    """Endless training samples: document packing, deterministic in (seed, global sample index).
 
     Each epoch puts the documents in a new order, lays them end to end, cuts the stream in windows of S tokens and
-    gives the windows in random order. A sample reads `extra` tokens past its window. So every token, except for the
-    tail (fewer than S + extra tokens), is an input exactly once per epoch.
+    gives the windows in random order. A sample reads `extra` tokens past its window. Every token is therefore an
+    input exactly once per epoch, except for the tail (fewer than S + extra tokens).
 
     tokens: [T], each document ending in its end-of-document token; may be a memory map, and is never copied whole.
     offsets: int64 [documents + 1], the start of each document, and T.

@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 class Batch:
     """A micro-batch on the CPU: tokens int64 [B, S+1+D]; valid bool [B], False for rows that are padding (zeros).
 
-    numbers: each row's sample as the run counts them, the same in every layout; -1 for padding.
+    numbers: number of each row's sample in the run, the same in every layout; -1 for padding.
     """
 
     tokens: Tensor

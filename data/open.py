@@ -17,8 +17,8 @@ class Data:
     """Samples that a run trains and validates on.
 
     unigram_entropy: nats per token of the held-out text, the lowest loss of a model without context.
-    digest: name of the tokens and the split. By it ranks on several machines, and a run that resumes, check that they
-    read the same text.
+    digest: name of the tokens and the split. Ranks on several machines, and a run that resumes, compare the digests to
+    check that they read the same text.
     """
 
     train: PackedDataset

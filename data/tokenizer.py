@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 class ByteTokenizer:
     """Tokenizer with one token per byte: ids 0-255 are the bytes of UTF-8 text, 256 ends a document."""
 
-    # Part of the fingerprint of tokenised text: to change with every change of `encode`.
+    # Part of the fingerprint of tokenised text: change it with every change of `encode`.
     version = "bytes-1"
     vocab_size = 257
     end_of_document = 256

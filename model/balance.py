@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class BalanceWeights(NamedTuple):
-    """Factors of the losses, summed over sequences, with which the backward begins."""
+    """Factors with which the backward of the losses begins; the losses are sums over sequences."""
 
     expert: float = 0.0
     device: float = 0.0
@@ -36,13 +36,14 @@ def balance_losses(
 ) -> BalanceLosses:
     """Return the three losses of one layer.
 
-    With `f_i` E / (K S) times the tokens counted for expert i, and `P_i` the mean affinity to it: `f'` is the mean of f
-    over a group's experts, `P'` and `P''` the sum of P over them, `f''` D / (M S) times the tokens sent to the group.
+    `f_i` is E / (K S) times the tokens counted for expert i, `P_i` the mean affinity to expert i. For a group of
+    experts, `f'` is the mean of f over its experts, `P'` and `P''` are the sum of P over its experts, and `f''` is
+    D / (M S) times the tokens sent to the group.
 
     Args:
-        affinity: FP32 `[B, S, E]`, with sum 1 over the experts of each token. Only its gradients flow.
+        affinity: FP32 `[B, S, E]`, with sum 1 over the experts of each token. Gradients flow through it alone.
         counted: int64 `[B, S, K]`, the experts for which f counts a token.
-        sent: int64 `[B, S, K]`, the experts a token was sent to, before any was dropped.
+        sent: int64 `[B, S, K]`, the experts to which a token was sent, before any was dropped.
         valid: bool `[B]`, False for sequences that are padding.
         num_groups: D.
         most_groups: M, largest number of groups that a token can be sent to.

@@ -10,7 +10,7 @@ A mixture-of-experts block (`MoEBlock`) has six phases:
     finish      waits for the outputs; the next residual stream
 
 A dense block (`DenseBlock`) has the one phase `dense`. The backward runs the same phases in reverse: `finish` sends the
-gradients to the experts, `combine` waits for them, `experts` sends its gradients back, `dispatch` waits for those. The
+gradients to the experts, `combine` waits for them, `experts` sends its gradients back, `dispatch` waits for these. The
 pipeline's overlap engine advances the phases of two micro-batches in turn. B sequences, S tokens of a sequence,
 T = B S tokens, H hidden, K top-k.
 """
@@ -51,8 +51,8 @@ class DecoderBlock(nn.Module, ABC):
     """
 
     mlp: nn.Module
-    last_saving_phase: str | None = None
-    """First phase in which autograd saves nothing any more; None if all phases save."""
+    end_of_saving: str | None = None
+    """First of the last phases, in which autograd saves nothing; None if all phases save."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, recompute: RecomputePolicy, recipe: Recipe) -> None:
         super().__init__()
@@ -103,19 +103,19 @@ class DecoderBlock(nn.Module, ABC):
         """Run the phases, with the activations for the backward going to `saved`."""
 
     def _saved(self, x: Tensor, rotary: Tensor, valid: Tensor, dropping: Dropping | None) -> Saved:
-        """Choice of the activations of one forward that stay for its backward, by the recompute policy."""
+        """Object that, by the recompute policy, chooses the activations that one forward keeps for its backward."""
         if not self.training or not torch.is_grad_enabled():
             return Keep()
         if self.recompute == "v3":
             return Rebuild()
         if self.recompute == "full":
-            # Statistics leave with the first pass alone, so running the phases again cannot count a token twice.
+            # Only the first pass returns statistics, so running the phases again cannot count a token twice.
             kept = x.detach()
             return Replay(
                 lambda collect: self._phases(
                     kept.requires_grad_(), rotary, valid, collect, Uncut(), UNWEIGHTED, dropping
                 ),
-                self.last_saving_phase,
+                self.end_of_saving,
             )
         return Keep()
 
@@ -159,15 +159,15 @@ class Routed:
     residual: Tensor
     """`[B, S, H]`, the residual stream."""
     normed: Tensor
-    """`[B, S, H]`, its norm."""
+    """`[B, S, H]`, the normalised residual stream."""
     routing: Routing
     places: Tensor
     """`[T, K]` int64, places of the chosen experts on the ranks of the group."""
     route: Route
-    """Way of the tokens to these places; the exchange of its counts has begun."""
+    """Route of the tokens to these places; the exchange of its counts has begun."""
 
     def cut(self, tape: Uncut | Tape, balance: BalanceWeights) -> Routed:
-        """Return the results for the phases after attention; the balance losses end here."""
+        """Return the results for the phases after attention; the graph of the balance losses ends here."""
         routing = self.routing.cut(tape, balance)
         return Routed(tape.cut(self.residual), tape.cut(self.normed), routing, self.places, self.route)
 
@@ -176,7 +176,7 @@ class MoEBlock(DecoderBlock):
     """Block with DeepSeekMoE (V3 §2.1.2): six phases, three of which begin communication."""
 
     mlp: MixtureOfExperts
-    last_saving_phase = "combine"
+    end_of_saving = "combine"
 
     def __init__(
         self,
@@ -215,9 +215,9 @@ class MoEBlock(DecoderBlock):
         y = tape.cut(self.run_experts(dispatched, saved))
         yield tape.phase("combine")
         combining = self.combine(y, dispatched)
-        del y, dispatched  # the rows, which are many and which nothing but autograd needs any more
+        del y, dispatched  # many rows, which only autograd still needs
         combining.ticket = tape.cut(combining.ticket)
-        if isinstance(saved, Replay):  # while the gradients are sent to the experts
+        if isinstance(saved, Replay):  # runs while the gradients are sent to the experts
             tape.before_backward(saved.again)
         yield tape.phase("finish")
         return self.finish(routed, combining.wait(), shared), routed.routing
@@ -252,6 +252,6 @@ class MoEBlock(DecoderBlock):
         return self.mlp.dispatcher.begin_combine(y, dispatched)
 
     def finish(self, routed: Routed, sums: Tensor, shared: Tensor | None) -> Tensor:
-        """Return the next residual stream: plus the sums `[T, H]` of the routed outputs, plus the shared ones."""
+        """Return the next residual stream: the last one, the routed experts' sums `[T, H]` and the shared output."""
         sums = sums.view_as(routed.residual)
         return routed.residual + (sums if shared is None else sums + shared)

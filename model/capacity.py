@@ -1,9 +1,9 @@
-"""Token dropping: a group of experts computes no more than its budget of a sequence (V2 §2.2.4).
+"""Token dropping: of each sequence a group of experts computes no more than its budget (V2 §2.2.4).
 
 V2 gives each device the average computational budget (capacity factor 1.0) and drops the tokens of lowest affinity on
 each device. The paper does not say over which tokens the average is taken. Here it is taken over each sequence
-separately, and a device is one of the model's groups of experts, whichever ranks hold them. So the dropped tokens
-depend neither on the layout nor on the micro-batch. B sequences, S tokens of a sequence, K top-k, D groups.
+separately, and a device is one of the model's groups of experts, whichever ranks hold them. The dropped tokens
+therefore depend neither on the layout nor on the micro-batch. B sequences, S tokens of a sequence, K top-k, D groups.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Dropping:
     """`[B]` bool: sequences that lose no token. V2 exempts about 10 % of the training sequences."""
 
     def budget(self, pairs: int, num_groups: int) -> int:
-        """Number of (token, expert) pairs that each group computes, of a sequence's `pairs` = S K, rounded up."""
+        """Number, rounded up, of the `pairs` = S K (token, expert) pairs of a sequence that each group computes."""
         return math.ceil(Fraction(repr(self.capacity_factor)) * pairs / num_groups)
 
     def beyond(self, affinity: Tensor, groups: Tensor, num_groups: int) -> Tensor:
         """Pairs to drop: bool `[B, S K]`.
 
-        affinity `[B, S K]` of each pair's token to its expert, groups int64 `[B, S K]` of the experts. The pairs of
-        highest affinity stay; among equal ones the first.
+        affinity `[B, S K]`: of each pair's token to its expert. groups int64 `[B, S K]`: of each pair's expert. The
+        pairs of highest affinity stay; among equal pairs the first.
         """
         budget = self.budget(affinity.shape[1], num_groups)
         order = affinity.argsort(stable=True, dim=1, descending=True)

@@ -77,7 +77,7 @@ class ModelConfig(Section):
         return self
 
     def _unreachable(self) -> list[Clash]:
-        """Clash of a token that is sent to more experts than it may use, with what would work."""
+        """Clash of a top-k above the number of experts that a token may use, with values that would work."""
         top_k, experts, groups = self.num_experts_per_tok, self.n_routed_experts, self.n_group
         if self.topk_method == "greedy":
             message = f"{top_k} is above n_routed_experts {experts}"
@@ -95,7 +95,7 @@ class ModelConfig(Section):
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether routers are balanced by a bias on their scores, as only V3's method does."""
+        """Whether routers are balanced by a bias on their scores, which is V3's method alone."""
         return self.topk_method == "noaux_tc"
 
     @property

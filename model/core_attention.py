@@ -1,10 +1,11 @@
 """Causal attention, after the projections.
 
-On GPUs this is PyTorch's SDPA, unless the recipe's backend has something faster. On CPUs SDPA's kernel runs far below
-the speed of matrix multiplication (seen: 78 ms forward and backward where the blocks below take 22 ms, BF16, 32 heads
-of 512 x 96). The same blockwise algorithm is therefore written with batched GEMMs there: scores of one block of queries
-live at a time, and the backward computes them again from queries and keys. Nothing quadratic in the sequence length is
-saved. If BF16 products are widened, scores and probabilities are FP32 too, and only results are rounded.
+On GPUs PyTorch's SDPA runs, unless the recipe's backend has a faster kernel. On CPUs SDPA's kernel runs far below the
+speed of matrix multiplication (measured: 78 ms forward and backward where the blocks below take 22 ms, BF16, 32 heads
+of 512 x 96). The same blockwise algorithm is therefore written with batched GEMMs there. The scores of only one block
+of queries exist at a time, and the backward computes them again from queries and keys. Nothing quadratic in the
+sequence length is saved. If BF16 products are widened, scores and probabilities are FP32 too, and only results are
+rounded.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ BLOCK = 128  # queries per block: scores of 32 heads x 128 x 512 in BF16 are 4 M
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, products: Products | None = None) -> Tensor:
     """Softmax attention with a causal mask; the scale is already in the query.
 
-    query and key `[B, A, S, D]`, value `[B, A, S, V]`, result `[B, A, S, V]` (A heads). `products` None are those of
-    this machine.
+    query and key `[B, A, S, D]`, value `[B, A, S, V]`, result `[B, A, S, V]` (A heads). `products`: how BF16
+    products are computed; None is this machine's choice.
     """
     if query.device.type == "cpu":
         return _BlockwiseAttention.apply(query, key, value, (products or Products()).widens(query))
@@ -33,7 +34,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, products: Produc
 
 
 def _probabilities(query: Tensor, key: Tensor, start: int, stop: int, mask: Tensor) -> Tensor:
-    """Attention probabilities [G, stop-start, stop] of one block of queries over the keys up to its own."""
+    """Attention probabilities [G, stop-start, stop] of one block of queries over the keys up to the block's end."""
     scores = torch.bmm(query[:, start:stop], key[:, :stop].transpose(1, 2))
     scores[:, :, start:] += mask[: stop - start, : stop - start]
     return torch.softmax(scores, -1)
@@ -56,7 +57,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         q, k, v, grad = (_by_head(x, ctx.widen) for x in (query, key, value, grads[0]))
         grad_q = torch.empty_like(q)
-        # Several blocks of queries add to one key: summed in FP32, rounded once.
+        # Several blocks of queries add to the gradient of one key: the sums are FP32 and rounded once.
         grad_k = torch.zeros(k.shape, dtype=torch.float32)
         grad_v = torch.zeros(v.shape, dtype=torch.float32)
         for start, stop, mask in _blocks(q):

@@ -43,8 +43,8 @@ class AttentionCounts:
 class ParameterCounts:
     """Parameters of a model by part. "Each" parts are counted once, however many layers hold them.
 
-    Parameters are trained by gradients. The router's correction bias is moved by a rule of its own and is a buffer, as
-    in Hugging Face's model, so no total includes it: `router_bias` is its size (671B: 58 x 256 = 14,848, and
+    Parameters are trained by gradients. The router's correction bias is moved by a separate rule and is a buffer, as in
+    Hugging Face's model, so no total includes it: `router_bias` is its size (671B: 58 x 256 = 14,848, and
     671,026,404,352 parameters without it; 671.026B either way). Embedding and head are not tied.
     """
 
@@ -176,7 +176,7 @@ class PartRow(NamedTuple):
     each: int  # parameters of one such part
     copies: int  # number of them in the model
     total: int  # each x copies
-    active: int  # those that one token uses
+    active: int  # parameters that one token uses
 
 
 def parameter_table(model: ModelConfig) -> list[PartRow]:

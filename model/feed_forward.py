@@ -54,7 +54,7 @@ class RoutedExperts(nn.Module):
         codes: BlockQuantized | None = None,
         incoming: Incoming | None = None,
     ) -> Tensor:
-        """Run the experts; `offsets` are the ends of their rows, `counts` the numbers on the host; see `Dispatched`."""
+        """Run the experts; `offsets` are the ends of their rows, `counts` their numbers of rows on the host."""
         gate_up = self.gate_up(x, offsets, counts=counts, codes=codes)
         activated, kept = _swiglu(gate_up, weights, self.down.keep(gate_up), self.kernels, saved)
         return self.down(activated, offsets, kept, counts, incoming=None if incoming is None else incoming.take)
@@ -64,7 +64,7 @@ class MixtureOfExperts(nn.Module):
     """Parts of DeepSeekMoE (V3 §2.1.2); the block runs them in phases.
 
     `local_experts` are the global numbers of the experts that this rank holds, in the order of their weights. The
-    router chooses experts. The dispatcher takes places, into which `place` translates the experts.
+    router chooses experts. The dispatcher takes places; `place` translates experts into places.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class MixtureOfExperts(nn.Module):
         """Let place p of the layer hold expert `placement[p]`; this is rank `rank` of `num_ranks`. The caller moves the
         weights.
 
-        Tokens of an expert with replicas are sent to them in turn, by their number in the micro-batch.
+        Tokens of an expert with replicas are sent to the replicas in turn, by the token's number in the micro-batch.
         """
         experts = self.gate.config.n_routed_experts
         per_rank = len(placement) // num_ranks
@@ -118,7 +118,7 @@ class MixtureOfExperts(nn.Module):
 def _swiglu(
     gate_up: Tensor, weights: Tensor | None, kept: Kept | None, kernels: Kernels, saved: Saved
 ) -> tuple[Tensor, Kept | None]:
-    """SwiGLU's output, and its stand-in for the backward where its input is `kept`; see `SwiGLUFunction`."""
+    """SwiGLU's output, and if its input is `kept`, the output's substitute for the backward; see `SwiGLUFunction`."""
     if kept is not None:
         hidden: Tensor = SwiGLUFunction.apply(gate_up, weights, kernels, kept)
         more = () if weights is None else (weights.detach(),)

@@ -60,7 +60,7 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> t
 
 def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Multiply neighbouring pairs of x `[..., R]`, read as complex numbers, by `rotary` complex64 `[..., R/2]`."""
-    # A copy even of FP32: a slice of odd width cannot be viewed as complex numbers.
+    # FP32 is copied too: a slice of odd width cannot be viewed as complex numbers.
     pairs = torch.view_as_complex(x.to(torch.float32, copy=True).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
 
@@ -106,7 +106,7 @@ def _by_rows(
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernels of a model, on operands with one row per token; `make(compile=True)` fuses each by torch.compile."""
+    """Kernels of a model, on operands with one row per token; `make(compile=True)` fuses each with torch.compile."""
 
     rms_norm: Callable[..., Tensor]
     rms_norm_backward: Callable[..., tuple[Tensor, Tensor]]
@@ -184,7 +184,7 @@ class AssembleFunction(torch.autograd.Function):
     In: query `[B, S, A, N+R]`, keys and values `[B, S, A, N+V]`, the one rotary key `[B, S, R]` that all heads share,
     rotary `[S, R/2]` complex. Out, heads before positions (in memory only on CPUs, see `_by_head`): query
     `[B, A, S, N+R]` times `scale`, key `[B, A, S, N+R]`, value `[B, A, S, V]` (A heads, N plain width, R rotated width,
-    V value width). Saves no activation.
+    V value width). The Function saves no activation.
     """
 
     @staticmethod
@@ -231,7 +231,7 @@ class EmbeddingFunction(torch.autograd.Function):
     """Rows of `table` `[V, H]` by `tokens` `[B, S]`, with the gradients of a row summed in FP32 and rounded once.
 
     PyTorch's CPU kernel sums them in the table's format: a frequent token's BF16 sum stops growing at 256 times its
-    addends. Its CUDA kernel sums in FP32 already, and is used there.
+    addends. PyTorch's CUDA kernel sums in FP32 already, and is used on GPUs.
     """
 
     @staticmethod

@@ -28,7 +28,7 @@ BLOCK_BYTES = 4 * 2**20  # rows turned to FP32 at a time: they stay in the cache
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, products: Products | None = None) -> Tensor:
     """Return the sum over tokens of -log softmax(hidden W^T)[label], in nats, FP32 scalar.
 
-    hidden `[T, H]`, weight `[V, H]`, labels `[T]` int64, IGNORED for tokens without target. `products` says how BF16
+    hidden `[T, H]`, weight `[V, H]`, labels `[T]` int64, IGNORED for tokens without target. `products`: how BF16
     products are computed; None is this machine's choice.
     """
     return _HeadLoss.apply(hidden, weight, labels, torch.is_grad_enabled(), (products or Products()).widens(hidden))
@@ -70,7 +70,7 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
-        # In FP32: a factor rounded to BF16 is off by up to 0.4 %, and so would be every gradient below the head.
+        # Multiplied in FP32: a BF16 factor is off by up to 0.4 %, and so would be every gradient below the head.
         return (
             None if grad_hidden is None else (grad_hidden.float() * grads[0]).to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight.float() * grads[0]).to(ctx.weight_dtype),

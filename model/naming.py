@@ -27,7 +27,7 @@ def local_parameters(model: Transformer) -> list[LocalParameter]:
 
 
 def router_biases(model: Transformer) -> dict[str, Tensor]:
-    """Selection biases of the routers by global name; every rank holds all of a layer."""
+    """Selection biases of the routers by global name; every rank with a layer holds the whole bias of that layer."""
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".gate.bias")}
 
 

@@ -1,12 +1,13 @@
 """Activation recompute: of single tensors, as V3 saves memory (V3 §3.2.3), or of whole blocks.
 
 V3 keeps the inputs of RMSNorm, of the MLA up-projections and of SwiGLU, and computes their outputs again in the
-backward. Module-level checkpointing would run the neighbouring GEMMs again, too. Here a module registers a tensor
+backward. Module-level checkpointing would also run the neighbouring GEMMs again. Here a module registers a tensor
 together with a recipe that rebuilds it. When autograd saves the tensor, or a view of it, for the backward, the tensor
 is dropped and the recipe kept instead (`Rebuild`).
 
-`Replay` drops every tensor that autograd saves in a block and runs the block's phases again. It equals torch's
-non-reentrant checkpoint, except that it is a generator: an engine that overlaps two micro-batches can place the phases.
+`Replay` drops every tensor that autograd saves in a block and runs the block's phases again. It does what torch's
+non-reentrant checkpoint does, but its second run is a generator: an engine that overlaps two micro-batches can place
+the phases.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Rebuild:
     def _pack(self, tensor: Tensor) -> Any:
         found = self._recipes.get(memory_of(tensor))
         if found is None:
-            # Detached: a node that saved its own output would hold itself, and live on if its backward never runs.
+            # Detached: a node that saved its own output would hold itself, and never be freed without a backward.
             return tensor.detach()
         _, recipe, index = found
         recipe.users += 1
@@ -91,7 +92,7 @@ class Rebuild:
 
 
 class _Recipe:
-    """Recipe whose results all users of the dropped tensors share; freed after the last use."""
+    """Recipe for dropped tensors. All users of the tensors share its results, which are freed after the last use."""
 
     def __init__(self, make: Callable[[], tuple[Tensor, ...]]) -> None:
         self.make = make
@@ -112,11 +113,11 @@ class _Recipe:
 
 
 class Replay:
-    """Policy that drops every tensor that autograd saves, and gets them again by a second run of the phases.
+    """Policy that drops all tensors that autograd saves, and makes them again in a second run of the phases.
 
     One object serves the forward of one block. `phases(saved)` must run its phases with the activations going to
-    `saved`, save the same tensors in the same order each time, and save none after the phase `last` has begun (None:
-    all phases may save).
+    `saved`, save the same tensors in the same order each time, and save none from the phase `last` on (None: all phases
+    may save).
     """
 
     def __init__(self, phases: Callable[[_Collect], Iterator[str]], last: str | None) -> None:
@@ -138,7 +139,7 @@ class Replay:
         """Do nothing: no tensor is held."""
 
     def again(self) -> Iterator[str]:
-        """Run the phases up to `last` again, each named before it runs, and hold their saved tensors, in grad mode."""
+        """Run the phases before `last` again in grad mode, each named before it runs, and hold their saved tensors."""
         collect = _Collect()
         for name in self._phases(collect):
             if name == self._last:
@@ -152,7 +153,7 @@ class Replay:
         return self._dropped - 1
 
     def _unpack(self, index: int) -> Tensor:
-        if index not in self._values:  # plain autograd, or a graph that is walked a second time
+        if index not in self._values:  # plain autograd, or a second backward through the graph
             with torch.enable_grad():
                 for _ in self.again():
                     pass

@@ -11,7 +11,7 @@ from .config import ModelConfig, RopeScaling
 
 
 def rotary_factors(config: ModelConfig, length: int, device: torch.device | str = "cpu") -> Tensor:
-    """Factors of each position's pairs, `cos + i sin` of their angles: complex64 `[length, R/2]`.
+    """Factors on each position's pairs, `cos + i sin` of their angles: complex64 `[length, R/2]`.
 
     DeepSeek stores the members of a pair next to each other, so a pair in memory is a complex number.
     """

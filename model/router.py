@@ -2,7 +2,7 @@
 
 `model.topk_method` and `model.scoring_func` name them as Hugging Face does:
 
-    noaux_tc               V3 §2.1.2, eq. 12-20: top-k of biased scores in the best groups, by the sum of their two best
+    noaux_tc               V3 §2.1.2, eq. 12-20: top-k of biased scores in the best groups, by their two best experts
     group_limited_greedy   V2 §2.2.2: top-k of the scores in the best groups, by their best expert
     greedy                 top-k of the scores
 
@@ -46,7 +46,7 @@ class Routing:
     """FP32 scalar, the balance loss over tokens sent to groups, likewise; 0 with one group."""
 
     def cut(self, tape: Uncut | Tape, weights: BalanceWeights) -> Routing:
-        """Routing for the phases after the router; the losses end here, and start a backward with `weights`."""
+        """Routing for the phases after the router. The graph of the losses ends here; `weights` start its backward."""
         balance, device, communication = tape.seed(self.balance, weights.expert), self.device, self.communication
         if weights.device:
             device = tape.seed(device, weights.device)
@@ -67,8 +67,8 @@ class Router(nn.Module):
     """Router that scores experts for each token and selects K of them, in FP32 whatever the recipe (V3 §3.3.1)."""
 
     bias: Tensor | None
-    """`[E]` FP32, None if `topk_method` has none. Affects selection only; moved by `update_bias` after each step, never
-    by gradients."""
+    """`[E]` FP32, None if `topk_method` has none. The bias affects selection only, and is moved by `update_bias` after
+    each step, never by gradients."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Router(nn.Module):
         zeros = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.has_router_bias else None
         self.register_buffer("bias", zeros)
         self.selection: Selection | None = None
-        """Replacement for the router's own `select`, where the experts of the tokens are given from outside."""
+        """Replacement for the router's own `select`, set if the experts of the tokens come from outside."""
 
     def forward(self, x: Tensor, valid: Tensor, dropping: Dropping | None = None) -> Routing:
         """Route x `[B, S, H]`, valid `[B]` bool: sequences that are padding are routed but not counted.
@@ -91,7 +91,7 @@ class Router(nn.Module):
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.config.routed_scaling_factor
-        # No bincount and no indexing by `valid`: both wait for a GPU to learn the size of their result.
+        # No bincount and no indexing by `valid`: both make the host wait for the size of a GPU's result.
         counted = valid[:, None, None].expand(*x.shape[:2], expert_ids.shape[-1]).reshape(-1).long()
         counts = counted.new_zeros(self.config.n_routed_experts).scatter_add_(0, expert_ids.flatten(), counted)
         losses, dropped = self._balance(scores, expert_ids, valid), counts.new_zeros(())
@@ -111,7 +111,7 @@ class Router(nn.Module):
         return scores if self.bias is None else scores + self.bias
 
     def worth(self, grouped: Tensor) -> Tensor:
-        """Scores of groups `[…, D]`, by which they are selected, from their experts' biased scores `[…, D, E / D]`."""
+        """Scores `[…, D]` by which groups are selected, from their experts' biased scores `[…, D, E / D]`."""
         if self.config.topk_method == "noaux_tc":  # the K / M = 2 best
             return grouped.topk(min(2, grouped.shape[-1]), -1, sorted=False).values.sum(-1)
         return grouped.amax(-1)

@@ -46,9 +46,9 @@ class Output:
     counts: Tensor
     """`[L, E]` int64: valid tokens that chose each expert, by MoE layer (MTP modules last)."""
     dropped: Tensor
-    """`[L]` int64: (token, expert) pairs among these that were dropped."""
+    """`[L]` int64: (token, expert) pairs of these tokens that were dropped."""
     first_moe: int = 0
-    """Index of the first of these layers among all MoE layers of the model."""
+    """Index of this part's first MoE layer among all MoE layers of the model."""
 
 
 class MTPModule(nn.Module):
@@ -88,7 +88,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Factors of the sums of a micro-batch's losses, with which the backward begins."""
+    """Factors with which the backward of a micro-batch's losses begins; the losses are sums."""
 
     token: float = 1.0
     mtp: float = 1.0
@@ -108,7 +108,7 @@ class MicroBatch:
     tokens: Tensor
     """`[B, S+1+D]` int64: position i predicts token i+1, MTP depth k token i+1+k."""
     valid: Tensor
-    """`[B]` bool, False for sequences that are padding and count for nothing."""
+    """`[B]` bool, False for sequences that are padding and are not counted."""
     weights: LossWeights = LossWeights()
     mtp: bool = True
     """Whether the MTP modules run; False is for evaluation."""
@@ -156,7 +156,7 @@ class Transformer(nn.Module):
             MTPModule(config, block(config.num_hidden_layers + depth), kernels, recipe) for depth in range(depths)
         )
         self.before_use: Callable[..., None] = _nothing_to_wait_for
-        """Hook, called with modules and parameters before the forward reads them: they may still be on their way."""
+        """Hook, called with modules and parameters before the forward reads them: new weights may still arrive."""
         self.weight_queue = WeightQueue()
         for module in self.modules():
             if isinstance(module, Linear | GroupedLinear):
@@ -253,7 +253,7 @@ class Transformer(nn.Module):
 
     @property
     def first_moe(self) -> int:
-        """Index of its first MoE layer among all MoE layers of the model."""
+        """Index of this part's first MoE layer among all MoE layers of the model."""
         return max(0, self.part.layers.start - self.config.first_k_dense_replace)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -266,17 +266,17 @@ class Transformer(nn.Module):
         return self.recipe.products.multiply(self.norm(x, Keep()), self.head.mT)
 
     def routers(self) -> list[Router]:
-        """Routers of its MoE layers in order, MTP modules last: the rows of `Output.counts`."""
+        """Routers of this part's MoE layers in order, MTP modules last: the rows of `Output.counts`."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def mixtures(self) -> list[MixtureOfExperts]:
-        """Mixtures of its MoE layers, in the order of `routers`."""
+        """Mixtures of this part's MoE layers, in the order of `routers`."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
 
     def _rotary(self, length: int, device: torch.device) -> Tensor:
         """Rotary factors of the first `length` positions, computed at the first use and kept."""
         if self._table is None or self._table.shape[0] < length or self._table.device != device:
-            with torch.inference_mode(False):  # a table made while sampling must serve training later
+            with torch.inference_mode(False):  # a table made while sampling is used in training later
                 self._table = rotary_factors(self.config, length, device)
         return self._table[:length]
 
@@ -285,4 +285,4 @@ class Transformer(nn.Module):
 
 
 def _nothing_to_wait_for(*users: nn.Module | nn.Parameter) -> None:
-    """Do nothing: the weights are there."""
+    """Do nothing: the weights have arrived."""

@@ -112,7 +112,7 @@ class ParallelConfig(Section):
 
 
 def yaml_text(value: Any) -> str:
-    """`value` as YAML spells it, for messages about keys."""
+    """YAML text of `value`, for messages about keys."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(yaml_text, value))}]"
     if isinstance(value, dict):
@@ -155,8 +155,8 @@ class OptimConfig(Section):
     )
     reduce: Literal["fp32", "bf16"] = key(
         "fp32",
-        "format in which gradients travel between replicas: bf16 halves the bytes, and rounds each rank's sum over its "
-        "micro-batches. The ranks' sums are added up in FP32 either way",
+        "format in which gradients are sent between replicas: bf16 halves the bytes, and rounds each rank's sum over "
+        "its micro-batches. The ranks' sums are added up in FP32 either way",
     )
     overlap_gather: bool = key(
         True,

@@ -1,7 +1,7 @@
 """Execution of a pipeline rank's part of any schedule.
 
-Before each action the executor posts the sends and receives that `plan_transfers`
-derived, waits for the action's inputs, and runs the chunk's phases. Ranks negotiate nothing, since shapes are known.
+Before each action the executor posts the sends and receives that `plan_transfers` derived, waits for the action's
+inputs, and runs the chunk's phases. Ranks negotiate nothing, since shapes are known.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Watch(Protocol):
     """Observer of a step."""
 
     def begin(self, action: Action | Overlap) -> None:
-        """Called with each action before it runs."""
+        """Note an action that is about to run."""
 
     def backward(self, running: bool) -> None:
-        """Called when a phase of a backward begins, and when it ends: forwards in between are recomputation."""
+        """Note that a phase of a backward begins (`running`) or ends: forwards in between are recomputation."""
 
 
 class Executed(NamedTuple):
@@ -87,10 +87,10 @@ class Executor:
 
     Args:
         chunks: by stage.
-        channels: to the other pipeline ranks.
-        order: of the phases of an overlapped pair, see `overlap.py`.
+        channels: channels to the other pipeline ranks.
+        order: order of the phases of an overlapped pair, see `overlap.py`.
         shape: `[B, S, H]` of tensors between stages.
-        after_phase: called after each phase; dispatchers of several hops launch the next one there.
+        after_phase: called after each phase; dispatchers of several hops launch the next hop there.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Executor:
     ) -> Executed:
         """Run forward and backward of all micro-batches.
 
-        `timed` waits for a GPU around every action, so that the spans are its times and not the host's.
+        `timed` waits for a GPU around every action, so that the spans are the GPU's times, not the host's.
         """
         run = _Run(self, program, micro_batches, timed, watch)
         results = run.run()
@@ -171,7 +171,7 @@ class _Run:
 
     def _post(self, boundary: Boundary) -> None:
         channels = self.executor.channels
-        for transfer in boundary.sends:  # before the receives, because another rank waits for them
+        for transfer in boundary.sends:  # sends come first, because another rank waits for them
             tensor = self._made.pop(transfer[:3])
             with self._error_context(_describe_send, transfer), comm_errors("beginning to send"):
                 self._sending.append((transfer, channels.send(tensor, transfer.target)))

@@ -1,6 +1,7 @@
 """Process groups and device meshes of a layout.
 
-Training never communicates on the default group: every collective gets one of these, so one world can hold two grids.
+Training never communicates on the default group: every collective gets one of these groups, so one world can hold two
+grids.
 Groups exist in every layout, also where they have a single member.
 """
 
@@ -33,9 +34,9 @@ class Groups:
     dp_mesh: DeviceMesh
     """The ranks of this stage in one dimension, `dp`: edp and ep together."""
     channels: Mapping[tuple[int, int], dist.ProcessGroup] = field(hash=False, compare=False)
-    """Groups of two pipeline ranks by source and target, one of them this rank's: for transfers that way."""
+    """Groups of two pipeline ranks, one of them this rank's, by source and target: for transfers in this direction."""
     shared: Mapping[tuple[str, tuple[int, ...]], DeviceMesh] = field(hash=False, compare=False)
-    """Ranks of several pipeline ranks that hold the same parameters, by kind and holders, with this rank."""
+    """Ranks that hold the same parameters on several pipeline ranks, this rank included; by kind and holders."""
     meter: Meter = field(hash=False, compare=False)
     """Counter of everything that this rank sends in any of the groups."""
 
@@ -53,7 +54,7 @@ class Groups:
 
         `ranks` are the global ranks of the grid, ascending, by default all of the world. `holders` are the sets of
         pipeline ranks that hold a parameter in common, `links` the pairs of pipeline ranks, lower first, that send to
-        each other; both are the same on every rank. Each rank makes its own groups alone, so the cost does not grow
+        each other; both are the same on every rank. Each rank makes only its own groups, so the cost does not grow
         with the number of groups.
         """
         make = _Maker(layout, device_type, ranks, timeout)
@@ -118,7 +119,7 @@ class Groups:
     def replicas(self, kind: str, holders: tuple[int, ...] | None = None) -> DeviceMesh:
         """Mesh in one dimension of the ranks that hold the same parameter: `dp`, or `edp` for experts.
 
-        `holders` are the pipeline ranks that hold it, by default this one alone; else a set given to `create`.
+        `holders` are the pipeline ranks that hold the parameter: this one by default, else a set given to `create`.
         """
         here = self.coordinates.pp
         if holders is None or holders == (here,):
@@ -129,12 +130,12 @@ class Groups:
 
 
 class _Maker:
-    """Maker of groups of a grid's ranks, of which every rank makes equally many.
+    """Maker of groups of a grid's ranks. Every rank makes equally many groups.
 
-    A group is made by its members alone. Torch names it after its members and the number of groups that the process
-    already has, so members with different numbers would wait for each other for ever. NCCL moreover splits the world's
-    communicator with all ranks taking part. So whenever some ranks make a group, each of the others makes one too, if
-    need be a placeholder of its own.
+    Only the members of a group make it. Torch names a group after its members and the number of groups that the process
+    already has, so members with different numbers would wait for each other for ever. NCCL also splits the world's
+    communicator with all ranks taking part. Whenever some ranks make a group, each of the others therefore makes one
+    too, if need be a placeholder of one rank.
     """
 
     def __init__(self, layout: Layout, device_type: str, ranks: Sequence[int] | None, timeout: float) -> None:

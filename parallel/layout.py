@@ -113,7 +113,7 @@ class Layout:
     def replica_ranks(self, rank: int, kind: str, holders: Iterable[int]) -> list[int]:
         """Ranks that hold the same values as `rank` of a parameter on the pipeline ranks `holders`, itself included.
 
-        `dp`: every rank of these pipeline ranks; `edp`, for experts: the ones with the same `ep` coordinate. Ascending,
+        `dp`: every rank of these pipeline ranks; `edp`, for experts: ranks with the same `ep` coordinate. Ascending,
         so `pp` runs slowest. `rank` must be on one of `holders`.
         """
         at, held_on = self.coordinates(rank), tuple(holders)

@@ -1,8 +1,8 @@
 """The overlap engine: the forward of one micro-batch and the backward of another, advanced in turn.
 
-Each is a generator of phases that launches its communication and waits only where it needs the result, so the other
-one's computation in between hides the transfer. Weight gradients wait in a queue and fill the remaining gaps. The order
-is data: another order is another tuple.
+Each side is a generator of phases. It launches its communication and waits only where the result is needed, so the
+other side's computation in between hides the transfer. Weight gradients wait in a queue and fill the remaining gaps.
+The order is data: another order is another tuple.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Backward = TypeVar("Backward")
 
 
 class Side:
-    """A generator of the pair, the phase that it has named but not run, and in the end its result."""
+    """One generator of the pair, the phase that it has named but not run, and at the end its result."""
 
     def __init__(self, phases: Generator[str, None, Any], after: Callable[[], None] | None) -> None:
         self._phases, self._after = phases, after
@@ -45,8 +45,9 @@ def run_pair(
 ) -> tuple[Forward, Backward]:
     """Run both to their ends in the given order, over and over; returns their results.
 
-    An entry runs its phase if that is the side's upcoming one, and is skipped otherwise. A phase that the order does
-    not name runs at the next entry of its side. `W` drains `weight_gradients`. `after` is called after each phase.
+    An entry runs its phase if the phase is its side's upcoming one; otherwise the entry is skipped. A phase that the
+    order does not name runs at the next entry of its side. `W` drains `weight_gradients`. `after` is called after each
+    phase.
     """
     sides = {"F": Side(forward, after), "B": Side(backward, after)}
     named = {name: {entry[2:] for entry in order if entry.startswith(f"{name}.")} for name in sides}

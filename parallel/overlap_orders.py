@@ -23,7 +23,7 @@ ENTRIES = (
 
 V3 = (
     # The order inside a layer pair of DeepSeek's published trace (V3 Figure 4), with every transfer launched as soon as
-    # its data is there. The comments list the transfers that run while the phase computes.
+    # its data is ready. The comments list the transfers that run while the phase computes.
     "B.finish",  # sends gradients to the experts: combine(B)
     "W",  # combine(F) of the layer before, combine(B)
     "F.finish",

@@ -1,7 +1,7 @@
 """The split of layers into pipeline stages: an explicit list, or the split whose costliest stage is cheapest.
 
-The embedding is on the first stage; the head and the MTP modules are on the last. They are no layers and are added to
-these. Pure arithmetic on costs, which are numbers in any one unit.
+The embedding is on the first stage; the head and the MTP modules are on the last. These parts are no layers and
+are added to their stages. Pure arithmetic on costs, which are numbers in any one unit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Split:
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int], num_layers: int, num_stages: int) -> Split:
-        """The split with `sizes[i]` layers on stage i. Raises UsageError where it does not fit layers and stages."""
+        """The split with `sizes[i]` layers on stage i. Raises UsageError if it does not fit layers and stages."""
         fault = sizes_fault(sizes, num_layers, num_stages)
         if fault:
             raise UsageError(fault)
@@ -46,7 +46,7 @@ class Split:
 
 
 def sizes_fault(sizes: Sequence[int], num_layers: int, num_stages: int) -> str | None:
-    """The faults of an explicit split, with the numbers and an even split that works; None where it fits."""
+    """The faults of an explicit split, with the numbers and an even split that works; None if it fits."""
     wrong = []
     if len(sizes) != num_stages:
         wrong.append(f"{_count(len(sizes), 'stage')}, but the schedule has {num_stages}")
@@ -72,15 +72,15 @@ def balance(
 
     Stage i costs the sum of `layer_costs` over its layers; the first costs `first_extra` (the embedding) and the last
     `last_extra` (head and MTP) more. Ties go to the smallest sum of squares, which is the most even split, then to
-    fewer layers on earlier stages, where most micro-batches are alive. Exact: costs are compared as fractions, not as
-    rounded sums.
+    fewer layers on earlier stages, where most micro-batches are alive. The result is exact: costs are compared as
+    fractions, not as rounded sums.
 
     `stages_of_rank` matters where a rank holds several stages: the step takes as long as the busiest rank, not the
-    costliest stage. From the split above layers then move, one at a time, off the busiest rank while that makes the
-    ranks more even. This is greedy, so another split may be more even still. A stage on several ranks serves an equal
-    share of micro-batches on each.
+    costliest stage. Starting from the split above, layers then move one at a time off the busiest rank, while this
+    makes the ranks more even. This is greedy, so another split may be more even still. A stage on several ranks serves
+    an equal share of micro-batches on each.
 
-    Raises UsageError where there are fewer layers than stages.
+    Raises UsageError if there are fewer layers than stages.
     """
     if not 1 <= num_stages <= len(layer_costs):
         raise UsageError(
@@ -144,7 +144,7 @@ def _smallest_maximum(sums: list[int], num_stages: int) -> int:
 
 
 def _stages_needed(sums: list[int], limit: int) -> int:
-    """The fewest stages that cost at most `limit` each. Cutting one gives more, so any larger number works too."""
+    """The fewest stages that cost at most `limit` each. Cutting one in two gives more, so any larger number works."""
     stages, start = 1, 0
     for before, after in itertools.pairwise(sums):
         if after - start > limit:

@@ -1,7 +1,7 @@
 """Token dispatch by DeepEP's kernels, a `RoutedDispatcher` like the others.
 
 One row per token arrives at a rank, whatever the number of the token's experts there, with the local numbers of these
-experts. The experts' rows are made of it and summed again here, as in the second hop of `comm/two_hop.py`.
+experts. The experts' rows are made from that row and summed again here, as in the second hop of `comm/two_hop.py`.
 
     dispatch            dispatch                                  new handle
     dispatch backward   combine of the rows' gradients and of the gate weights' gradients
@@ -138,7 +138,7 @@ class DeepEPRoute:
 
     def combine_backward(self, grad: Tensor) -> Hops[Decoded]:
         dtype, width = grad.dtype, grad.shape[1]
-        # In the forward's format: between nodes the handle's tables depend on the size of a row.
+        # The gradient is sent in the forward's format: between nodes the handle's tables depend on the size of a row.
         payload = self._payload(grad, "backward")
         del grad
         launched = self._dispatcher.buffer.dispatch_again(payload, self._handle)
@@ -151,7 +151,8 @@ class DeepEPRoute:
         wire = self._dispatcher.options.wire
         if not isinstance(wire, FP8Wire):
             return x.contiguous()
-        # Through a message: a fused kernel makes one without waiting for the device, and splitting it takes one copy.
+        # The codes pass through a message, because a fused kernel makes one without waiting for the device. Splitting
+        # the message takes one copy.
         codes = unpack_message(wire.encode(x, direction), x.shape[1])
         return codes.data.contiguous(), codes.scale.contiguous()
 

@@ -39,11 +39,11 @@ class Received(NamedTuple):
     weights: Tensor
     """FP32 [A, K], valid for this rank's experts only."""
     arrival: Tensor | None
-    """int64 [A], rows of the tokens in the order of (source rank, token); None if they are in it already."""
+    """int64 [A], rows of the tokens in the order of (source rank, token); None if they arrived in this order."""
 
 
 class Launched(Generic[Result]):
-    """Launched call; `wait` once for its result, which makes the current stream wait, not the host."""
+    """Launched call. `wait` returns its result, once, and makes the current stream wait, not the host."""
 
     def __init__(self, event: Any, finish: Callable[[], Result]) -> None:
         self._left: list[tuple[Any, Callable[[], Result]]] = [(event, finish)]
@@ -55,11 +55,11 @@ class Launched(Generic[Result]):
 
 
 class Dispatching(NamedTuple):
-    """Launched dispatch. Values on the host are there at once."""
+    """Launched dispatch. Values on the host are available at once."""
 
     launched: Launched[Received]
     handle: Any
-    """DeepEP's record of the way, for bringing the rows back and for sending other rows the same way."""
+    """DeepEP's record of the route, for bringing the rows back and for sending other rows along the same route."""
     tokens_per_expert: list[int]
     """Tokens of each expert of this rank."""
 
@@ -81,13 +81,13 @@ class Buffer(Protocol):
         """Send rows to the experts, with gate weights FP32 [T, K]; `layout` is from `begin`. Waits for the counts."""
 
     def dispatch_again(self, payload: Payload, handle: Any) -> Launched[Payload]:
-        """Send other rows the way of an earlier dispatch, to the same positions: [A, ...]."""
+        """Send other rows along the route of an earlier dispatch, to the same positions: [A, ...]."""
 
     def combine(self, rows: Tensor, handle: Any, weights: Tensor | None) -> Launched[tuple[Tensor, Tensor | None]]:
         """Return rows BF16 [A, H] and numbers FP32 [A, K] to the tokens, as unweighted sums [T, H] and [T, K]."""
 
     def close(self) -> None:
-        """Free the memory, on every rank of the group. A failing process must not: it would wait for the others."""
+        """Free the memory, on every rank of the group. A failing process must not call it, and so wait for others."""
 
 
 class LegacyBuffer:
@@ -152,10 +152,10 @@ class LegacyBuffer:
 
 
 class ElasticBuffer:
-    """`deep_ep.ElasticBuffer`: made for a number of tokens, and the handle keeps the experts.
+    """`deep_ep.ElasticBuffer`: made for a largest number of tokens; the handle keeps the experts.
 
-    Every call is given the number of SMs. The library's own estimate assumes that any ranks can be chosen, which is
-    wrong for node-limited routing, and a cached dispatch could not make one.
+    Every call gets the number of SMs. The library's own estimate assumes that a token may go to any ranks, which is
+    wrong for node-limited routing, and a cached dispatch could not make an estimate.
     """
 
     def __init__(self, library: Library, group: dist.ProcessGroup, job: Job) -> None:
@@ -188,7 +188,7 @@ class ElasticBuffer:
 
         def finish() -> Received:
             # Tokens arrive in a different order each time, which would change the sums of weight gradients. The first
-            # column of the handle's table numbers them by (source rank, token); sorting it moves no rows.
+            # column of the handle's table numbers them by (source rank, token); sorting this column moves no rows.
             arrival = handle.recv_src_metadata[:, 0].argsort()
             return Received(received, local_ids.long(), row_weights, arrival)
 
@@ -219,9 +219,10 @@ BUFFERS: dict[Generation, type[LegacyBuffer] | type[ElasticBuffer]] = {
 def open_buffer(
     library: Library, group: dist.ProcessGroup, job: Job, generation: Generation | None = None
 ) -> LegacyBuffer | ElasticBuffer:
-    """Open DeepEP's memory for a group, which all layers and chunks share; every rank of the group makes the same.
+    """Open DeepEP's memory for a group, which all layers and chunks share; every rank of the group makes the
+    same call.
 
-    Raises UsageError if DeepEP cannot: a GPU without NVLink or a network without RDMA is first noticed here.
+    Raises UsageError if DeepEP cannot open it: a GPU without NVLink or a network without RDMA is first noticed here.
     """
     chosen = library.choose(generation)
     try:

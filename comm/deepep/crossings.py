@@ -2,13 +2,14 @@
 
 A token crosses once to each node that it needs, to the GPU with the sender's local index, and inside the node once to
 each other rank with some of its experts; combine takes the same way back. `comm/two_hop.py` sends in the same way, and
-the counts are equal but for two differences:
+the counts are equal, with two differences:
 
 - A rank counts every transfer of its tokens, including the second hop inside other nodes; two-hop counts at the rank
   that sends. The sums over a group are equal.
-- With a token, DeepEP sends its experts and weights in 4 bytes each; two-hop in 2 and 4, filled up to 16.
+- With a token, DeepEP sends its experts and weights in 4 bytes each. Two-hop sends them in 2 and 4 bytes, and fills up
+  the message to a multiple of 16.
 
-Not counted are the counts of tokens and the numbers of their positions (some bytes per token). DeepEP sends in pieces
+The counts of tokens and the numbers of their positions (some bytes per token) are not counted. DeepEP sends in pieces
 of a few tokens, while a message here is all that goes to one rank. A node stands for a GPU's domain of fast links.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..meter import GroupMeter, LinkKind
 
 BYTES_PER_CHOICE = 4 + 4
-"""Bytes that are sent to the experts per choice of a token, besides the token: the expert's number and its weight."""
+"""Bytes sent to the experts per choice of a token, in addition to the token: the expert's number and its weight."""
 
 
 class Crossings:
@@ -43,13 +44,13 @@ class Crossings:
         self._on_host: dict[LinkKind, list[int]] = {}
 
     def count(self, meter: GroupMeter, purpose: str, unit: int) -> None:
-        """Count `unit` bytes per token. Waits for the device the first time, right after a dispatch that did so too."""
+        """Count `unit` bytes per token. The first call waits for the device, right after a dispatch that waited too."""
         for link, tokens in self._tokens().items():
             if tokens:
                 meter.meter.count(purpose, "all_to_all", link, sum(tokens) * unit, len(tokens))
 
     def _tokens(self) -> dict[LinkKind, list[int]]:
-        """Tokens for each rank that is sent some, by kind of link."""
+        """Numbers of tokens for each rank that receives any, by kind of link."""
         if self._on_device is not None:
             rows = self._on_device.tolist()
             self._on_device = None

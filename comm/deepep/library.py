@@ -1,7 +1,7 @@
 """DeepEP as found on this machine, or the reasons why it cannot send a run's tokens.
 
 Two generations of its interface are supported: `deep_ep.Buffer`, with which DeepSeek-V3's kernels were published
-(NVSHMEM), and `deep_ep.ElasticBuffer` of version 2 (NCCL), a release that has both.
+(NVSHMEM), and `deep_ep.ElasticBuffer` of version 2 (NCCL). Version 2 has both.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CHECKED = ("1.2.1", "2.1.0")
 """Releases against whose signatures every call was checked (tests/comm/deepep_signatures.json)."""
 
 SMS = 20
-"""Default number of streaming multiprocessors for its kernels: V3 gave them 20 of an H800's 132 (V3 §3.2.2)."""
+"""Default number of streaming multiprocessors for DeepEP's kernels: V3 gave them 20 of an H800's 132 (V3 §3.2.2)."""
 
 LEGACY_NODE = 8
-"""GPUs per node of a legacy group on several nodes; a constant in its kernels."""
+"""GPUs per node of a legacy group on several nodes; a constant in that generation's kernels."""
 MOST_TOP_K = 32
 """Largest top-k: in both generations' kernels each lane of a warp holds one of a token's choices."""
 LARGEST_GROUP = 1024
@@ -46,7 +46,7 @@ class Library:
     module: ModuleType
     version: str
     generations: tuple[Generation, ...]
-    """Generations that it has, the preferred one first."""
+    """Generations that the module has, the preferred one first."""
 
     def choose(self, wanted: Generation | None = None) -> Generation:
         """Return the generation to use; raises UsageError if the library lacks the wanted one."""
@@ -63,7 +63,7 @@ class Job:
     nodes: the node of each rank of the expert parallel group, ascending.
     hidden: H. top_k: K. tokens: largest number of tokens of a rank in one dispatch.
     dtype: type of activations. fp8: whether tokens are sent to the experts in FP8.
-    sms: streaming multiprocessors for its kernels.
+    sms: streaming multiprocessors for DeepEP's kernels.
     """
 
     nodes: Sequence[int]
@@ -113,8 +113,8 @@ def deepep_faults(
 
     Args:
         device_type: type of the rank's device.
-        generation: the requested one; None for the preferred one.
-        library: DeepEP if imported already; otherwise it is imported here.
+        generation: the requested generation; None for the preferred one.
+        library: DeepEP if already imported; None imports it.
     """
     faults = _faults_of_job(job)
     if device_type != "cuda":
@@ -129,7 +129,7 @@ def deepep_faults(
 
 
 def _faults_of_job(job: Job) -> list[str]:
-    """Faults that both generations have with a job."""
+    """Faults of a job with either generation."""
     faults = []
     if job.dtype != torch.bfloat16:
         faults.append(

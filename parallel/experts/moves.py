@@ -1,8 +1,8 @@
 """Moves of experts between ranks: of their master weights, moments and averages.
 
-Every rank holds a shard of each of its experts, cut in the same way on all ranks. So a shard moves to the rank with the
-same `pp` and `edp` coordinates, within its expert parallel group. Pipeline ranks that hold a stage in common each do
-the same in their groups. E experts of a layer, E_local of them on a rank.
+Every rank holds a shard of each of its experts, cut in the same way on all ranks. A shard therefore moves to the rank
+with the same `pp` and `edp` coordinates, within its expert parallel group. Pipeline ranks that hold a stage in common
+each do the same in their groups. E experts of a layer, E_local of them on a rank.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Moves:
     leaving: tuple[int, ...]
     """Places whose experts leave, ordered by their new place."""
     send_splits: list[int]
-    """Number that moves to each rank, this one included: an expert may change its place on a rank."""
+    """Number of experts that move to each rank, this one included: an expert may change its place on a rank."""
     arriving: tuple[int, ...]
     """Places that get another expert, in the order of arrival."""
     receive_splits: list[int]
@@ -73,7 +73,7 @@ def move_experts(
     sent = 0
     for parameter in parameters:
         states = [shard.view(parameter.shape[0], -1) for shard in optimizer.shards(parameter)]
-        # Bytes, so that one message carries several formats.
+        # Sent as bytes, so that one message carries several formats.
         leaving = [state[list(moves.leaving)].view(torch.uint8).to(parameter.device) for state in states]
         rows = torch.cat(leaving, dim=1)
         received = _exchange(rows, moves, group, meter)

@@ -52,7 +52,7 @@ def places_of(placement: Sequence[int]) -> tuple[int, ...]:
 
 
 def nodes_of_a_group(layout: Layout) -> int:
-    """Nodes that each expert parallel group lies on, with equally many ranks on each; 1 where they are uneven."""
+    """Number of nodes of each expert parallel group, with equally many ranks on each; 1 if they are uneven."""
     return layout.ep // layout.gpus_per_node if layout.ep % layout.gpus_per_node == 0 else 1
 
 
@@ -67,7 +67,7 @@ def loads_of_ranks(loads: Sequence[float], placement: Sequence[int], num_ranks: 
 
 
 def imbalance(loads: Sequence[float]) -> float:
-    """The largest load over the mean, 1.0 where all are equal or there is none."""
+    """Ratio of the largest load to the mean, 1.0 if all loads are equal or zero."""
     total = sum(loads)
     return max(loads) * len(loads) / total if total else 1.0
 
@@ -83,10 +83,10 @@ def place_experts(
     the two numbers have no common divisor.
 
     Args:
-        loads: `[E]`, tokens that each expert was sent.
+        loads: `[E]`, tokens sent to each expert.
         present: the current placement. It stays unless the largest load of a rank falls by more than the share `gain`;
-            with gain 0 the result is also never worse than the contiguous placement. Nodes, ranks and places exchange
-            names so that as many experts as a greedy match finds keep their places.
+            with gain 0 the result is also never worse than the contiguous placement. Nodes, ranks and places are
+            renumbered so that as many experts as a greedy match finds keep their places.
         num_groups: the router's groups, which divide the experts.
         num_nodes: nodes that the ranks of one expert parallel group lie on, equally many on each.
         num_ranks: ranks of that group; they divide the experts.
@@ -156,7 +156,7 @@ def _pack_groups(loads: Sequence[float], num_groups: int, num_sets: int) -> list
 
 
 def _replicate(loads: Sequence[float], num_replicas: int) -> tuple[list[int], list[int]]:
-    """The item of each replica and its number among the item's replicas: each once, then the most loaded again."""
+    """Item of each replica, and its number among the item's replicas: each item once, then the most loaded again."""
     items, numbers = list(range(len(loads))), [0] * len(loads)
     counts = [1] * len(loads)
     fullest = [(-load, item) for item, load in enumerate(loads)]
@@ -181,7 +181,7 @@ def _pack_hierarchically(
 
 
 def _settle(packed: list[list[list[int]]], present: Placement, num_sets: int, num_ranks: int) -> Placement:
-    """The same sets of nodes, ranks and places under names that keep much of the present placement."""
+    """Placement of the same packs, renumbered so that many experts keep their places."""
     per_rank, per_set = len(present) // num_ranks, len(present) // num_sets
     present_sets = [list(present[first : first + per_set]) for first in range(0, len(present), per_set)]
     packed_sets = [[expert for rank in ranks for expert in rank] for ranks in packed]
@@ -196,7 +196,7 @@ def _settle(packed: list[list[list[int]]], present: Placement, num_sets: int, nu
 
 
 def _match(blocks: list[list[int]], present: list[list[int]]) -> list[int]:
-    """Match to each present block one of `blocks`, which takes its name; pairs that share most come first."""
+    """Choose for each present block one of `blocks` to take its number; pairs that share most come first."""
     block_of = {expert: number for number, block in enumerate(present) for expert in block}
     shared = Counter((block, block_of[e]) for block, experts in enumerate(blocks) for e in experts if e in block_of)
     taken: dict[int, int] = {}

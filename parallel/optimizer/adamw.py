@@ -40,7 +40,7 @@ def adamw(
     for start in range(0, master.numel(), CHUNK):
         piece = slice(start, start + CHUNK)
         grad = gradient[piece] * now.gradient_scale
-        # Copies also of FP32 moments, because the next lines change them in place.
+        # FP32 moments are copied too, because the next lines change the copies in place.
         first = exp_avg[piece].to(torch.float32, copy=True)
         second = exp_avg_sq[piece].to(torch.float32, copy=True)
         first.lerp_(grad, 1.0 - config.beta1)

@@ -1,4 +1,4 @@
-"""Gradients of parameters that travel in one collective, and this rank's shard of their weights and moments."""
+"""Gradients of parameters that share one collective, and this rank's shard of their weights and moments."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Bucket:
 
     def begin(self, expected: Mapping[nn.Parameter, int]) -> None:
         """Clear the gradients; see `ShardedOptimizer.begin_step`."""
-        self.finish_reduce()  # of a step that an error ended
+        self.finish_reduce()  # of a step that ended in an error
         self.gradient.zero_()
         self._left = [expected.get(slot.local.parameter) for slot in self.plan.slots]
         self._reduced = False
@@ -95,7 +95,7 @@ class Bucket:
     def start_gather(self, weights: Tensor | None = None) -> bool:
         """Start to send every replica the master weights, or `weights` for this rank's rows, in the parameters' format.
 
-        Returns whether `finish_gather` has yet to write them; until then this rank's rows may not change.
+        Returns whether `finish_gather` has yet to write the parameters; until then this rank's rows may not change.
         """
         assert self._gathering is None, "the last weights have not arrived yet"
         shard = (self.master if weights is None else weights).to(self.master.device, self.dtype)
@@ -136,7 +136,7 @@ class Bucket:
 
 
 def check_agreement(plans: Sequence[Plan], groups: Groups) -> None:
-    """Assert that replicas plan the same buckets in the same order: different ones would be summed without an error.
+    """Assert that replicas plan the same buckets in the same order: others would be summed without an error.
 
     Every rank compares its plan in each of its groups, also where it has no parameter, in an order that all share.
     """

@@ -1,7 +1,7 @@
 """Collectives of the sharded optimizer on gradients and weights, launched and counted.
 
-Of R ranks with shards of S elements, each sends (R - 1) S elements in a reduction, in the format in which gradients
-travel, and equally many in an all-gather, in the format of the weights.
+Each of R ranks with shards of S elements sends (R - 1) S elements in a reduction, in the format of `optim.reduce`, and
+equally many in an all-gather, in the format of the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...comm.errors import comm_errors
 from ...comm.exchange import begin_all_to_all
 from ...comm.meter import GroupMeter
 
-# As of torch 2.13 these have new names, and the old ones warn.
+# As of torch 2.13 these functions have new names, and the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -43,8 +43,8 @@ class Collective:
 def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: dist.ProcessGroup, meter: GroupMeter) -> Collective:
     """Sum the ranks' pieces for this one: row r of `pieces` `[R, S]` goes to rank r; `into` `[S]`, FP32, gets the sum.
 
-    FP32 pieces go by reduce-scatter. Other formats are exchanged and added up here, in FP32 and in the order of the
-    ranks: a reduce-scatter in BF16 would round every partial sum on its way, and with many ranks lose small
+    FP32 pieces are summed by reduce-scatter. Other formats are exchanged and added up here, in FP32 and in the order of
+    the ranks: a reduce-scatter in BF16 would round every partial sum on its way, and with many ranks lose small
     contributions altogether. Either way a rank sends R - 1 of its R pieces.
 
     On CPUs FP32 pieces are exchanged too: gloo's reduce-scatter is an all-reduce inside and sends twice the bytes.

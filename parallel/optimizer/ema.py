@@ -1,8 +1,8 @@
 """The moving average of the weights: in CPU memory, updated while the next step computes.
 
 DeepSeek-V3 keeps an exponential moving average of its parameters, to estimate early how the model will perform once the
-learning rate has decayed, "in CPU memory" and "updated asynchronously after each training step" (V3 §3.2.3). It costs a
-GPU neither memory nor time. V3 does not publish the decay.
+learning rate has decayed, "in CPU memory" and "updated asynchronously after each training step" (V3 §3.2.3). The
+average costs a GPU neither memory nor time. V3 does not publish the decay.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 class Ema:
     """The average over steps of flat FP32 tensors, the `weights`, that are rewritten once a step.
 
-    After n updates with values w_1 … w_n it is sum(decay^(n-i) w_i) / sum(decay^(n-i)): a mean of the values after a
-    step. The initial weights do not count, so the first update makes the average equal to the weights. In the long run
-    the average spans 1 / (1 - decay) steps.
+    After n updates with values w_1 … w_n the average is sum(decay^(n-i) w_i) / sum(decay^(n-i)), a mean of the values
+    after each step. The initial weights do not count, so the first update makes the average equal to the weights. In
+    the long run the average spans 1 / (1 - decay) steps.
 
-    The caller that rewrites the weights calls `release` before and `update` after it. After `update` they are read: on
-    a GPU by a copy on a separate stream, while a thread does the arithmetic. Neither waits for the other unless an
-    update takes longer than a step. Weights in CPU memory are averaged at once: that takes 0.3 % of a step of the smoke
-    run, and a thread, which competes for the same cores, gains nothing measurable.
+    The caller calls `release` before it rewrites the weights and `update` afterwards. After `update` the weights are
+    read: on a GPU by a copy on a separate stream, while a thread does the arithmetic. Step and thread do not wait for
+    each other unless an update takes longer than a step. Weights in CPU memory are averaged at once: that takes 0.3 %
+    of a step of the smoke run, and a thread, which competes for the same cores, gains nothing measurable.
     """
 
     def __init__(self, weights: Sequence[Tensor], decay: float, background: bool | None = None) -> None:
@@ -90,7 +90,7 @@ def share_of_newest(decay: float, updates: int) -> float:
 
 
 class DeviceCopy:
-    """Copies of GPU tensors in pinned memory, made on a separate stream. Only `wait` blocks its (other) thread."""
+    """Copies of GPU tensors in pinned memory, made on a separate stream. Only `wait` blocks the calling thread."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
@@ -100,7 +100,7 @@ class DeviceCopy:
         self._done = torch.cuda.Event(blocking=True)  # blocking: a waiting thread sleeps and frees its core
 
     def start(self) -> None:
-        """Copy the tensors as the current stream leaves them. The copies before must no longer be in use."""
+        """Copy the tensors as the current stream leaves them. The previous copies must no longer be in use."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for tensor, copy in zip(self._tensors, self._copies, strict=True):

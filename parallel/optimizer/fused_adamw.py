@@ -1,6 +1,6 @@
 """The AdamW update in one kernel: Transformer Engine's FusedAdam on the optimizer's own tensors.
 
-It replaces `adamw` on GPUs. Masters and moments stay where they are, so checkpoints do not depend on it.
+FusedAdam replaces `adamw` on GPUs. Masters and moments stay where they are, so checkpoints do not depend on the kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .adamw import Update
 
 
 class FusedAdamW:
-    """An update with the arguments of `adamw`, on GPU tensors. Every master weight gets a FusedAdam of its own."""
+    """An update with the arguments of `adamw`, on GPU tensors. Every master weight gets a separate FusedAdam."""
 
     def __init__(self, library: Library) -> None:
         self.library = library
@@ -31,7 +31,7 @@ class FusedAdamW:
         decay: float,
         now: Update,
     ) -> None:
-        """Update in place as `adamw`, but for rounding. A clipped gradient is scaled in place too."""
+        """Update in place as `adamw`, except for rounding. A clipped gradient is scaled in place too."""
         if not master.numel():
             return
         key = master.data_ptr()
@@ -63,7 +63,7 @@ class FusedAdamW:
             exp_avg_dtype=exp_avg.dtype,
             exp_avg_sq_dtype=exp_avg_sq.dtype,
         )
-        # It records a scale for every state that is not FP32, also for BF16 where none is applied.
+        # FusedAdam records a scale for every state that is not FP32, also for BF16, to which it applies none.
         adam.initialize_state(parameter, False)
         adam.state[parameter] |= {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return parameter, adam

@@ -1,12 +1,13 @@
 """The sharded optimizer (ZeRO-1): each rank keeps master weights and moments of its rows only.
 
-Gradients of all micro-batches are added up in FP32. A step sums them over the replicas by reduce-scatter, so a rank
-receives the rows it owns; updates these; and gathers the new weights of the others. Both run bucket by bucket: the
-reductions begin during the last backward, and the weights may still arrive during the next forward.
+Gradients of all micro-batches are added up in FP32. A step sums them over the replicas by reduce-scatter, which gives
+each rank the rows that it owns. The rank updates these rows and gathers the new weights of the others. Both collectives
+run bucket by bucket: the reductions begin during the last backward, and the weights may still arrive during the next
+forward.
 
-The ranks of a bucket follow from its parameters' `replicas` and `holders` alone, also where several pipeline ranks hold
-them. Every row of every parameter has exactly one owner in the grid. So the global gradient norm is a plain sum over
-all ranks, and a second copy of a stage costs no second optimizer state.
+The ranks of a bucket follow from its parameters' `replicas` and `holders` alone, also if several pipeline ranks hold
+the parameters. Every row of every parameter has exactly one owner in the grid. The global gradient norm is therefore a
+plain sum over all ranks, and a second copy of a stage costs no second optimizer state.
 """
 
 from __future__ import annotations
@@ -86,17 +87,17 @@ class ShardedOptimizer:
         self.publish()
 
     def begin_step(self, expected: Mapping[nn.Parameter, int] | None = None) -> None:
-        """Clear the gradients of the step before, and let this step's reductions overlap its backward.
+        """Clear the gradients of the last step, and let this step's reductions overlap its backward.
 
-        `expected` is the number of gradients that each parameter will get in this step: one for each backward pass
-        that reaches it, however often the graph uses it. The reduction of a bucket starts during backward, once all its
-        parameters have theirs. Without a count a parameter is final at `reduce_gradients`. Counts may differ between
-        replicas. More gradients than announced are a bug, fewer are not: experts may get no tokens.
+        `expected` is the number of gradients that each parameter will get in this step: one for each backward pass that
+        reaches the parameter, however often the graph uses it. The reduction of a bucket starts during backward, once
+        all its parameters have all their gradients. Without a count a parameter is final at `reduce_gradients`. Counts
+        may differ between replicas. More gradients than announced are a bug, fewer are not: experts may get no tokens.
 
-        Replicas reach their last backwards in different orders (mirrored DualPipe ranks in opposite ones), yet must
-        call their collectives in the same. So buckets start in one fixed order, and each waits for the earlier ones:
-        from the model's end to its beginning, as backward runs, by each bucket's first parameter. All groups share this
-        order, because NCCL needs one for the collectives of overlapping groups.
+        Replicas reach their last backwards in different orders (mirrored DualPipe ranks in opposite ones), but must
+        call their collectives in the same order. Buckets therefore start in one fixed order, and each waits for the
+        earlier ones: from the model's end to its beginning, as backward runs, by each bucket's first parameter. All
+        groups share this order, because NCCL needs one order for the collectives of overlapping groups.
         """
         expected = expected or {}
         assert not self._averaged, "training would continue from the average"
@@ -109,7 +110,7 @@ class ShardedOptimizer:
     def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
         """Buffer of this rank's summed gradients of `parameter`, FP32, in its shape.
 
-        A layer may add to it between `begin_step` and `reduce_gradients`, and then calls `arrived`.
+        A layer may add to the buffer between `begin_step` and `reduce_gradients`, and then calls `arrived`.
         """
         index, slot = self._slots[parameter]
         bucket = self._buckets[index]
@@ -151,10 +152,10 @@ class ShardedOptimizer:
     def step(self, lr: float, gradient_norm: float, blocking: bool = True) -> None:
         """Clip by the global norm, update the owned rows and publish the new weights.
 
-        With `blocking` False it returns while they are in flight. The caller then calls `wait_for` before a forward
-        uses a parameter; until then the parameter is NaN and refuses a gradient. All all-gathers are launched here, in
-        the order in which a forward needs the buckets, which all ranks share. So collectives of the next step follow
-        them on every rank, and waits launch nothing.
+        With `blocking` False the call returns while the weights are in flight. The caller then calls `wait_for` before
+        a forward uses a parameter; until then the parameter is NaN and refuses a gradient. All all-gathers are launched
+        here, in the order in which a forward needs the buckets, which all ranks share. Collectives of the next step
+        therefore follow the all-gathers on every rank, and waits launch nothing.
         """
         self.finish_gathers()
         if self.ema is not None:
@@ -185,7 +186,7 @@ class ShardedOptimizer:
                 self._arrive(self._slots[parameter][0])
 
     def finish_gathers(self) -> None:
-        """Wait until all parameters have the weights of the last step: before any use of them but in a forward."""
+        """Wait until all parameters have the weights of the last step; for any use of them outside a forward."""
         for index in sorted(self._arriving):
             self._arrive(index)
 
@@ -205,7 +206,7 @@ class ShardedOptimizer:
     def state(self) -> dict[str, DTensor]:
         """Views of master weights and moments, as `weights.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`.
 
-        They may be written to until the next step; `publish` then makes the parameters match.
+        The views may be written to until the next step; `publish` then makes the parameters match.
         """
         self.finish_gathers()  # FP32 weights are sent from the masters' own memory
         if self.ema is not None:
@@ -216,8 +217,8 @@ class ShardedOptimizer:
     def averages(self) -> dict[str, DTensor]:
         """Views of the moving average as `ema.NAME`, FP32 in CPU memory; empty without one.
 
-        They are valid until the next step. On GPUs only a checkpoint can assemble them: their mesh has no collectives
-        on CPU memory.
+        The views are valid until the next step. On GPUs only a checkpoint can assemble them: their mesh has no
+        collectives on CPU memory.
         """
         if self.ema is None:
             return {}
@@ -227,7 +228,7 @@ class ShardedOptimizer:
     def shards(self, parameter: nn.Parameter) -> list[Tensor]:
         """Views `[G, rows, C]` of this rank's master weights, moments and average, if there is one, of `parameter`.
 
-        They may be written to between steps; `publish` then makes the parameters match.
+        The views may be written to between steps; `publish` then makes the parameters match.
         """
         assert not self._averaged, "the parameters are the average"
         self.finish_gathers()
@@ -239,7 +240,7 @@ class ShardedOptimizer:
         return [bucket.plan.slots[slot].in_shard(flat) for flat in flats]
 
     def rename(self, parameter: nn.Parameter, names: tuple[str, ...]) -> None:
-        """Declare that `parameter` now holds the global tensors `names`; gradients of the step before become void."""
+        """Declare that `parameter` now holds the global tensors `names`; gradients of the last step become void."""
         index, slot = self._slots[parameter]
         plan = self._buckets[index].plan
         slots = list(plan.slots)
@@ -250,8 +251,8 @@ class ShardedOptimizer:
     def averaged(self) -> Iterator[None]:
         """Context in which the parameters are the moving average; afterwards they are the master weights, bit for bit.
 
-        All ranks enter and leave it together. An error inside leaves the average in place: the run is about to end, and
-        a collective here would wait for ranks that never come.
+        All ranks enter and leave the context together. An error inside leaves the average in place: the run is about to
+        end, and a collective here would wait for ranks that never come.
         """
         assert self.ema is not None, "there is no average: optim.ema_decay is null"
         self.publish(self.ema.shards())
@@ -262,7 +263,7 @@ class ShardedOptimizer:
 
     def _follow_gradients(self) -> None:
         """Hook each parameter, to take over every gradient that autograd gives it."""
-        reference = weakref.ref(self)  # a parameter keeps its hook, which must not keep the optimizer in turn
+        reference = weakref.ref(self)  # a parameter keeps its hook, and the hook must not keep the optimizer
 
         def hook(bucket: int, slot: int, parameter: Tensor) -> None:
             if (optimizer := reference()) is not None:

@@ -75,7 +75,7 @@ class Plan:
     decayed: bool
     ranks: int
     position: int
-    """Index of its first parameter among all: backward reaches it last, and then the bucket is complete."""
+    """Index of the bucket's first parameter among all. Backward reaches it last and then the bucket is complete."""
 
     @property
     def numel(self) -> int:
@@ -98,7 +98,7 @@ class Plan:
     def from_shards(self, shards: Tensor) -> None:
         """Copy `[R, shard]` into the parameters themselves."""
         for slot in self.slots:
-            # Not `.data`: holders of a quantised copy compare the parameter's version.
+            # Not `.data`, which keeps the parameter's version: holders of a quantised copy compare versions.
             target = slot.local.parameter.detach().view(len(slot.local.names), slot.rows, slot.columns)
             for rank in range(self.ranks):
                 rows = slot.owned(rank)
@@ -110,9 +110,9 @@ def plan_buckets(
 ) -> list[Plan]:
     """Group parameters into buckets of about `bucket_numel` elements, in the order of their first parameters.
 
-    A bucket has one set of replicas, which are `ranks(parameter)` ranks, and one decay. It takes its parameters in the
-    given order, the model's: neighbours get their last gradients at about the same time. Replicas with the same
-    parameters in the same order plan the same buckets.
+    The parameters of a bucket have one set of replicas, of `ranks(parameter)` ranks, and are all decayed or all not.
+    They come in the given order, the model's: neighbours get their last gradients at about the same time. Replicas with
+    the same parameters in the same order plan the same buckets.
     """
     open_slots: dict[_Key, list[Slot]] = {}
     starts: dict[_Key, int] = {}

@@ -1,7 +1,7 @@
 """Pipeline schedules: for each rank the order of its forwards and backwards, and nothing else.
 
 Words: a stage is one of `num_stages` consecutive slices of the model; a chunk is a stage as held by one rank. F is a
-forward, B a whole backward, I the backward for the input alone, W the backward for the weights that I left over.
+forward, B a whole backward, I the backward for the input alone, W the backward for the weights that an I leaves over.
 Sends and receives are not listed: they follow from the actions (`transfers.py`).
 """
 
@@ -26,9 +26,9 @@ class Action(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """A forward and a backward of different micro-batches, run as one pair that hides each other's all-to-all.
+    """A forward and a backward of different micro-batches, run as a pair in which each hides the other's all-to-all.
 
-    The backward is a B, whose weight gradients end inside the pair, or an I, whose W is an action of its own.
+    The backward is a B, whose weight gradients end inside the pair, or an I, whose W is a separate action.
     """
 
     forward: Action
@@ -61,7 +61,7 @@ class Schedule:
         return tuple(rank for rank, stages in enumerate(self.stages_of_rank) if stage in stages)
 
     def work(self) -> Iterator[tuple[int, int, Action]]:
-        """Yield every action, of pairs both, with its rank and its position in the rank's order."""
+        """Yield every action, both of a pair, with its rank and its position in the rank's order."""
         for rank, actions in enumerate(self.actions):
             for position, action in enumerate(actions):
                 for part in parts(action):
@@ -80,8 +80,9 @@ def one_stage_per_rank(
 def forward_only(schedule: Schedule) -> Schedule:
     """The forwards of `schedule` alone, for an evaluation: each on the same rank.
 
-    They run in waves: a micro-batch moves on by one stage per wave, and the next one follows a stage behind. The order
-    of training would not do. It leaves room for backwards, and without them ranks may wait for each other.
+    The forwards run in waves: a micro-batch moves on by one stage per wave, and the next one follows a stage behind.
+    The order of training would not do: it leaves room for backwards, and without backwards ranks may wait for each
+    other.
     """
     entered: dict[int, int] = {}
     forwards: list[list[Action]] = [[] for _ in schedule.actions]

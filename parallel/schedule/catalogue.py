@@ -1,7 +1,7 @@
 """The schedules by name: those that come with Counterflow, and any function in a user's own file.
 
 A schedule is a function `(num_ranks, num_microbatches, *, options...) -> Schedule`; its keyword-only parameters are its
-options. Every such function is checked, simulated, executed and drawn alike: no code depends on a schedule's name.
+options. Every such schedule is checked, simulated, executed and drawn alike: no code depends on a schedule's name.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def find_schedule(name: str) -> Callable[..., Schedule]:
     """The function that makes the schedule `name`: one of `schedule_names()` or `path/to/file.py:function`.
 
     The function returned refuses counts below 1, and a schedule whose parts do not fit each other (`check_form`).
-    It passes options on unchecked; `choose.generate` checks them first. A fault of a user's function becomes a
+    Options are passed on unchecked; `choose.generate` checks them first. A fault of a user's function becomes a
     UsageError that names the fault and the line.
 
-    Raises UsageError where there is no such schedule.
+    Raises UsageError if there is no such schedule.
     """
     if name in SHIPPED:
         return _guarded(name, SHIPPED[name])
@@ -71,7 +71,7 @@ def options_of(schedule: Callable[..., Schedule]) -> dict[str, Any]:
 
 
 def _guarded(name: str, function: Callable[..., Schedule], file: Path | None = None) -> Callable[..., Schedule]:
-    """`function` with its faults as UsageErrors; `file` is the user's file that it is from, if any."""
+    """`function` with its faults as UsageErrors; `file` is the user's file with the function, if any."""
 
     @functools.wraps(function)
     def build(num_ranks: int, num_microbatches: int, **options: Any) -> Schedule:
@@ -126,7 +126,7 @@ def _execute(path: Path) -> ModuleType:
 
 
 def _where(fault: Exception, file: Path | None) -> str:
-    """Innermost line of `file` in the traceback as ` (my.py, line 41)`, else empty. A SyntaxError has its own."""
+    """Innermost line of `file` in the traceback as ` (my.py, line 41)`, else empty. A SyntaxError names its line."""
     frames = traceback.extract_tb(fault.__traceback__)
     lines = [frame.lineno for frame in frames if file is not None and Path(frame.filename).resolve() == file.resolve()]
     return f" ({file.name}, line {lines[-1]})" if file is not None and lines else ""

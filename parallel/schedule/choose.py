@@ -1,4 +1,4 @@
-"""The schedule of a run: the one that it names, with its options, or the one that suits its number of ranks."""
+"""The schedule of a run: the configured one with its options, or the default for its number of ranks."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def generate(name: str, num_ranks: int, num_microbatches: int, options: Mapping[
 
 
 def example(name: str, num_ranks: int, options: Mapping[str, Any]) -> Schedule:
-    """Return the schedule with some number of micro-batches, for its stages and their ranks, which do not depend on it.
+    """Return the schedule for some number of micro-batches; its stages and their ranks do not depend on this number.
 
-    A schedule may require a multiple, so several numbers are tried. If it refuses all, the first error is raised.
+    A schedule may require a multiple, so several numbers are tried. If all are refused, the first error is raised.
     """
     refusals = []
     for count in (2 * num_ranks, 6 * num_ranks, 60 * num_ranks):

@@ -9,7 +9,7 @@ from .actions import Action, Overlap
 
 @dataclass(frozen=True)
 class Costs:
-    """Durations for every stage; transfers between ranks overlap with work and only delay what needs them."""
+    """Durations for every stage; transfers between ranks overlap with work and only delay actions that need them."""
 
     forward: tuple[float, ...]
     backward_input: tuple[float, ...]
@@ -17,7 +17,7 @@ class Costs:
     hidden: tuple[float, ...]
     """Time that a pair of an F and a B of this stage saves, compared with one after the other: F + I + W - pair.
 
-    A pair of an F and an I is taken to save as much. This is optimistic: without its W it has less to hide behind.
+    A pair of an F and an I is taken to save as much. This is optimistic: without its W it can hide less.
     """
     p2p_latency: float = 0.0
     p2p_bytes: float = 0.0

@@ -13,14 +13,14 @@ def dualpipe(num_ranks: int, num_microbatches: int, *, defer_weights: bool = Fal
     """Stage s on the ranks s and P-1-s. Bubble (P/2-1)(FB+B-3W), at most P+1 live micro-batches.
 
     The first half of the micro-batches, rounded up, enters at rank 0, the others at rank P-1. With an even number of
-    at least 2P the order is the one of DeepSeek's public code, W split off in the same places. With fewer, or an odd
-    number, the missing micro-batches are left out, and backwards outside pairs are split so that their W fill the gaps.
-    At the costs of V3's table the bubble then stays the same down to P + 1 micro-batches, except for up to a pair more
-    where their number is odd. With fewer than P + 1 the way through the pipeline is most of the step.
+    at least 2P micro-batches the order is the one of DeepSeek's public code, with W split off in the same places. With
+    fewer, or an odd number, the missing micro-batches are left out, and backwards outside pairs are split so that their
+    W fill the gaps. At the costs of V3's table the bubble then stays the same down to P + 1 micro-batches, except for
+    up to one pair more if their number is odd. With fewer than P + 1 the way through the pipeline is most of the step.
 
-    `defer_weights` takes the W out of the pairs too: an F beside an I, and the W where a rank would wait. It holds no
-    more micro-batches. Whether it is faster depends on how much a pair without its W still hides; the simulation
-    assumes as much as with it, which is optimistic.
+    `defer_weights` takes the W out of the pairs too: a pair is then an F and an I, and the W runs where a rank would
+    wait. No more micro-batches are live. Whether the step is faster depends on how much a pair without its W still
+    hides; the simulation assumes as much as with the W, which is optimistic.
 
     Raises UsageError for an odd number of ranks.
     """

@@ -1,8 +1,8 @@
 """The eight phases that a rank of DualPipe and of DualPipeV goes through (github.com/deepseek-ai/DualPipe).
 
-A rank serves two streams of micro-batches, each at a stage of its own: the near one (0) reaches it on its way to the
-turn, the far one (1) comes back from there. The turn is the middle of the pipeline in DualPipe, where the streams of
-both ends meet, and the last rank in DualPipeV.
+A rank serves two streams of micro-batches, each at a separate stage: the near stream (0) reaches the rank on its way to
+the turn, the far stream (1) comes back from there. The turn is the middle of the pipeline in DualPipe, where the
+streams of both ends meet, and the last rank in DualPipeV.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MISSING = -1
 
 
 class Streams:
-    """The next actions of a rank in each of its two streams: the verbs of the figure."""
+    """Next actions of a rank in each of its two streams, with one method for each kind of step."""
 
     def __init__(self, stages: tuple[int, int], microbatches: tuple[Sequence[int], Sequence[int]]) -> None:
         self.stages, self.microbatches = stages, microbatches
@@ -35,7 +35,7 @@ class Streams:
         return self._next("B", stream, self.next_backward)
 
     def backward_input(self, stream: Stream) -> Action:
-        """The gradient that the rank before waits for, alone."""
+        """The backward for the input alone, for which the previous rank waits."""
         action = self._next("I", stream, self.next_backward)
         self.weight_gradients_left.append(action._replace(kind="W"))
         return action
@@ -73,7 +73,7 @@ def eight_phases(way: int, depth: int, do: Streams) -> Iterator[Action | Overlap
     # The forwards of stream 0 that the phases 1 and 2 left: length - 2 * to_turn - (depth + 1).
     for i in range(length - 2 * way + depth + 1):  # 4: nF0B1F1B0, the main phase
         if i == 0 and to_turn == 0:
-            # At the turn both halves would wait for each other's sender: one after the other they are sooner done.
+            # At the turn both halves would wait for each other's sender: run one after the other they end sooner.
             yield do.forward(0)
             yield do.backward(1)
         else:
@@ -108,27 +108,27 @@ def padded(microbatches: range, length: int) -> Sequence[int]:
 def adapt(schedule: Schedule, way: int, defer_weights: bool) -> Schedule:
     """The schedule of all eight phases without its missing micro-batches, or with the W outside the pairs.
 
-    An order that can run still can without some micro-batches, but has gaps where the full one has work. So every
-    backward outside a pair becomes an I, and its W goes where a rank waits, as simulated. A full schedule without
-    `defer_weights` is returned unchanged.
+    An order that can run can also run without some micro-batches, but has gaps where the full order has work. Every
+    backward outside a pair therefore becomes an I, and its W goes where a rank waits in a simulation. A full schedule
+    without `defer_weights` is returned unchanged.
     """
     missing = any(part.microbatch == MISSING for _, _, part in schedule.work())
     if not missing and not defer_weights:
         return schedule
     order = tuple(tuple(_without_w(actions, defer_weights)) for actions in schedule.actions)
-    # Where a pair keeps its W, few are left, and one begun late throws the ranks out of step: in a gap below half a W,
-    # 0.5 at the nominal costs, it would delay its rank by more than it fills. Otherwise a W is always left to do, and
-    # no rank needs to wait.
+    # If pairs keep their W, few W are left, and a W that begins late throws the ranks out of step: in a gap below half
+    # a W, 0.5 at the nominal costs, it would delay its rank by more than it fills. With `defer_weights` a W is always
+    # left to do, and no rank needs to wait.
     max_wait = 0.0 if defer_weights else 0.5
     return place_weight_gradients(replace(schedule, actions=order), live_limit=2 * way + 1, max_wait=max_wait)
 
 
 def _without_w(actions: Sequence[Action | Overlap], defer_weights: bool) -> Iterator[Action | Overlap]:
     for action in actions:
-        there = [part for part in parts(action) if part.microbatch != MISSING and part.kind != "W"]
-        if len(there) == 2:
-            forward, backward = there
+        present = [part for part in parts(action) if part.microbatch != MISSING and part.kind != "W"]
+        if len(present) == 2:
+            forward, backward = present
             yield Overlap(forward, backward._replace(kind="I") if defer_weights else backward)
-        elif there:
-            (alone,) = there
+        elif present:
+            (alone,) = present
             yield alone._replace(kind="I") if alone.kind == "B" else alone

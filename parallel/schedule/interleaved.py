@@ -11,11 +11,11 @@ from .actions import Action, Schedule
 def interleaved(num_ranks: int, num_microbatches: int, *, stages_per_rank: int = 2) -> Schedule:
     """Rank r holds stages r, r + P, r + 2P, ... One stage per rank gives 1F1B.
 
-    Micro-batches pass a rank's stages in groups of P. Where P divides their number the bubble is (P-1)(F+B) with F and
-    B those of one stage: 1/v of 1F1B's for v stages per rank. Otherwise the first group is smaller, and the order is
-    the one of full groups without the missing micro-batches. It ends sooner than with the gap in the last group, and
-    sooner than 1F1B. (Groups of more than P, as other implementations form then, deadlock where a send blocks until it
-    is received.)
+    Micro-batches pass a rank's stages in groups of P. If P divides their number, the bubble is (P-1)(F+B) with the F
+    and B of one stage: 1/v of 1F1B's bubble for v stages per rank. Otherwise the first group is smaller, and the order
+    is the one of full groups without the missing micro-batches. This order ends sooner than with the gap in the last
+    group, and sooner than 1F1B. (Groups of more than P, as other implementations form then, deadlock if a send blocks
+    until it is received.)
 
     Raises UsageError for fewer than one stage per rank.
     """

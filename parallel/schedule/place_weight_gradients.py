@@ -11,15 +11,15 @@ from .actions import Action, Overlap, Schedule, parts
 from .costs import Costs
 from .transfers import Transfer, plan_transfers
 
-# F, I and W alike and a pair that hides a sixth, as in the figures. The order must suit other costs too, so it does not
-# depend on the user's: a rank's order stays the same when costs are measured again.
+# Equal F, I and W and a pair that hides a sixth, as in the figures. The order must suit other costs too, so it does not
+# depend on the user's costs: a rank's order stays the same when costs are measured again.
 NOMINAL = {"forward": 1.0, "backward_input": 1.0, "backward_weight": 1.0, "overlapped": 2.5}
 
 
 def place_weight_gradients(schedule: Schedule, live_limit: int, max_wait: float) -> Schedule:
     """Insert a W for every I into `schedule`, which has none; the order of all other actions stays.
 
-    The schedule is played through at nominal costs. A rank whose next action still lacks an input runs its oldest W,
+    The schedule is simulated at nominal costs. A rank whose next action still lacks an input runs its oldest W,
     unless the input is on its way and arrives within `max_wait` (in units of one F). At most `live_limit` (stage,
     micro-batch) are live on a rank wherever an earlier W can achieve it. O(n log P) for n actions on P ranks.
     """

@@ -18,7 +18,7 @@ class Wait(NamedTuple):
     action: Action | Overlap | None
     transfer: Transfer
     other: int
-    """The rank that must send it or receive it first."""
+    """The rank that must send or receive the transfer first."""
 
     def __str__(self) -> str:
         blocked = "leaving" if self.action is None else f"{self.action} at position {self.position}"
@@ -30,13 +30,13 @@ def find_deadlock(schedule: Schedule) -> list[Wait]:
     """A circle of ranks in which each waits for the next and the last for the first; empty where there is none.
 
     A rank reaches a boundary and posts its receives and sends there. It passes once the inputs of the coming action
-    have been sent, and the target of every send has reached the boundary that receives it. Linear in the actions.
+    have been sent, and the target of every send has reached the boundary where it is received. Linear in the actions.
     """
     dataflow = Dataflow(schedule)
     posted_at = post_receives(schedule, dataflow)
     reached = [0] * schedule.num_ranks
     stuck: list[int | None] = [None] * schedule.num_ranks  # the output that the rank waits to receive or to send
-    sleepers: dict[tuple[int, int], list[int]] = {}  # by rank and boundary: the ranks that wait for it to get there
+    sleepers: dict[tuple[int, int], list[int]] = {}  # by (rank, boundary): the ranks that wait for its arrival there
     ready = list(range(schedule.num_ranks))
     while ready:
         rank = ready.pop()
@@ -73,7 +73,7 @@ def _conditions(
 
 
 def _circle(schedule: Schedule, dataflow: Dataflow, reached: list[int], stuck: list[int | None]) -> list[Wait]:
-    """The circle that is reached from the first stuck rank by following whom each rank waits for."""
+    """The circle that is reached from the first stuck rank by going on to the rank that each one waits for."""
     rank = next((rank for rank, output in enumerate(stuck) if output is not None), None)
     waits: list[Wait] = []
     while rank is not None and rank not in [wait.rank for wait in waits]:

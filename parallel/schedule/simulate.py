@@ -11,12 +11,12 @@ from .transfers import Dataflow
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
-    """Start every action as soon as its rank is free and its inputs are there; linear in the number of actions.
+    """Start every action as soon as its rank is free and its inputs have arrived; linear in the number of actions.
 
     A transfer leaves when the action that produced it ends. It occupies its directed channel for
     p2p_bytes / p2p_bandwidth, in turn, arrives p2p_latency later, and occupies no rank.
 
-    Raises UsageError where costs and schedule differ in their number of stages, ScheduleError where it cannot run.
+    Raises UsageError if costs and schedule differ in their number of stages, ScheduleError if it cannot run.
     """
     for name in ("forward", "backward_input", "backward_weight", "hidden"):
         count = len(getattr(costs, name))
@@ -29,7 +29,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
 
 
 class _Simulation:
-    """A worklist of ranks: each runs until the arrival of an input is unknown, and its producer wakes it."""
+    """A worklist of ranks: each runs until the arrival of an input is unknown; the input's producer wakes it."""
 
     def __init__(self, schedule: Schedule, costs: Costs) -> None:
         self.schedule, self.costs = schedule, costs
@@ -72,7 +72,7 @@ class _Simulation:
                 self._deliver(rank, part, now, awake)
 
     def _duration(self, action: Action | Overlap) -> float:
-        """Duration of `action`. Costs depend on kind and stage alone, so few of them are worked out."""
+        """Duration of `action`. Costs depend on kind and stage alone, so few are computed."""
         if isinstance(action, Overlap):
             key: tuple[object, ...] = (action.forward.stage, action.backward.kind, action.backward.stage)
         else:

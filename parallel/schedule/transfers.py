@@ -1,4 +1,4 @@
-"""Transfers between the ranks of a schedule, derived from its actions: no generator lists them by hand.
+"""Transfers between the ranks of a schedule, derived from its actions: no schedule lists them by hand.
 
 A rank with n actions has n + 1 boundaries; boundary i lies before action i, the last one after all of them. At a
 boundary a rank posts its receives and its sends together, and then waits for the inputs of the coming action. The
@@ -16,13 +16,13 @@ from .actions import Action, Overlap, Schedule, parts
 class Transfer(NamedTuple):
     """A tensor on its way between two pipeline ranks, which always differ.
 
-    An activation is the output of a forward and goes to the next stage; a gradient is the one of a backward's input
-    and goes to the stage before.
+    An activation is the output of a forward and goes to the next stage; a gradient is the output of a
+    backward and goes to the stage before.
     """
 
     kind: Literal["activation", "gradient"]
     stage: int
-    """The stage that produced it."""
+    """The stage that produced the tensor."""
     microbatch: int
     source: int
     target: int
@@ -42,12 +42,13 @@ class Boundary(NamedTuple):
     sends: tuple[Transfer, ...]
     """Outputs of the action before for other ranks; a pair's forward comes first."""
     receives: tuple[Transfer, ...]
-    """Transfers to begin to receive here: one action ahead of their need, so that they run beside an action.
+    """Transfers that the rank begins to receive here, one action before their use, so that they run during it.
 
     A W does not count as that action. No rank waits for a W, and the senders would wait until it ends.
 
-    Messages of one (source, target) channel are matched by their order alone, as in NCCL. So they are received in the
-    order in which the source sends them, and one that is needed late is posted early where a later one needs it.
+    Messages of one (source, target) channel are matched by their order alone, as in NCCL. Messages are therefore
+    received in the order in which the source sends them, and a message that is needed late is posted early if one
+    behind it is needed early.
     """
     needs: tuple[Transfer, ...]
     """Transfers that must have arrived before the coming action runs."""
@@ -85,9 +86,9 @@ def plan_transfers(schedule: Schedule) -> tuple[tuple[Boundary, ...], ...]:
 
 
 class Dataflow:
-    """Producers and consumers in a schedule: where each forward and backward runs, and who needs its output.
+    """Producers and consumers in a schedule: where each forward and backward runs, and which action needs its output.
 
-    They are numbered: the forwards by stage and micro-batch, then likewise the backwards, a B or the I of a split one.
+    Actions are numbered: the forwards by stage and micro-batch, then likewise the backwards (B or I).
     `ranks` and `positions` hold by number where each runs, -1 for a missing one.
     """
 
@@ -120,7 +121,7 @@ class Dataflow:
         return self.number(part) + (self.num_microbatches if kind == "F" else -self.num_microbatches)
 
     def target_of(self, part: Action) -> int | None:
-        """The rank that needs the output of `part`, which may be its own, if one does."""
+        """The rank that needs the output of `part`, which may be its own rank; None if no rank needs it."""
         consumer = self.consumer_of(part)
         if consumer < 0:
             return None

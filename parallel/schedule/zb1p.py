@@ -1,4 +1,4 @@
-"""ZB1P, the ZB-H1 of "Zero Bubble Pipeline Parallelism" (Qi et al. 2023): 1F1B with the weight gradients put off."""
+"""ZB1P, the ZB-H1 of "Zero Bubble Pipeline Parallelism" (Qi et al. 2023): 1F1B with deferred weight gradients."""
 
 from __future__ import annotations
 

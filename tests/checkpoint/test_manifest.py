@@ -1,4 +1,4 @@
-"""A manifest tells a whole checkpoint from a torn one and from one of another model, without reading a tensor."""
+"""Manifest that distinguishes a whole checkpoint from a torn one and from another model's, without reading tensors."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ PAIRS = [((1, 1), (8, 4)), ((8, 4), (1, 1)), ((4, 2), (4, 4)), ((4, 4), (2, 1)),
 
 
 def whole(name: str) -> Tensor:
-    """Value of a global tensor: any bits but those of NaN."""
+    """Value of a global tensor: any bits except those of NaN."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     value = torch.randn(SHAPES[name], generator=generator)
     return value.bfloat16() if name in BF16 else value
@@ -156,7 +156,7 @@ def test_a_step_saved_again_replaces_the_first(pool: Pool, tmp_path: Path) -> No
 
 
 def _cut_short(worker: Worker, folder: Path, owner: Any, name: str, calls_before: int) -> None:
-    """Save step 1, then step 2 up to some call of `owner.name`; nothing behind the call runs, as after kill -9."""
+    """Save step 1, then step 2 up to some call of `owner.name`; nothing after the call runs, as with kill -9."""
     groups = Groups.create(Layout(1), "cpu")
     tensors = state(groups, whole)
     store.save(folder, 1, tensors, MODEL, {"step": 1}, groups.world, keep=1)
@@ -224,7 +224,7 @@ def test_a_full_disk_is_said_in_one_line_on_every_rank(pool: Pool, tmp_path: Pat
 
 
 def _failing_disk(worker: Worker, path: Path, error: Exception, on_rank: int) -> tuple[str, str]:
-    """Kind and message of the error of loading where reading fails on one rank."""
+    """Kind and message of the error of loading if reading fails on one rank."""
     groups = Groups.create(Layout(worker.world_size, 1, 2), "cpu")
     read = dcp.FileSystemReader.read_data
 

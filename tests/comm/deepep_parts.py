@@ -75,7 +75,7 @@ class EventOverlap:
 
 
 class Outputs:
-    """Results of a call: valid at once, or, for a launched call, once its event has been waited for."""
+    """Results of a call: valid at once, or for a launched call after the wait for its event."""
 
     def __init__(self, launched: bool, *inputs: Tensor | None) -> None:
         self._launched = launched

@@ -3,15 +3,15 @@
     library = stand_in(Settings(peers=2))       # 2 ranks per node
     buffer = library.module.Buffer(group, ...)
 
-It enforces the library's behaviour (1.2.1 and 2.1.0, read in their source), above all where that is surprising:
+The stand-in enforces the library's behaviour (1.2.1 and 2.1.0, read in their source), above all surprising behaviour:
 
 - a call that a recorded release would not bind raises TypeError
-- the results of a launched call are garbage until its event has been waited for, and its inputs must not change before
-  that; counts of tokens are there at once, and layouts and handles may be passed on, as they stay on its own stream
+- the results of a launched call are garbage until its event has been waited for, and its inputs must not change before;
+  counts of tokens are valid at once, and layouts and handles may be passed on, as they stay on the library's stream
 - `combine` sums without weights; gate weights are returned through its `topk_weights`
 - a dispatch with a handle takes no experts, no weights, the SMs of the first dispatch and, between nodes, its row size
-- weights that arrive have no meaning if the expert is another rank's; the elastic generation does not zero them
-- the legacy generation delivers by (source rank, token), the elastic one in an order of its own
+- weights that arrive for experts of other ranks have no meaning; the elastic generation does not zero these weights
+- the legacy generation delivers by (source rank, token), the elastic one in an order that varies
 - sums are FP32 over the ranks of a node, rounded, then over nodes: by rank, or by a token's slots (elastic)
 
 Nothing runs asynchronously: a call moves its data before it returns.
@@ -316,7 +316,7 @@ class _Elastic(Common):
         handle.recv_src_metadata = outputs.give(table)
 
     def _shuffled(self, way: Way) -> Tensor:
-        """Order of arrival: by the local index of the source rank, and among tokens of one index in any order."""
+        """Order of arrival: by the local index of the source rank, and in any order among tokens of one index."""
         index = torch.repeat_interleave(torch.arange(way.ranks) % self.settings.peers, torch.tensor(way.received))
         mixed = torch.randperm(len(index), generator=self._shuffles)
         return mixed[index[mixed].argsort(stable=True)]

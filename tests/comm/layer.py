@@ -36,7 +36,7 @@ class Case:
 def make_case(
     seed: int, tokens: list[int], num_experts: int, top_k: int, dtype: torch.dtype, candidates: int | None = None
 ) -> Case:
-    """Random inputs; `candidates` restricts the choice to the first experts, so that the others stay empty."""
+    """Random inputs; `candidates` restricts the choice to that many first experts, so that the others stay empty."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

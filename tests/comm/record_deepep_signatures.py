@@ -96,7 +96,7 @@ def _returned(function: ast.FunctionDef) -> int:
 
 
 def _keys(function: ast.FunctionDef) -> list[int]:
-    """Keys of the table in which a function looks its argument up."""
+    """Keys of the table in which a function looks up its argument."""
     (table,) = [node for node in ast.walk(function) if isinstance(node, ast.Dict)]
     return [ast.literal_eval(key) for key in table.keys if key is not None]
 

@@ -18,7 +18,7 @@ def random_routing(
 ) -> Case:
     """Inputs of one layer on `ranks` ranks; `len(case.up)` is the number of experts, a multiple of the ranks.
 
-    Twenty consecutive seeds have every entry of KINDS, once plainly and once with some slots that are sent nowhere.
+    Twenty consecutive seeds have every entry of KINDS twice: plainly, and with some slots that are sent nowhere.
     No expert occurs twice for one token, and slots are in any order.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +53,7 @@ def _none(top_k: int) -> Tensor:
 
 Number = Callable[[int, int], int]
 Candidates = tuple[int, list[int]]
-"""K, and the experts that tokens choose from."""
+"""K, and the experts from which tokens choose."""
 
 
 def _any(number: Number, experts: int, tokens: list[int]) -> Candidates:

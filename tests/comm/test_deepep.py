@@ -225,7 +225,7 @@ def test_only_the_gradients_that_are_needed_are_made(pool: Pool, generation: Gen
 
 
 class Uncounted:
-    """Buffer of the library whose own waits for the device are not counted."""
+    """Buffer of the library, without a count of the buffer's own waits for the device."""
 
     def __init__(self, buffer: Any, waits: HostWaits) -> None:
         self._buffer, self._waits = buffer, waits
@@ -311,8 +311,8 @@ def _bytes(traffic: Traffic) -> dict[tuple[str, str], int]:
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_group_is_counted_to_send_what_two_hop_sends(pool: Pool, generation: Generation, fp8: bool) -> None:
-    """Both count a token once per other node, and inside nodes once per rank except the relay. The data sent with it
-    differs: 8 bytes per choice, or 6 filled up to 16."""
+    """Both count a token once per other node, and inside nodes once per rank except the relay. The data sent with a
+    token differ: 8 bytes per choice, or 6 filled up to a multiple of 16."""
     seeds, width = 20, 512  # with 512 values, codes and scales fill 16 bytes exactly
 
     def count(worker: Worker) -> list[tuple[Traffic, Traffic, int]]:

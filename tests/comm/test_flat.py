@@ -115,7 +115,7 @@ def test_disjoint_groups_in_one_world_do_not_touch_each_other(pool: Pool) -> Non
         grid = worker.rank // 2
         group = dist.new_group([2 * grid, 2 * grid + 1], use_local_synchronization=True)
         dispatcher = FlatDispatcher(group, 4 + 4 * grid)
-        for call in range(3 + 4 * grid):  # different numbers of calls, experts, tokens and data
+        for call in range(3 + 4 * grid):  # numbers of calls, experts and tokens, and data, differ
             case = make_case(10 * call + grid, [5 + grid, 3 + call], 4 + 4 * grid, 2, torch.float32)
             found = outputs_and_gradients(case, worker.rank % 2, 2, dispatcher)
             assert_close_to_dense(found, dense_reference(case, worker.rank % 2, 2), 1e-6, f"grid {grid}, call {call}")

@@ -86,9 +86,9 @@ def _round_trip(dispatcher: RoutedDispatcher, ids: Tensor, meter: Meter) -> Traf
 
 
 def test_v3s_shape_sends_a_quarter_of_flat_bf16_between_nodes(pool: Pool) -> None:
-    """Eight nodes with one rank each, between which as much is sent as with eight ranks each.
+    """Eight nodes with one rank each send each other as much as nodes with eight ranks each.
 
-    The expectation is counted from the router's choices alone.
+    The expected numbers are counted from the router's choices alone.
     """
     results = pool.run(_v3_traffic, 8)
 

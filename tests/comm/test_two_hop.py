@@ -127,7 +127,7 @@ def test_one_process_that_rounds_partial_sums_has_the_same_bits(dtype: torch.dty
 
 def test_partial_sums_are_rounded_where_they_are_sent() -> None:
     """Three experts on two nodes: 1 + 2^-8 + 2^-8 is 1 if BF16 rounds after each addition, and 1 + 2^-7 if the small
-    ones are added first; the fixed order is ranks of a node, then nodes."""
+    terms are added first; the fixed order is ranks of a node, then nodes."""
     ids, weights = torch.tensor([[0, 1, 2]]), torch.ones(1, 3)
     values = torch.tensor([[1.0], [2.0**-8], [2.0**-8]], dtype=torch.bfloat16)
     for nodes, expected in (([0, 0, 1], 1.0), ([0, 1, 1], 1.0 + 2.0**-7)):
@@ -187,15 +187,15 @@ def _local(case: Case, worker: Worker) -> tuple[Tensor, Tensor]:
 
 
 class HostWaits(TorchDispatchMode):
-    """Record of operations that would make the host wait for a GPU: numbers that are read from it or copied to it at
-    once, and results whose size depends on data."""
+    """Record of operations that would make the host wait for a GPU: numbers read from or copied to the GPU at once,
+    and results whose size depends on data."""
 
     WAITS = ("_local_scalar_dense", "nonzero.", "masked_select", "unique", "bincount")
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
-        # On a CPU these read and write memory without a dispatch that could be recorded.
+        # On a CPU these functions read and write memory without a dispatch that could be recorded.
         self._patches = (
             mock.patch.object(torch.Tensor, "tolist", self._to_list(torch.Tensor.tolist)),
             mock.patch.object(torch, "tensor", self._to_device(torch.tensor)),

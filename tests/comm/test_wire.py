@@ -42,9 +42,7 @@ def test_a_message_holds_codes_and_scales_bit_for_bit(width: int) -> None:
 
 def test_gradients_arrive_as_the_quantised_values_of_their_tokens(pool: Pool) -> None:
     """Tokens arrive quantised in tiles of 1 x 128, their gradient returns unquantised, the outputs' gradient arrives
-    quantised.
-
-    The reference quantises in place, and sends nothing.
+    quantised. The reference quantises in place, and sends nothing.
     """
 
     def check(worker: Worker) -> None:
@@ -84,7 +82,7 @@ def _expert_layers(recipe: Recipe, width: int) -> tuple[GroupedLinear, GroupedLi
 
 
 def test_experts_quantise_neither_tokens_nor_gradients_again(pool: Pool) -> None:
-    """Both are quantised once per token, not once per row, and products get the same values as without the wire."""
+    """Tokens and gradients are quantised per token, not per row; products get the same values as without the wire."""
 
     def run(worker: Worker) -> None:
         experts, tokens, top_k, width = 4, 24, 2, 256

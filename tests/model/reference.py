@@ -1,7 +1,7 @@
-"""Reference of the network, literal and slow: FP64, one token, head and expert at a time.
+"""Reference of the network, literal and slow: FP64, token by token, head by head, expert by expert.
 
-Equations of the DeepSeek-V3 report; from `counterflow.model` only the configuration and the tensors' names are used.
-YaRN is left to the comparison with transformers.
+The equations are those of the DeepSeek-V3 report. From `counterflow.model` only the configuration and the tensors'
+names are used. YaRN is left to the comparison with transformers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(config: ModelConfig, weights: Weights, tokens: Tensor, valid: list[bool]
     """Run tokens `[B, S+1+D]`, without the invalid sequences.
 
     `weights` has global tensors and router biases by name. Depth k of multi-token prediction uses `embedding@k` and
-    `head@k` if there are any, which separates the gradients of the shared tensors' uses.
+    `head@k` if there are any; this separates the gradients of the shared tensors' uses.
     """
     assert config.rope_scaling is None
     depth = config.num_nextn_predict_layers
@@ -105,7 +105,7 @@ def balance_of_sequence(config: ModelConfig, routed: list[TokenRouting]) -> Tens
 
 
 def count_tokens(config: ModelConfig, routed: list[TokenRouting]) -> list[int]:
-    """Number of tokens that each expert was sent."""
+    """Number of tokens that each expert received."""
     return [sum(i in token.experts for token in routed) for i in range(config.n_routed_experts)]
 
 

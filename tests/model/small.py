@@ -20,7 +20,7 @@ from counterflow.seeds import seed_of
 
 
 def random_config(seed: int, **fixed: Any) -> ModelConfig:
-    """Small model with independently drawn widths, so that swapping two of them shows."""
+    """Small model with independently drawn widths, so that a swap of two widths shows."""
     draw = random.Random(seed)
     groups = draw.choice([1, 2, 4])
     group_size = draw.choice([2, 3, 4])
@@ -117,7 +117,7 @@ def _random_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
         return 0.2 * value
     if len(shape) == 1:
         return 1.0 + 0.2 * value
-    # Outputs of the order of the inputs, and logits of order 3: a softmax far from uniform.
+    # Outputs have the size of the inputs, and logits are around 3: a softmax far from uniform.
     return value * (3.0 if name == "head" else 1.0) * (shape[1] ** -0.5 if name != "embedding" else 1.0)
 
 

@@ -20,7 +20,7 @@ V3 = ModelConfig()  # the defaults are the 671B model
 
 
 def random_model(seed: int, **fixed: Any) -> ModelConfig:
-    """Small model with independently drawn widths, so that swapping two of them shows."""
+    """Small model with independently drawn widths, so that a swap of two widths shows."""
     draw = random.Random(seed)
     groups = draw.choice([1, 2, 4])
     experts = groups * draw.choice([2, 3])
@@ -69,7 +69,7 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def idle_experts_of(network: DeepseekV3ForCausalLM, model: ModelConfig) -> int:
-    """Parameters of the experts that a token is not sent to, from the shapes of transformers' stacked experts."""
+    """Number of parameters of experts that a token does not use, from the shapes of transformers' stacked experts."""
     idle = 0
     for layer in network.model.layers:
         if hasattr(layer.mlp, "experts"):

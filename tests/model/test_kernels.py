@@ -169,7 +169,7 @@ def compare_compiled_with_eager(cases: list[str], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_compiled_kernels_are_whole_and_equal_eager(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compilation of every kernel up to the generated C++, which would take a minute for all of them."""
+    """Kernels are traced whole but not compiled to C++, which would take a minute for all of them."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     compare_compiled_with_eager(["rms_norm", "swiglu", "weighted swiglu"], dtype)
 

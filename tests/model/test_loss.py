@@ -161,7 +161,7 @@ def test_full_vocabulary_costs_less_than_its_logits_in_bf16(tokens: int) -> None
 
 @pytest.mark.parametrize("tokens", [3, 15360 * 4096])
 def test_bf16_gradients_are_scaled_by_the_mean_over_the_batch_and_not_by_its_rounding(tokens: int) -> None:
-    """Rounding of each element errs in both directions; a rounded scale would move all in one, by up to 0.4 %."""
+    """Rounding of each element errs in both directions; a rounded scale would move all alike, by up to 0.4 %."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(256, 64, generator=generator).bfloat16()
     weight = (0.1 * torch.randn(500, 64, generator=generator)).bfloat16()

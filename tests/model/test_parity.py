@@ -50,7 +50,7 @@ def transformers_config(config: ModelConfig) -> DeepseekV3Config | DeepseekV2Con
 
 
 def by_expert(tensors: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
-    """Tensors under the names of DeepSeek's files: transformers stacks the experts, and gate on up projection."""
+    """Tensors under the names of DeepSeek's files; transformers stacks the experts, and the gate and up projections."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors:
         stacked = re.fullmatch(r"(.+\.mlp\.experts)\.(gate_up|down)_proj", name)

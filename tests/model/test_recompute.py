@@ -116,8 +116,8 @@ def test_v3_holds_less_than_none_and_full_less_than_v3() -> None:
 
 
 def test_fp8_keeps_half_of_what_linear_layers_and_swiglu_keep_in_bf16() -> None:
-    """One byte and its share of a scale instead of two bytes, twelve bits for the attention's output, and no output of
-    SwiGLU."""
+    """FP8 keeps one byte and its share of a scale instead of two bytes, twelve bits for the attention's output, and no
+    output of SwiGLU."""
     sides = "bf16", "fp8"
     totals, kept = zip(*(held(ARCHITECTURE, SIDES[side], "none") for side in sides), strict=True)
     assert kept[1] < 0.5 * kept[0]
@@ -191,7 +191,7 @@ def test_v3_drops_norm_outputs_attention_inputs_and_swiglu_outputs(monkeypatch: 
 
 
 def test_without_recompute_all_of_these_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counterpart of the test above, which shows that it can fail."""
+    """Counterpart that shows that the test above can fail."""
     watched, output, *_ = watched_forward("none", monkeypatch)
     assert output.loss.requires_grad
     assert alive(watched) == {"norm": 12, "query": 3, "key": 3, "value": 3, "swiglu": 5}  # the head keeps no input
@@ -262,7 +262,7 @@ def test_two_blocks_phase_by_phase_in_turn_give_the_bits_of_one_after_the_other(
 def test_two_blocks_in_turn_drop_the_tensors_that_each_drops_alone(
     policy: RecomputePolicy, lead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recipes registered in the attention phase still apply when the shared experts' phase saves the tensors."""
+    """Recipes registered in the attention phase still apply when the phase of the shared experts saves the tensors."""
     watched, kernels, _ = watching(monkeypatch)
     model, given = two_blocks(policy, kernels, torch.float32)
     blocks = list(model.layers.values())[1:]

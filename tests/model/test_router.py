@@ -39,7 +39,7 @@ def inputs(config: ModelConfig, sequences: int = 3, length: int = 17, seed: int 
 
 
 def literal(router: Router, x: Tensor) -> tuple[list[list[TokenRouting]], Tensor, Tensor]:
-    """Routing of each sequence, and the FP64 input and weight that its gradients go to."""
+    """Routing of each sequence, and the FP64 input and weight that get its gradients."""
     x64 = x.double().requires_grad_()
     weight = router.weight.detach().double().requires_grad_()
     logits = x64 @ weight.T
@@ -166,7 +166,7 @@ def test_balance_loss_does_not_depend_on_how_sequences_are_split(sizes: tuple[in
 
 
 def test_balance_loss_is_per_sequence_and_not_per_batch() -> None:
-    """Two sequences that each collapse on their own expert: balanced together, yet each counts in full."""
+    """Two sequences that each collapse on a different expert are balanced together, but each counts in full."""
     config = small_config(hidden_size=2, n_routed_experts=2, n_group=1, topk_group=1, num_experts_per_tok=1)
     router = make(config)
     with torch.no_grad():

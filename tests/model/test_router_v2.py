@@ -1,4 +1,4 @@
-"""V2's router and plain top-k, their losses and token dropping, against V2 §2.2 written as loops, and transformers."""
+"""V2's router and plain top-k, with losses and token dropping, against V2 §2.2 written as loops, and transformers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def literal_choices(router: Router, scores: Tensor) -> list[list[list[int]]]:
 
 
 def literal_losses(config: ModelConfig, scores: Tensor, chosen: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """V2 §2.2.3 for one sequence: scores `[S, E]`, the experts each token selected. Sums over groups of experts."""
+    """Losses of V2 §2.2.3 for one sequence: scores `[S, E]`, each token's experts; sums over groups of experts."""
     length, experts = scores.shape
     top_k, groups = config.num_experts_per_tok, config.n_group
     size = experts // groups
@@ -153,7 +153,7 @@ def test_router_equals_transformers(method: str) -> None:
 
 
 def test_a_group_counts_by_its_best_expert() -> None:
-    """Group 0 has the best expert, group 1 the best pair: V2 takes the former, V3 the latter."""
+    """Group 0 has the best expert, group 1 the best pair: V2 takes group 0, V3 group 1."""
     for method, experts in (("group_limited_greedy", [0, 1]), ("noaux_tc", [2, 3])):
         config = small_config(
             hidden_size=4, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, topk_method=method
@@ -194,7 +194,7 @@ def test_gradient_of_each_loss_alone_equals_the_formula_in_any_split(
         return
     for value in found:
         value.backward()
-    # In balance the gradient is a difference of equal terms, of which rounding is left.
+    # In balance the gradient is a difference of equal terms: only rounding is left.
     scale = max(float(weight.grad.norm()), 1e-2)
     assert float((router.weight.grad - weight.grad).norm()) / scale < 2e-5
     gradient = torch.cat([piece.grad for piece in pieces])
@@ -202,7 +202,7 @@ def test_gradient_of_each_loss_alone_equals_the_formula_in_any_split(
 
 
 def test_losses_of_perfect_balance_are_one() -> None:
-    """Token t prefers experts t and t + 4, of different groups: every expert, group and pair of groups alike."""
+    """Token t prefers experts t and t + 4, of different groups: experts, groups and pairs of groups are used alike."""
     config = small_config(**V2 | {"hidden_size": 8, "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
                                   "num_experts_per_tok": 2})  # fmt: skip
     router = Router(config)

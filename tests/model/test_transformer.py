@@ -31,7 +31,7 @@ CONFIGS = {
 
 
 def weights_of(model: Transformer) -> reference.LossWeights:
-    """FP64 copies that the reference can take gradients of."""
+    """FP64 copies with which the reference can compute gradients."""
     weights = {name: tensor.double().requires_grad_() for name, tensor in global_tensors(model).items()}
     return weights | {name: bias.double() for name, bias in router_biases(model).items()}
 

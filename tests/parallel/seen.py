@@ -21,7 +21,7 @@ class Launch:
 
     kind: Literal["reduce", "gather"]
     ranks: tuple[int, ...]
-    """Ranks of its group."""
+    """Ranks of the collective's group."""
     elements: int
     """Elements of all shards together."""
     sent: int

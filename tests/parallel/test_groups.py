@@ -23,7 +23,7 @@ GRIDS = [(1, 1, 1), (4, 1, 4), (4, 1, 1), (8, 2, 2), (8, 1, 4), (8, 8, 1)]  # wo
 
 
 def _present(worker: Worker, group: dist.ProcessGroup) -> list[int]:
-    """Global ranks in `group`, as torch lists them and as a sum over the group finds them."""
+    """Global ranks in `group`: torch's list, checked against a sum over the group."""
     assert group is not dist.group.WORLD
     present = torch.zeros(worker.world_size, dtype=torch.int64)
     present[worker.rank] = 1
@@ -173,7 +173,7 @@ def _unevenly(worker: Worker) -> bool:
 
 
 def test_torch_needs_ranks_that_have_made_equally_many_groups(pool: Pool) -> None:
-    """Ranks that are in no set make placeholders for this reason: if torch stops needing it, they can go."""
+    """Ranks that are in no set make placeholders for this reason: if torch stops needing placeholders, they can go."""
     assert not any(pool.run(_unevenly, 2))
 
 

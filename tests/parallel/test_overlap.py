@@ -45,7 +45,7 @@ def test_deepseeks_order_of_a_layer_pair() -> None:
     """Annotations of the published trace for two layers, with transfers named at their launch: combine(B),
     attention(F), mlp(B), dispatch(F), dispatch(B), mlp(W), mlp(F), attention(B), attention(W), combine(F).
 
-    Our order launches dispatch(F) before mlp(B), beside which it runs in the trace, and combine(B) before attention(W).
+    Our order launches dispatch(F) before mlp(B), which overlaps it in the trace, and combine(B) before attention(W).
     """
     log: list[str] = []
     queue = deque([lambda: log.append("W")])

@@ -1,4 +1,4 @@
-"""Communication that orders of an overlapped pair hide, on a model of a device and a link with one task each.
+"""Communication hidden by the orders of an overlapped pair, on a model of a device and a link with one task each.
 
 The model has only the phases in which the real blocks launch and wait; `benchmarks/overlap.py` measures the same on
 real processes and a real link.

@@ -1,4 +1,4 @@
-"""Stages of `benchmarks/pipeline.py`: they take the time of the simulation, and do real work in it."""
+"""Stages of `benchmarks/pipeline.py`, which take the simulated time and do real work in that time."""
 
 from __future__ import annotations
 

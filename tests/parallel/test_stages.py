@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from counterflow.parallel.stages import Split, balance, rank_loads, sizes_fault
 from counterflow.settings import UsageError
 
-# Sums of these are exact, as in `balance`: rounding makes no difference between ties.
+# Sums of these costs are exact, as in `balance`: no tie is broken by rounding.
 COSTS = st.lists(st.sampled_from([0.0, 0.125, 0.25, 0.375, 0.75, 1.0, 2.5, 10.0]), min_size=1, max_size=9)
 
 

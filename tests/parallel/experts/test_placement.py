@@ -55,7 +55,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Draw numbers that divide each other; the present placement is the one of other loads."""
+    """Draw numbers that divide each other; the present placement comes from other loads."""
     groups, nodes, a_node = (draw(st.sampled_from([1, 2, 3, 4, 8])) for _ in range(3))
     ranks = nodes * a_node
     experts = math.lcm(groups, ranks) * draw(st.integers(1, 3))
@@ -106,7 +106,7 @@ def test_the_packing_is_as_good_as_the_best_of_all_placements_in_small_layers() 
 
 
 def test_names_are_exchanged_so_that_little_moves() -> None:
-    """Two pairs of experts exchange ranks; with the ranks' numbers from packing all but one rank would change."""
+    """Two pairs of experts exchange ranks; with the rank numbers of the packing all ranks but one would change."""
     loads = [50, 51, 10, 11, 40, 12, 13, 42]
     placement = place_experts(loads, contiguous(8), 1, 1, 4)
     assert max(loads_of_ranks(loads, contiguous(8), 4)) == 101

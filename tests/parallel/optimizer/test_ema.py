@@ -87,7 +87,7 @@ def test_in_the_long_run_a_step_has_the_weight_that_the_decay_leaves() -> None:
     assert shares[-1] == pytest.approx(0.1, rel=1e-15)
 
 
-# The race: an update that comes late must still see the weights of its own step.
+# The race: an update that comes late must still read the weights of its own step.
 
 
 def slow(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,7 +135,7 @@ def test_without_release_the_race_is_lost_so_the_test_above_can_fail() -> None:
 
 
 class LazyCopy:
-    """A device that copies as late as its contract allows: when a writer is held back, or a thread waits."""
+    """A device that copies as late as the contract allows: when a writer is held back, or a thread waits."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors, self.copies = tensors, [torch.full_like(tensor, torch.nan) for tensor in tensors]
@@ -174,7 +174,7 @@ def test_a_copy_that_the_device_delays_is_of_its_own_step() -> None:
 
 
 def test_the_copy_runs_between_two_steps_on_a_gpu() -> None:
-    """Calls in order on stand-ins with the signatures of torch's own, without a GPU."""
+    """Calls in order on stand-ins with the signatures of torch's classes, without a GPU."""
     current, side = (mock.create_autospec(torch.cuda.Stream, instance=True) for _ in range(2))
     event = mock.create_autospec(torch.cuda.Event, instance=True)
     cuda = mock.MagicMock()

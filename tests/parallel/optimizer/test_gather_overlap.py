@@ -1,4 +1,4 @@
-"""New weights that are gathered during the next forward: the same bits as before it, and no reader gets old ones."""
+"""New weights that are gathered during the next forward: the same bits as gathered before it, and never old weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 3
 
 
 def optim(elements: int, **keys: Any) -> OptimConfig:
-    """Configuration whose buckets close at so many elements."""
+    """Configuration with buckets that close at this number of elements."""
     return OptimConfig.model_validate({"lr": 1e-2, "moments": "fp32", "bucket_mb": elements * 4 / 2**20, **keys})
 
 
@@ -153,7 +153,7 @@ def test_every_use_of_weights_or_state_waits_first(pool: Pool, name: str) -> Non
 
 
 def _late(number: int, wait: Callable[[], None]) -> Any:
-    """Replace `begin_all_gather` by one that waits before launch `number`."""
+    """Replacement for `begin_all_gather` that waits before launch `number`."""
     begin, launched = bucket.begin_all_gather, iter(range(1000))
 
     def begin_all_gather(shard: Tensor, group: dist.ProcessGroup, meter: Any) -> Collective:

@@ -1,7 +1,7 @@
 """Moments in BF16: rounded as an FP64 reference rounds them, 4 bytes per parameter less, and no other loss.
 
 The reference is numpy in FP64 with a separate rounding to BF16, made of integers. Sources: V3 §3.3.3; Transformer
-Engine's FusedAdam stores moments by a cast, which rounds to the nearest, and updates with the unrounded ones.
+Engine's FusedAdam stores moments by a cast, which rounds to the nearest, and updates with the unrounded moments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Formats in which gradients travel: what is added up, in which order, and how many bytes are sent."""
+"""Formats in which gradients are sent: the sums, the order of addition, and the bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from counterflow.tests.pool import Pool, Worker
 
 
 def optim(reduce: str, elements: int = 30) -> OptimConfig:
-    """Configuration whose buckets close at so many elements."""
+    """Configuration with buckets that close at this number of elements."""
     return OptimConfig.model_validate(
         {"lr": 1e-2, "moments": "fp32", "clip_norm": None, "bucket_mb": elements * 4 / 2**20, "reduce": reduce}
     )
@@ -59,7 +59,7 @@ def test_sums_are_fp32_in_the_order_of_the_ranks(pool: Pool, case: Case, reduce:
     for found in pool.run(_reduced, case.world, case, reduce):
         for name, (total, parts) in found.items():
             parts = [part.view_as(total) for part in parts]
-            if reduce == "bf16" and len(parts) > 1:  # alone, nothing travels and nothing is rounded
+            if reduce == "bf16" and len(parts) > 1:  # a single rank sends nothing and rounds nothing
                 several += 1
                 assert any(not torch.equal(part, to_bf16(part)) for part in parts), "rounding has to show"
                 parts = [to_bf16(part) for part in parts]

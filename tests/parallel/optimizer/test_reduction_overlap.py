@@ -24,7 +24,7 @@ STEPS = 3
 
 
 def optim(elements: int) -> OptimConfig:
-    """Configuration whose buckets close at so many elements."""
+    """Configuration with buckets that close at this number of elements."""
     return OptimConfig.model_validate(
         {"lr": 1e-2, "moments": "fp32", "clip_norm": 2.0, "bucket_mb": elements * 4 / 2**20}
     )
@@ -98,7 +98,7 @@ def test_mirrored_ranks_that_finish_in_opposite_orders_get_the_same_bits(pool: P
 
 
 def _at_random(worker: Worker, case: Case, seed: int) -> dict[bool, dict[str, Any]]:
-    """Train on gradients in any order, with some parameters unannounced, other ones on each replica."""
+    """Train on gradients in any order, with some parameters unannounced: different ones on each replica."""
     groups, runs = case.groups(), {}
     for overlapped in (False, True):
         draw = random.Random(f"{seed} {worker.rank}")
@@ -134,7 +134,7 @@ def _backwards_through_layers(worker: Worker) -> list[int]:
     groups = Groups.create(Layout(2), "cpu")
     layers = [nn.Parameter(torch.ones(8, 4)) for _ in range(4)]
     local_parameters = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
-    optimizer = ShardedOptimizer(local_parameters, groups, optim(64))  # two layers a bucket
+    optimizer = ShardedOptimizer(local_parameters, groups, optim(64))  # two layers per bucket
     optimizer.begin_step(dict.fromkeys(layers, 2))
     early = []
     for layer in [*reversed(layers), *reversed(layers)]:
@@ -157,7 +157,7 @@ def test_reductions_start_and_end_during_the_last_backward(pool: Pool) -> None:
 
 
 def _unannounced(worker: Worker) -> tuple[list[int], float]:
-    """Launched reductions and norm of three layers of two gradients each; the middle one's are not announced."""
+    """Launched reductions and norm of three layers with two gradients each, unannounced for the middle layer."""
     groups = Groups.create(Layout(2), "cpu")
     layers = [nn.Parameter(torch.ones(4)) for _ in range(3)]
     local_parameters = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
@@ -178,7 +178,7 @@ def test_an_unannounced_parameter_and_those_before_it_wait_for_the_end(pool: Poo
 
 
 def _with_deferred(worker: Worker, case: Case) -> tuple[list[str], int, int]:
-    """Compute each weight gradient by backward on the leaf alone, as the queue of W does: the hook sees it."""
+    """Compute each weight gradient by backward on the leaf alone, as the queue of W does: the hook gets it."""
     part = Part(case, case.groups())
     optimizer = ShardedOptimizer(part.parameters, part.groups, optim(1))
     optimizer.begin_step(part.expected())

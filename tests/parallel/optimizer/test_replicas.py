@@ -1,6 +1,6 @@
 """Parameters that several pipeline ranks hold: mirrored stages of DualPipe, the embedding on first and last stage.
 
-They are compared with a single process that holds every tensor once, which test_sharded.py compares with torch's AdamW.
+The reference is a single process that holds every tensor once; test_sharded.py compares it with torch's AdamW.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def test_a_parameter_that_is_listed_twice_is_refused(pool: Pool) -> None:
 
 
 def _disagreeing(worker: Worker, case: Case, change: str) -> str:
-    """Error of each rank when the last one lists its parameters otherwise."""
+    """Error of each rank when the last rank lists its parameters differently."""
     part = Part(case, case.groups())
     if worker.rank == worker.world_size - 1:
         if change == "order":

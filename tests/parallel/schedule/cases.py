@@ -1,4 +1,4 @@
-"""Schedules and costs for hypothesis to draw, and a second, slower way to time a schedule."""
+"""Schedules and costs for hypothesis to draw, and a second, slower computation of a schedule's times."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def examples(count: int) -> settings:
-    """Settings of a test with so many examples, each as slow as a busy machine makes it."""
+    """Settings of a test with this number of examples, without a deadline."""
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -57,7 +57,7 @@ def costs(draw: st.DrawFn, num_stages: int) -> Costs:
 def ends_by_relaxation(schedule: Schedule, costs: Costs) -> dict[tuple[int, int], float]:
     """End of each action (rank, position): the least times that respect all constraints, found by raising them.
 
-    It uses neither worklists nor `transfers.py`, but repeats all constraints until nothing changes.
+    This computation uses neither worklists nor `transfers.py`; it repeats all constraints until nothing changes.
     """
     done_at = {part: (rank, position) for rank, position, part in schedule.work()}
     ends: dict[tuple[int, int], float] = {

@@ -163,9 +163,10 @@ def test_two_ranks_that_wait_for_each_others_data_are_found() -> None:
 
 
 def test_a_deadlock_of_blocking_sends_alone_is_found() -> None:
-    """Inputs arrive in time where sends are buffered. Where sends block, each rank's first outputs wait for a receive
+    """Inputs arrive in time if sends are buffered.
 
-    that the other posts only later, because both begin with micro-batches that the other needs late.
+    If sends block, each rank's first outputs wait for a receive that the other rank posts only later, because both
+    begin with micro-batches that the other rank needs late.
     """
     orders = (
         actions("F0.0 F1.0 F2.0 F3.1 F4.1 F5.1 B3.1 B4.1 B5.1 B0.0 B1.0 B2.0"),
@@ -180,7 +181,7 @@ def test_a_deadlock_of_blocking_sends_alone_is_found() -> None:
 
 
 def runs_with_blocking_sends(schedule: Schedule) -> bool:
-    """Step every rank in turn, over and over, by the rendezvous of the checker's docstring."""
+    """Step every rank in turn, again and again, by the rendezvous of the checker's docstring."""
     boundaries = plan_transfers(schedule)
     at = [0] * schedule.num_ranks
     moved = True

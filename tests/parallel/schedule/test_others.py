@@ -121,7 +121,7 @@ def test_dualpipev_is_torchs(ranks: int, microbatches: int) -> None:
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(4, 8), (3, 5)])
 def test_gpipe_is_torchs_but_for_the_order_of_backwards(ranks: int, microbatches: int) -> None:
-    """Backwards run in the order of the forwards in torch, in the opposite one in the paper's figure."""
+    """Backwards run in the order of the forwards in torch, in the opposite order in the paper's figure."""
     ours = find_schedule("gpipe")(ranks, microbatches).actions
     for order, other in zip(ours, torchs(torch_schedules.ScheduleGPipe, ranks, microbatches, 1), strict=True):
         assert order[:microbatches] == other[:microbatches]

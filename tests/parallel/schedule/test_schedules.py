@@ -1,4 +1,4 @@
-"""Promises of every schedule: it can run, holds no more than stated, and takes the time of its formula."""
+"""Properties of every schedule: can run, holds no more than stated, and takes the time of its formula."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from counterflow.tests.parallel.schedule.cases import examples, schedules
 
 
 def positions_of(schedule: Schedule) -> dict[tuple[str, int, int], tuple[int, int]]:
-    """Rank and position of every forward and backward; a B and an I count as the same."""
+    """Rank and position of every forward and backward; a B and an I count as one kind."""
     return {
         ("F" if part.kind == "F" else "B", part.stage, part.microbatch): (rank, position)
         for rank, position, part in schedule.work()
