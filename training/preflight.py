@@ -33,7 +33,7 @@ MUCH_BUBBLE = 0.2
 """Share of a step that pipeline ranks may be idle without a note."""
 
 MORE_BUBBLE = 0.05
-"""Share that they may be idle without a note at the start of a ramp, above that of the full batch."""
+"""Additional share of idle time, compared with the full batch, that the start of a ramp may have without a note."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def bubble_notes(config: Config, layout: Layout) -> tuple[str, ...]:
     sizes = sizes_of_run(config)
     fewest, most = (config.batch.microbatches(size, layout.dp) for size in (sizes[0], sizes[-1]))
     costs = stage_costs(config, make_split(config))
-    if fewest >= 8 * len(costs.forward):  # the rest is the split's affair
+    if fewest >= 8 * len(costs.forward):  # with so many, only the split matters
         return ()
 
     def idle(count: int) -> float:

@@ -78,7 +78,7 @@ def alone(pool: Pool, text: Path) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(("world", "ep", "schedule", "pp", "micro"), SPLITS)
-def test_gradient_of_each_loss_alone_does_not_know_the_pipeline(
+def test_gradient_of_each_loss_alone_does_not_depend_on_the_pipeline(
     pool: Pool, text: Path, alone: dict[str, dict[str, Tensor]], world: int, ep: int, schedule: str, pp: int, micro: int
 ) -> None:
     config = pipeline(text, schedule, pp, f"batch.micro_sequences={micro}")
@@ -133,7 +133,7 @@ def test_models_of_every_shape_train_alike_in_a_pipeline(pool: Pool, text: Path,
     "schedule",
     ["dualpipe", "zb1p", *(pytest.param(name, marks=pytest.mark.long) for name in ("dualpipev", "interleaved"))],
 )
-def test_fewer_micro_batches_than_the_pipeline_wants_change_nothing(pool: Pool, text: Path, schedule: str) -> None:
+def test_fewer_micro_batches_than_the_pipeline_needs_change_nothing(pool: Pool, text: Path, schedule: str) -> None:
     """V3's batch ramp starts with 24 micro-batches for 16 ranks."""
     batch = "batch.global_sequences=3"
     layers = "model.num_hidden_layers=8"
@@ -315,7 +315,7 @@ def fail_in_steps(trainer: Trainer, failing: Failing) -> None:
 
 
 def _failing(worker: Worker, config: Config, folder: Path) -> tuple[str, float]:
-    """Each rank's error in the second step, in which rank 1 hangs, and after how many seconds it came."""
+    """Each rank's error in the second step, in which rank 1 hangs, and the seconds until the error."""
     trainer = make_trainer(config, worker.world_size, 1)
     trainer.step()
     if worker.rank == 1:

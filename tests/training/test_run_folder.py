@@ -75,7 +75,7 @@ def test_a_run_moved_aside_is_still_locked(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that was just killed may take a moment to go."""
+    """A run that was just killed may take a moment to end."""
     first = locked(tmp_path / "mine")
     first.__enter__()
     naps: list[float] = []
