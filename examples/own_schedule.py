@@ -43,7 +43,7 @@ def grouped(num_ranks: int, num_microbatches: int, *, group: int = 4) -> Schedul
         num_ranks=num_ranks,
         num_stages=num_ranks,
         num_microbatches=num_microbatches,
-        placement=tuple((rank,) for rank in range(num_ranks)),
+        stages_of_rank=tuple((rank,) for rank in range(num_ranks)),
         actions=tuple(actions),
     )
 
