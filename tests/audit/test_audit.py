@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,14 +30,14 @@ from counterflow.fp8.statistics import Statistics
 from counterflow.fp8.tensor_formats import KINDS
 from counterflow.launcher import cli
 from counterflow.launcher.bootstrap import bootstrap
-from counterflow.launcher.environment import WorkerEnvironment
+from counterflow.launcher.environment import WorkerEnvironment, cache_folder
 from counterflow.parallel.layout import Layout
 from counterflow.training.build import make_groups
 from counterflow.training.parameter_classes import parameter_class
 from counterflow.training.trainer import Trainer
 
-UNUSED = Path("unused")
-"""Folder for tokenised text; the built-in text needs none."""
+TEXT_CACHE = cache_folder(os.environ)
+"""Folder for tokenised text, the same as the command's."""
 STEPS = 60
 BOUND = 0.02
 """Relative error of the mean loss of the last tenth of 60 steps."""
@@ -115,7 +116,7 @@ def audited(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @contextlib.contextmanager
 def audit(small: Path, folder: Path, *overrides: str, steps: int = 4) -> Iterator[Audit]:
-    case = make_case(load_config(str(small), overrides), steps, steps, "bf16", folder, UNUSED)
+    case = make_case(load_config(str(small), overrides), steps, steps, "bf16", folder, TEXT_CACHE)
     folder.mkdir(exist_ok=True)
     with bootstrap(WorkerEnvironment(), "cpu") as process, audit_of(case, process.device) as made:
         yield made
@@ -147,7 +148,7 @@ def test_each_run_is_the_one_that_train_makes(trained: dict[str, Any], small: Pa
     """Runs on two threads at a time equal runs on one, bit for bit."""
     with bootstrap(WorkerEnvironment(), "cpu") as process:
         for recipe in ("fp8", "bf16"):
-            case = make_case(load_config(str(small)), None, None, "bf16", None, UNUSED)
+            case = make_case(load_config(str(small)), None, None, "bf16", None, TEXT_CACHE)
             config = case.config if recipe == "fp8" else case.plain("bf16")
             trainer = Trainer(config, make_groups(config, Layout(1), "cpu"), process.device, case.plan.data)
             losses = [trainer.step().loss for _ in range(3)]
@@ -251,7 +252,7 @@ def test_attribution_names_the_class_that_was_made_bad(trained: dict[str, Any], 
     found = {}
     with opened(trained, small) as made:
         for override in ([], [bad]):
-            made.case = make_case(load_config(str(small), override), None, None, "bf16", None, UNUSED)
+            made.case = make_case(load_config(str(small), override), None, None, "bf16", None, TEXT_CACHE)
             found[len(override)] = attribute(made, Point.of(made.trainers["fp8"]), inputs, ignore)
     orders = [[name for name, _ in found[key].worst_first()] for key in (0, 1)]
     assert set(orders[0]) == inputs
@@ -288,7 +289,7 @@ def test_square_tiles_for_gradients_are_worse(trained: dict[str, Any], small: Pa
         point = Point.of(made.trainers["fp8"])
         for tile in ("1x128", "128x128"):
             override = f'precision.classes={{"*.gradient": {{tile: {tile}}}}}'
-            config = make_case(load_config(str(small), [override]), None, None, "bf16", None, UNUSED).config
+            config = make_case(load_config(str(small), [override]), None, None, "bf16", None, TEXT_CACHE).config
             seen[tile] = Statistics()
             Probe(config, made.groups, made.device).gradients(point, seen[tile])
     for name in (name for name in seen["1x128"].first if name.endswith(".gradient")):
@@ -339,7 +340,7 @@ def test_torchrun_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_a_layout_becomes_a_single_process_and_is_reported(small: Path) -> None:
     config = load_config(str(small), ["parallel.ep=2", "parallel.pp=2", "precision.backend=te"])
-    case: Case = make_case(config, None, None, "bf16", None, UNUSED)
+    case: Case = make_case(config, None, None, "bf16", None, TEXT_CACHE)
     assert (case.config.parallel.pp, case.config.parallel.ep) == (1, 1)
     assert "a single process instead of pp 2, ep 2" in case.changes[0]
     assert "instead of Transformer Engine" in case.changes[1]
