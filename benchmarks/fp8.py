@@ -1,10 +1,10 @@
-"""A training step in FP8 beside the same step in BF16, in one process, in turn; and what each keeps for the backward.
+"""Compare a training step in FP8 with the same step in BF16, in one process, in turn, and the memory of each.
 
-    python benchmarks/fp8.py [--rounds 7] [--threads 2] [--profile FILE]
+    python benchmarks/fp8.py [--rounds 7] [--threads 2] [--batch 4] [--clock wall] [--profile FILE]
 
 The model and batch are those of benchmarks/step.py, forward and backward of one micro-batch, with V3's recomputation.
-On a CPU FP8 is emulated: every operand is quantised and the products of the dequantised values are BF16's own, so the
-ratio shows what quantising costs. Scales are powers of two (the default) or as V3 has them, partly FP32, whose
+On a CPU FP8 is emulated: every operand is quantised, and the products of the dequantised values are BF16's own. So the
+ratio shows the cost of quantising. Scales are powers of two (the default) or as V3 has them, partly FP32, whose
 products on a CPU are FP32.
 
 Bytes are those of live tensors between forward and backward. "linear layers and SwiGLU" are the tensors that their
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from counterflow.benchmarks.step import ARCHITECTURE, BATCH, LENGTH, profile, timed
+from counterflow.benchmarks.step import ARCHITECTURE, BATCH, CLOCKS, LENGTH, profile, timed
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.fp8.config import PrecisionConfig
 from counterflow.model.config import ModelConfig
@@ -75,9 +75,9 @@ def tokens_of(architecture: dict[str, Any], sequences: int) -> Tensor:
     return torch.randint(0, architecture["vocab_size"], (sequences, LENGTH + 1), generator=generator)
 
 
-def step_of(precision: PrecisionConfig) -> Callable[[], None]:
-    """One forward and backward; a step quantises its weights once, as they change with every step."""
-    model, tokens = build(ARCHITECTURE, precision, "v3"), tokens_of(ARCHITECTURE, BATCH)
+def step_of(precision: PrecisionConfig, batch: int = BATCH) -> Callable[[], None]:
+    """One forward and backward. Each step quantises its weights again, because weights change with every step."""
+    model, tokens = build(ARCHITECTURE, precision, "v3"), tokens_of(ARCHITECTURE, batch)
 
     def step() -> None:
         with torch.no_grad():
@@ -85,7 +85,7 @@ def step_of(precision: PrecisionConfig) -> Callable[[], None]:
                 parameter.mul_(1.0)
         model.zero_grad(set_to_none=True)
         out = model(tokens)
-        (out.loss / (BATCH * LENGTH) + 1e-4 / BATCH * out.balance).backward()
+        (out.loss / (batch * LENGTH) + 1e-4 / batch * out.balance).backward()
 
     return step
 
@@ -126,24 +126,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=BATCH, help="sequences of the micro-batch")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu counts this process's processor time")
     parser.add_argument("--profile", metavar="FILE", help="profile the FP8 step instead: a table here, a trace to FILE")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.profile:
-        profile(step_of(SIDES["fp8"]), args.profile)
+        profile(step_of(SIDES["fp8"], args.batch), args.profile)
         return
-    time_steps(args.rounds)
+    time_steps(args.rounds, args.batch, CLOCKS[args.clock])
     count_bytes()
 
 
-def time_steps(rounds: int) -> None:
-    sides = {name: step_of(precision) for name, precision in SIDES.items()}
+def time_steps(rounds: int, batch: int, clock: Callable[[], float]) -> None:
+    sides = {name: step_of(precision, batch) for name, precision in SIDES.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for step in sides.values():
         step()
     for turn in range(rounds):
         for name, step in list(sides.items())[:: 1 if turn % 2 else -1]:
-            seconds[name].append(timed(step))
+            seconds[name].append(timed(step, clock))
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds["bf16"], strict=True)]
         ratio = statistics.median(times) / statistics.median(seconds["bf16"])

@@ -112,7 +112,7 @@ def unknown_key(root: type[Section], section: type[Section], above: str, name: s
     """
     full_name = f"{above}.{name}" if above else name
     if full_name in MOVED_KEYS:
-        return f"is now {MOVED_KEYS[full_name]}", None
+        return f"moved to {MOVED_KEYS[full_name]}", None
     own = list(section.model_fields)
     everywhere = list(all_keys(root))
     if name in everywhere and "." in name:

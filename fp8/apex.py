@@ -1,8 +1,8 @@
 """Weight gradients of layers that are not quantised, added up in FP32 by the product itself: NVIDIA's apex.
 
-Without it such a layer's gradient is a product rounded to BF16, which the optimizer then adds to its FP32 sum. Of apex
-this one kernel is still worth having: Transformer Engine has the rest. PyPI's `apex` is another package, which breaks
-when it is imported; so what is looked for is the name of the compiled module, which only NVIDIA's has.
+Without apex such a gradient is a product rounded to BF16, which the optimizer then adds to its FP32 sum. Only this
+kernel of apex is used: Transformer Engine has the rest. PyPI's `apex` is another package, which breaks when it is
+imported. So the search is for the compiled module, which only NVIDIA's package has.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Accumulate = Callable[[Tensor, Tensor, Tensor], None]
 
 @cache
 def find_accumulate() -> Accumulate | None:
-    """apex's kernel; None without it."""
+    """Return apex's kernel; None without apex."""
     if importlib.util.find_spec(MODULE) is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The `precision` section."""
+"""The `precision` section of a configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ClassConfig(Section):
-    """Format of the tensors of a class. What is not given stays as the recipe has it."""
+    """Format of the tensors of a class. Keys that are not given stay as the recipe has them."""
 
     format: Literal["high", "e4m3", "e5m2", "e5m6"] | None = key(
         None, "number format; high is not quantised, e5m6 (twelve bits) is for caches"
@@ -64,7 +64,7 @@ class PrecisionConfig(Section):
 
     @property
     def format(self) -> Literal["bf16", "fp32"]:
-        """Of weights, and of activations that are not quantised."""
+        """Format of weights, and of activations that are not quantised."""
         return self.high if self.recipe == "fp8" else self.recipe
 
     def formats(self) -> Formats:
@@ -101,8 +101,8 @@ class PrecisionConfig(Section):
                 yield Clash(("backend", *keys), f"te does not go with this: {fault}")
 
     def te_faults(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """What Transformer Engine cannot do of this on any GPU: the keys that ask for it, and why."""
-        from .te.translate import faults
+        """Faults of this section for Transformer Engine on any GPU: the keys that ask for them, and why."""
+        from .te.limits import faults
 
         if self.format == "fp32":
             key = "high" if self.recipe == "fp8" else "recipe"
@@ -114,7 +114,7 @@ class PrecisionConfig(Section):
 
 
 def fnmatch_classes(pattern: str) -> list[str]:
-    """The classes of tensors that a pattern names, as in a shell: `experts_*.input`."""
+    """Classes of tensors that match a pattern as in a shell: `experts_*.input`."""
     return [name for name in CLASSES if fnmatchcase(name, pattern)]
 
 

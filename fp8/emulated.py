@@ -43,8 +43,8 @@ def _kept(codes: BlockQuantized, shape: torch.Size, dtype: torch.dtype | None) -
 class QuantizedWeight:
     """The quantised weight of a layer, made again when the weight has changed.
 
-    Whoever changes a weight in place does so on the parameter or a view of it, so that its version counts up; writing
-    through `.data` would go unnoticed.
+    A change in place must go through the parameter or a view of it, so that its version counts up. A write through
+    `.data` is not noticed.
     """
 
     def __init__(self, recipe: LinearRecipe) -> None:
@@ -68,8 +68,8 @@ class QuantizedWeight:
 class QuantizedFunction(torch.autograd.Function):
     """A linear layer, grouped where there are offsets.
 
-    `codes` are what x was quantised to by somebody before, and `incoming` in the backward gives those of the gradient;
-    x and gradient are what they dequantise to, so it is not done again.
+    `codes` are the quantised form in which x arrived, if any. `incoming`, called in the backward, gives that of the
+    gradient. x and the gradient are their dequantised values, so neither is quantised again.
     """
 
     @staticmethod
@@ -136,7 +136,7 @@ class QuantizedFunction(torch.autograd.Function):
 
 
 def _as_fprop_saw_it(quantizer: Quantizer, x: Tensor) -> Kept:
-    """x itself is kept: somebody makes it again, or nobody needs it, or it is not quantised."""
+    """Keep x itself: another part makes it again, or the backward does not need it, or it is not quantised."""
     return Kept((x.detach(),), lambda x: quantizer.values(x.flatten(0, -2), 1))
 
 

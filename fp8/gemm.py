@@ -37,7 +37,7 @@ Operand = BlockQuantized | Tensor  # a tensor holds values already dequantised o
 
 @dataclass(frozen=True)
 class Accumulator:
-    """How a tensor core adds products: `step` at once, aligned to the largest and cut off.
+    """Model of a tensor core's sums: `step` products at once, aligned to the largest and cut off.
 
     The exponents of the products and of the running sum are compared; all are truncated towards zero to
     `fraction_bits` binary places of the largest, added exactly, and the sum is truncated to as many places of its own.

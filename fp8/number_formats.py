@@ -123,7 +123,7 @@ def unpack_e5m6(packed: Tensor, width: int) -> Tensor:
 
 
 def are_powers_of_two(scale: Tensor) -> Tensor:
-    """Which FP32 scales UE8M0 can hold: powers of two from 2^-127, which FP32 holds as a subnormal, to 2^127."""
+    """Mask of the FP32 scales that UE8M0 can hold: powers of two from 2^-127, a subnormal of FP32, to 2^127."""
     bits = scale.view(torch.int32)
     normal = (bits > 0) & (bits < _EXPONENT) & ((bits & ~_EXPONENT) == 0)
     return normal | (bits == 1 << 22)

@@ -1,7 +1,7 @@
 """Matrix products of a model, and how a CPU computes those of BF16 operands.
 
 A CPU without BF16 instructions (x86 before Sapphire Rapids and Zen 4, ARM before ARMv8.6) multiplies BF16 far slower
-than FP32: a fourth of the speed with AVX-512, between a tenth and a fiftieth with AVX2. There the operands are widened
+than FP32: at a fourth of its speed with AVX-512, and at a third to a fiftieth with AVX2. There the operands are widened
 to FP32, which is exact, multiplied in FP32, and the result is rounded to BF16 once. A native product also sums in FP32
 and rounds once, so the two differ in the order of the sum alone.
 

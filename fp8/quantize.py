@@ -44,7 +44,7 @@ class BlockQuantized:
 
     `data` holds the encoded values in the shape of the matrix (E5M6: `[..., K + ceil(K/2)]` bytes, see `formats`) and
     `scale` the FP32 multipliers that dequantise (`[M, C]`, `[R, K]` or `[R, C]`, see this module; with an E in front
-    for a stack). `ends` are the row ends of the groups where tiles begin anew, or None; tiles of one row ignore them.
+    for a stack). `ends` are the row ends of the groups where tiles begin again, or None; tiles of one row ignore them.
     """
 
     data: Tensor
@@ -57,7 +57,7 @@ class BlockQuantized:
 
     @property
     def shape(self) -> torch.Size:
-        """That of the matrix, whatever its data take."""
+        """Shape of the matrix, whatever its data take."""
         return torch.Size((*self.data.shape[:-1], self.width))
 
     @property
@@ -107,7 +107,7 @@ class BlockQuantized:
         return quantize(self.dequantize(), tile, fmt, kind, offsets=offsets)
 
     def without_tensors(self) -> Callable[[Tensor, Tensor], BlockQuantized]:
-        """What makes this of its data and scale again, for those who keep the two elsewhere."""
+        """A function that makes this matrix from its data and scale, for callers that keep the two elsewhere."""
         tile, fmt, width, pow2, ends = self.tile, self.fmt, self.width, self.pow2_scales, self.ends
         return lambda data, scale: BlockQuantized(data, scale, tile, fmt, width, pow2, ends)
 
@@ -128,7 +128,7 @@ class BlockQuantized:
 
 
 class _Rule(NamedTuple):
-    """How to quantise."""
+    """Rules of one quantisation."""
 
     tile: Tile
     fmt: Format
@@ -149,8 +149,8 @@ def quantize(
 ) -> BlockQuantized:
     """Quantise x `[M, K]` or a stack `[E, M, K]`, BF16 or FP32; the rules and the shapes are this module's.
 
-    `offsets` `[E]` are the ends of groups of rows, as in `GroupedLinear`: tiles of 128 rows begin anew with each
-    group, so that no tile belongs to two experts. `eps` is the least amax (Transformer Engine's amax_epsilon;
+    `offsets` `[E]` are the ends of groups of rows, as in `GroupedLinear`: tiles of 128 rows begin again with each
+    group, so no tile belongs to two experts. `eps` is the least amax (Transformer Engine's amax_epsilon;
     DeepSeek's inference kernels use 1e-4). `checked` raises FP8RangeError for infinities and NaN.
     Raises UsageError for a tile, format, shape or type that is not supported.
     """
@@ -182,7 +182,7 @@ def fake_quantize(
     eps: float = 0.0,
     offsets: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
-    """What `quantize(…).dequantize()` gives, without encoding: BF16 with power-of-two scales, else FP32.
+    """Values of `quantize(…).dequantize()`, without encoding: BF16 with power-of-two scales, else FP32.
 
     Only the sign of zeros may differ.
     """
@@ -339,7 +339,7 @@ def _matrix(x: Tensor, offsets: Tensor | Sequence[int] | None) -> tuple[Tensor, 
 
 
 def _segments(shape: torch.Size, ends: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Rows of each segment in which tiles begin anew: groups, or matrices of a stack."""
+    """Rows of each segment in which tiles begin again: groups, or matrices of a stack."""
     if len(shape) == 3:
         return (shape[1],) * shape[0]
     return (shape[0],) if ends is None else tuple(b - a for a, b in zip((0, *ends), ends, strict=False))

@@ -87,7 +87,7 @@ class Quantizer:
     monitor: Monitor
 
     def makes(self, codes: BlockQuantized) -> bool:
-        """Whether what it makes of a matrix whose rows a product contracts could be `codes`."""
+        """Whether `codes` have the format of this class for a product that contracts columns."""
         format = self.format
         return format is not None and (format.tile(1), format.fmt, format.pow2) == (
             codes.tile,
@@ -96,7 +96,7 @@ class Quantizer:
         )
 
     def values(self, x: Tensor, contracted: int, offsets: Tensor | None = None) -> Tensor:
-        """What the quantised x `[M, K]`, or stack of them, dequantises to; `offsets` as in `quantize`."""
+        """Dequantised values of the quantised x `[M, K]`, or of a stack; `offsets` as in `quantize`."""
         if self.format is None:
             return x
         tile, fmt, pow2 = self.format.tile(contracted), self.format.fmt, self.format.pow2
@@ -172,11 +172,11 @@ class LinearRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model's linear layers are told; `Recipe()` leaves everything in high precision."""
+    """Formats and backend of a model's linear layers; `Recipe()` leaves everything in high precision."""
 
     formats: Formats = field(default_factory=dict)
     mode: Mode = "fast"
-    """How products are computed, see `gemm`; those with an operand in high precision are always `fast`."""
+    """Way to compute products, see `gemm`; products with an operand in high precision are always `fast`."""
     monitor: Monitor = field(default_factory=Monitor)
     backend: Backend | None = None
     """Library such as Transformer Engine; None emulates the products of quantised operands, on any device."""

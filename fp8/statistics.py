@@ -1,4 +1,4 @@
-"""What quantisation did to the tensors of a step, by class: how far values moved, and which of them were lost."""
+"""Statistics of the quantisation of a step, by class of tensors: errors, underflow and saturation."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Sums:
 
     def add(self, other: Sums) -> None:
         for field in fields(self):
-            mine, its = getattr(self, field.name), getattr(other, field.name)
+            own, added = getattr(self, field.name), getattr(other, field.name)
             choose = {"largest": max, "smallest": min, "worst_row": max}.get(field.name)
-            setattr(self, field.name, mine + its if choose is None else choose(mine, its))
+            setattr(self, field.name, own + added if choose is None else choose(own, added))
 
     @property
     def error(self) -> float:
@@ -49,8 +49,8 @@ class Sums:
 
     @property
     def row_error(self) -> float:
-        """The same of each row by itself, root mean square. Here a small token weighs as a large one does:
-        what is lost where they share a tile shows."""
+        """Error of each row by itself, root mean square. A small token weighs as much as a large one, so the
+        losses of small tokens in the tiles of large ones show."""
         return math.sqrt(self.row_errors / self.rows) if self.rows else 0.0
 
     @property
@@ -75,11 +75,11 @@ class Sums:
 
 
 class Statistics:
-    """An observer for `Monitor` that sums up what it sees by class.
+    """Observer for `Monitor` that adds up sums by class.
 
     A tensor is quantised for two products at most: with tiles along its rows for fprop and dgrad, and along its
-    columns for W. The two are kept apart, because the inputs of W have been quantised before: what is lost with
-    them the second time is little and would hide what was lost the first time.
+    columns for W. The two are kept apart, because the inputs of W have been quantised before: their second
+    loss is small and would hide the first.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class Statistics:
 
 @torch.no_grad()
 def measure(x: Tensor, values: Tensor, format: TensorFormat, contracted: int, offsets: Tensor | None = None) -> Sums:
-    """Of x `[M, K]` or a stack `[E, M, K]`, and the `values` of its shape that it was quantised to.
+    """Sums over x `[M, K]` or a stack `[E, M, K]`, and over the dequantised `values` of the same shape.
 
     Sums are in FP64. `contracted` and `offsets` say where its tiles lie, as in `Quantizer.values`.
     """
@@ -138,7 +138,7 @@ def _add_rows(total: Sums, matrix: Tensor, quantized: Tensor, contracted: int) -
 
 
 def _segments(x: Tensor, offsets: Tensor | None, height: int) -> Sequence[int]:
-    """Rows of the segments in which tiles begin anew."""
+    """Rows of the segments in which tiles begin again."""
     if x.dim() == 3:
         return (x.shape[1],) * x.shape[0]
     if offsets is None or height == 1:

@@ -1,4 +1,4 @@
-"""Which tensors of training are quantised, and how: one format a class of tensors.
+"""Classes of tensors that training quantises, with one format per class.
 
 A class is a kind of linear layer and a role in it, `experts_down.gradient`. The kinds:
 
@@ -10,9 +10,9 @@ A class is a kind of linear layer and a role in it, `experts_down.gradient`. The
     mtp             projection of an MTP module
 
 The roles: `input` (x of fprop and of wgrad), `weight` (of fprop and of dgrad), `gradient` (dy of dgrad and of wgrad).
-Four kinds have a fourth, `cache`: what is kept of the forward for wgrad instead of the input as fprop saw it. That is
-the attention's output for attention_out, and for the `down` layers SwiGLU's input, from which SwiGLU's output is
-computed again.
+Four kinds have a fourth, `cache`: the tensor that the forward keeps for wgrad instead of the input as fprop saw it. For
+attention_out it is the attention's output. For the `down` layers it is SwiGLU's input, and SwiGLU's output is computed
+from it again.
 
 DeepSeek-V3's recipe (V3 §3.3, appendix B): all three products of these layers in E4M3, tiles of 1 x 128 for inputs
 and gradients and of 128 x 128 for weights, scales from the maximum of the tile itself; the attention's output cached
@@ -67,7 +67,7 @@ _POWERS_OF_TWO_IN_V3 = (
 
 @dataclass(frozen=True)
 class TensorFormat:
-    """How the tensors of a class are quantised."""
+    """Format of the tensors of a class."""
 
     fmt: FormatName = "e4m3"
     square: bool = False
@@ -85,14 +85,14 @@ class TensorFormat:
 
 
 WIRE_FORMAT = TensorFormat("e4m3", square=False, pow2=True)
-"""That of rows that travel between ranks in FP8: what V3 and the default recipe make of the experts' input."""
+"""Format of rows that travel between ranks in FP8; V3 and the default recipe quantise the experts' input so."""
 
 Formats = Mapping[str, TensorFormat | None]
-"""A format for every class; None leaves it in high precision."""
+"""Format of every class; None leaves a class in high precision."""
 
 
 def v3_formats(scales: Literal["pow2", "v3"] = "pow2") -> dict[str, TensorFormat | None]:
-    """DeepSeek-V3's, with power-of-two scales for all classes or for those that V3 names."""
+    """DeepSeek-V3's formats, with power-of-two scales for all classes, or for the classes that V3 names."""
     formats: dict[str, TensorFormat | None] = {}
     for name in CLASSES:
         pow2 = scales == "pow2" or name in _POWERS_OF_TWO_IN_V3

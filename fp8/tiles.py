@@ -1,7 +1,7 @@
-"""How a matrix divides into tiles, and a walk over them in pieces that stay in a CPU's cache.
+"""Tiles of a matrix, and a walk over them in pieces that stay in a CPU's cache.
 
 A tile is (1, 128), (128, 1) or (128, 128) elements; the last one of a row or column may be partial. Rows come in
-segments (one by default), and tiles of 128 rows begin anew with each: the experts of a grouped matrix share no tile.
+segments (one by default), and tiles of 128 rows begin again with each: the experts of a grouped matrix share no tile.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The `counterflow` command: one module of `commands/` per sub-command, loaded when the command is called.
 
 A sub-command's module offers `add_arguments(parser)` and `run(args) -> int`, the exit code: 0 done, 1 failed, 2 bad
-usage or config, 75 stopped for requeue with a checkpoint written. Nothing here imports torch, so that help and
-configuration are printed at once.
+usage or config. Nothing here imports torch, so that help and configuration are printed at once.
 """
 
 from __future__ import annotations
@@ -10,7 +9,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UsageError as error:
-        print(f"counterflow: error: {error}", file=sys.stderr)
+        print(_fit(f"counterflow: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("counterflow: interrupted", file=sys.stderr)
@@ -56,8 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + 13
 
 
+def _fit(message: str) -> str:
+    """Break the lines of a message at words for a person's terminal; leave them whole for files and other programs."""
+    if not sys.stderr.isatty():
+        return message
+    width = shutil.get_terminal_size().columns
+    lines = []
+    for line in message.splitlines():
+        below = " " * (len(line) - len(line.lstrip()) + 2)
+        broken = textwrap.wrap(line, width, subsequent_indent=below, break_long_words=False, break_on_hyphens=False)
+        lines += broken or [""]
+    return "\n".join(lines)
+
+
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="counterflow", description="Pretrain DeepSeek-V3-class models.")
+    parser = argparse.ArgumentParser(
+        prog="counterflow",
+        description="Pretrain DeepSeek-V3-class models.",
+        epilog="`counterflow COMMAND --help` explains a command. To begin: counterflow train tiny",
+    )
     parser.add_argument("--version", action="version", version=f"counterflow {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     parsers = {

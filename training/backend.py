@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..configs.config import Config
-from ..fp8.te.library import HOPPER_ALIGNMENT, INSTEAD, version_fault
+from ..fp8.te.library import HOPPER_ALIGNMENT, version_fault
+from ..fp8.te.limits import INSTEAD
 from ..fp8.tensor_formats import KINDS, Formats
 from ..model.config import ModelConfig
 from ..settings import UsageError, nearest_multiples

@@ -1,4 +1,4 @@
-"""What a model is given of Transformer Engine: engines of its linear layers, attention, and the optimizer's update."""
+"""Transformer Engine as the backend of a model: engines of linear layers, and attention."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..tensor_formats import Formats
 from . import library as libraries
 from .engine import Engine
 from .library import Library
-from .translate import faults
+from .limits import faults
 
 
 class TransformerEngine:
     """Transformer Engine on one device, for a model with these formats."""
 
     def __init__(self, library: Library, formats: Formats) -> None:
-        """Raises UsageError with every class that it cannot do on this GPU."""
+        """Raises UsageError with every class that the library cannot compute on this GPU."""
         found = list(faults(formats, library.microscaling))
         if found:
             raise UsageError("\n".join(found))
@@ -29,20 +29,20 @@ class TransformerEngine:
 
     @classmethod
     def on(cls, device: torch.device, formats: Formats) -> TransformerEngine:
-        """That of `device`; raises UsageError as `load` does."""
+        """Return the backend of `device`; raises UsageError as `load` does."""
         return cls(libraries.load(device), formats)
 
     @property
     def alignment(self) -> int:
-        """What the number of an expert's rows is a multiple of."""
+        """Divisor of the number of an expert's rows."""
         return self.library.alignment
 
     def linear(self, recipe: LinearRecipe, num_groups: int | None = None) -> Engine:
-        """What computes a linear layer, or the experts of one."""
+        """Return the engine of a linear layer, or of `num_groups` experts."""
         return Engine(self.library, recipe, num_groups)
 
     def attention(self, heads: int, qk_width: int, v_width: int) -> Attention:
-        """Causal attention of queries that are already scaled.
+        """Return causal attention of queries that are already scaled.
 
         Takes query and key `[B, A, S, qk_width]` and value `[B, A, S, v_width]` (A heads) and gives
         `[B, A, S, v_width]`. All lie in memory as `[B, S, A, …]`, the layout that the library's kernels read: others

@@ -1,11 +1,11 @@
 """A linear layer of ours computed by `te.Linear` or `te.GroupedLinear`.
 
-The library's module owns nothing: its weights are our parameter, or views of our stack of experts, so that names,
-shapes and checkpoints are those of any other backend. What is ours around it:
+The library's module owns nothing: its weights are our parameter, or views of our stack of experts. So names, shapes
+and checkpoints are the same as with any other backend. Around the module:
 
 - Weight gradients are accumulated in FP32 by the product itself (`fuse_wgrad_accumulation`), in the optimizer's
   buffer, and never on the micro-batch's first pass only: `is_first_microbatch=True` would overwrite what is there.
-  Autograd sees no gradient of the weight, so the optimizer is told of each that was added.
+  Autograd sees no gradient of the weight, so each added gradient is reported to the optimizer.
 - They are always computed apart (`delay_wgrad_compute`): at once, or when the pipeline drains its queue. One
   `backward_dw` belongs to one backward. The library keeps its operands first in, first out, and the order of sums is
   all that could differ if a schedule drained two micro-batches the other way round.
@@ -32,11 +32,12 @@ from ..kept import Kept
 from ..recipe import LinearRecipe
 from ..saved_tensors import memory_of
 from . import translate as recipes
-from .library import INSTEAD, Library
+from .library import Library
+from .limits import INSTEAD
 
 
 class Engine:
-    """Computes one layer, plain or of `num_groups` experts, with Transformer Engine."""
+    """One layer, plain or of `num_groups` experts, computed with Transformer Engine."""
 
     def __init__(self, library: Library, recipe: LinearRecipe, num_groups: int | None = None) -> None:
         self.library = library
@@ -61,7 +62,7 @@ class Engine:
         `queue` takes the weight's gradient while it defers. Without a `sink` it goes to `weight.grad` as any other.
         `kept` and `rebuilt` as in `Linear`. Raises UsageError for widths or types that the library does not take.
         """
-        assert self.monitor.observer is None, "what the library quantises is not shown to anybody"
+        assert self.monitor.observer is None, "an observer does not see what the library quantises"
         module = self._module_for(weight, sink)
         rows, count = x.flatten(0, -2).contiguous(), x.shape[:-1].numel()
         short = -count % self.library.alignment
@@ -96,7 +97,7 @@ class Engine:
         def weight_gradient() -> None:
             if not empty:
                 module.backward_dw()
-            module.tell()
+            module.report_gradient()
 
         rows = _AfterBackward.apply(rows, self._anchor, lambda: now_or_later(queue, weight_gradient))
         if empty:  # no product, but a graph as of any other number of rows
@@ -108,11 +109,11 @@ class Engine:
             y = module.forward(rows, counts, keep_original=True)
         restore = kept.restore
         return _BeforeBackward.apply(
-            y, lambda *saved: held.hand(F.pad(restore(*saved).flatten(0, -2), (0, 0, 0, short))), *kept.tensors
+            y, lambda *saved: held.hand_in(F.pad(restore(*saved).flatten(0, -2), (0, 0, 0, short))), *kept.tensors
         )
 
     def _module_for(self, weight: nn.Parameter, sink: GradientSink | None) -> _Module:
-        """Made at the first call: only then the weight lies where it stays, in the format it keeps."""
+        """Return the library's module, made at the first call: only then the weight has its final place and format."""
         if self._module is None or self._module.weight is not weight or self._module.sink is not sink:
             self._module = _Module(self.library, self.recipe, weight, sink, self.num_groups)
         return self._module
@@ -172,13 +173,13 @@ class _Module:
             return self.te(rows, list(counts), **first)
 
     def quantised_once(self) -> bool | None:
-        """What to say of the micro-batch: `is_first_microbatch`.
+        """Value of `is_first_microbatch` for the next call.
 
-        False makes the library use the quantised weight it has, and quantise where it has none; it adds to the
-        gradient. So instead of calling a micro-batch the first, which would also overwrite the gradient, its weights
-        are dropped when ours have changed. Micro-batches in flight then share one quantised weight; with None each
-        would hold its own until its backward. Without a gradient to come the weight is quantised for fprop alone,
-        which must not be what a later backward finds: there, as where a release keeps them elsewhere, it is None.
+        False makes the library use its quantised weight, or quantise where it has none, and add to the gradient. True
+        would also overwrite the gradient. So instead of True, the quantised weight is dropped when ours has changed.
+        Micro-batches in flight then share one quantised weight; with None each would hold its own until its backward.
+        Without a gradient to come the weight is quantised for fprop alone, and a later backward must not find this
+        copy: there the value is None. It is None too where a release keeps the quantised weights elsewhere.
         """
         if self._quantised is None or not torch.is_grad_enabled():
             return None
@@ -188,12 +189,12 @@ class _Module:
         return False
 
     def backward_dw(self) -> None:
-        """One weight gradient that a backward has left: the oldest."""
+        """Compute the oldest weight gradient that a backward has left."""
         with torch.no_grad():
             self.te.backward_dw()
 
-    def tell(self) -> None:
-        """The gradient has been added: the optimizer counts it, or autograd gets it."""
+    def report_gradient(self) -> None:
+        """Report an added gradient to the optimizer, or give it to autograd."""
         if self.sink is not None:
             self.sink.arrived(self.weight)
             return
@@ -219,7 +220,7 @@ def _check(library: Library, weight: Tensor) -> None:
 
 
 class _AfterBackward(torch.autograd.Function):
-    """Passes x on; its backward comes right after that of what was made of it, and calls `then`."""
+    """Identity whose backward runs right after the backward of the operations on its result, and calls `then`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, then: Callable[[], None]) -> Tensor:
@@ -234,7 +235,7 @@ class _AfterBackward(torch.autograd.Function):
 
 
 class _BeforeBackward(torch.autograd.Function):
-    """Passes y on; its backward comes right before that of what made it, and calls `first` with what was saved."""
+    """Identity whose backward runs right before the backward of y's operation, and calls `first(*saved)`."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, first: Callable[..., None], *saved: Tensor) -> Tensor:
@@ -250,13 +251,13 @@ class _BeforeBackward(torch.autograd.Function):
 
 
 class _Held:
-    """Hooks for what the library saves: its input is dropped and, in the backward, is what was handed in for it."""
+    """Hooks on the library's saved tensors: its input is dropped, and the backward gets a value handed in for it."""
 
     def __init__(self, x: Tensor) -> None:
         self._address = memory_of(x)
         self._value: Tensor | None = None
 
-    def hand(self, value: Tensor) -> None:
+    def hand_in(self, value: Tensor) -> None:
         self._value = value
 
     def pack(self, tensor: Tensor) -> Tensor | None:
@@ -266,5 +267,5 @@ class _Held:
         if saved is not None:
             return saved
         value, self._value = self._value, None
-        assert value is not None, "the input was asked for twice, or before the backward of the output"
+        assert value is not None, "the input was read twice, or before the backward of the output"
         return value

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ...settings import UsageError
+from .limits import INSTEAD
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +24,7 @@ CHECKED = "2.20.2"
 """The release whose signatures every call was checked against (tests/fp8/te_signatures.json)."""
 
 HOPPER_ALIGNMENT, BLACKWELL_ALIGNMENT = 16, 32
-"""What sizes of matrices are a multiple of: cuBLAS reads FP8 in 16 bytes, and MXFP8 has tiles of 32."""
-
-INSTEAD = "precision.backend emulated needs neither it nor a GPU"
+"""Divisors of the sizes of matrices: cuBLAS reads FP8 in 16 bytes, and MXFP8 has tiles of 32."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def find_version() -> str | None:
 
 
 def version_fault() -> str | None:
-    """What is wrong with the installed version; None if nothing is. Imports nothing."""
+    """Fault of the installed version; None without one. Imports nothing."""
     found, oldest = find_version(), ".".join(map(str, OLDEST))
     if found is None:
         return (

@@ -1,7 +1,7 @@
 """Fused kernels for what costs an FP8 step on a GPU as much as its grouped products: quantising, turning, permuting.
 
-Plain functions of CUDA tensors, in Triton, for compute capability 9.0 and above; whoever wants them calls them, and
-importing this package imports no Triton. They mean what `fp8/quantize.py`, `model/kernels.py` and `comm/permute.py`
+Plain functions of CUDA tensors, in Triton, for compute capability 9.0 and above. Importing this package imports no
+Triton. They mean what `fp8/quantize.py`, `model/kernels.py` and `comm/permute.py`
 compute, to the last bit but for SwiGLU's exp (see `swiglu_kernels`) and the sign of a NaN, which is lost.
 Shapes: T tokens, K choices a token, H hidden, R rows, I inner width of a feed-forward; C(n) = ceil(n / 128).
 

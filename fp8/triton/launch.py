@@ -90,7 +90,7 @@ def tiles_down(rows: int, groups: RowGroups | None) -> int:
 
 
 def alignment(groups: RowGroups | None) -> int:
-    """What kernels may take for granted: 0 without groups, 16 if that divides all ends, else 1.
+    """Alignment of groups that kernels may assume: 0 without groups, 16 if that divides all ends, else 1.
 
     A program writes 16 rows of transposed codes at once where it can, and single bytes elsewhere.
     """

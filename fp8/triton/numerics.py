@@ -1,4 +1,4 @@
-"""What the kernels share: the scales of `fp8/quantize.py`, and tiles of values written as codes.
+"""Numerics that the kernels share: the scales of `fp8/quantize.py`, and tiles of values written as codes.
 
 Scales need correctly rounded divisions, which Triton's `/` is not, and FP32 subnormals, which stay as they are
 because nothing here is compiled with a flush to zero. The conversions to E4M3 round to nearest even and saturate
@@ -25,7 +25,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def scales_of(amax, pow2: tl.constexpr, largest: tl.constexpr):
-    """What tiles with these maxima are multiplied by, and what dequantises them. NaN counts as no maximum.
+    """Multipliers of tiles with these maxima, and the scales that dequantise them. NaN counts as no maximum.
 
     `largest` is the finite maximum of the input's type. Powers of two are made without a division: 448 is 1.75 * 2^8,
     so 448 / (m 2^e) with m in [1, 2) lies between 2^(8-e) and its double where m is at most 1.75, and one below else.

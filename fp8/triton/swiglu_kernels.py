@@ -169,7 +169,7 @@ def _gradients(
     even: tl.constexpr,
     weighted: tl.constexpr,
 ):
-    """Those of gate and up, rounded to BF16, as FP32, and the terms of the weights'."""
+    """Gradients of gate and up, rounded to BF16, as FP32, and the terms of the weights'."""
     width = 2 * inner
     gate = _load(gate_up, cache_scales, row, row_inside, column, column_inside, width, cache_tiles, cached, even)
     up = _load(gate_up, cache_scales, row, row_inside, column + inner, column_inside, width, cache_tiles, cached, even)

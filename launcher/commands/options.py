@@ -26,5 +26,5 @@ def add_overrides(add_argument: Callable[..., object]) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set a key, such as optim.lr=1e-4 or parallel.dp=auto; the value is YAML; may be given again",
+        help="set a key, such as optim.lr=1e-4 or parallel.dp=auto; the value is YAML; may be repeated",
     )

@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
 def _steps(folder: Path, last: int | None) -> list[StepMetrics]:
     if last is not None and last < 1:
         raise UsageError(f"--last is {last}: it must be at least 1")
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}: give that of a run, such as runs/NAME")
     if not (folder / METRICS_FILE).is_file():
         raise UsageError(f"{folder} has no {METRICS_FILE}: give the folder of a run, such as runs/NAME")
     try:

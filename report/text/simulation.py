@@ -55,7 +55,7 @@ def compare_table(case: Case, outcomes: Mapping[str, Timeline | str]) -> str:
     for name, outcome in outcomes.items():
         if isinstance(outcome, str):
             lines += wrap_row(name, f"cannot: {outcome}", width + 2)
-    lines += ["", *textwrap.wrap(_LEGEND, WIDTH)]
+    lines += ["", *textwrap.wrap(_LEGEND, WIDTH, break_on_hyphens=False)]
     return "\n".join(lines)
 
 

@@ -33,14 +33,14 @@ def test_an_old_key_is_one_fault_that_names_the_new_key(
     for config, overrides, location in (("run.yaml", [], "run.yaml:3"), ("tiny", [f"{old}=0"], f"--set {old}=0")):
         with pytest.raises(ConfigError) as caught:
             load_config(config, overrides)
-        assert str(caught.value) == f"1 fault in the configuration\n  {location}: {old}: is now {new}"
+        assert str(caught.value) == f"1 fault in the configuration\n  {location}: {old}: moved to {new}"
 
 
 def test_old_keys_in_one_file_are_all_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", [f"{old}=0" for old in MOVED_KEYS])
     assert {fault.key: fault.message for fault in caught.value.faults} == {
-        old: f"is now {new}" for old, new in MOVED_KEYS.items()
+        old: f"moved to {new}" for old, new in MOVED_KEYS.items()
     }
 
 

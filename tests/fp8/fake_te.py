@@ -39,7 +39,7 @@ from counterflow.tests.fp8.record_te_signatures import RECORD, parse
 
 RECORDED: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
 CALLS: Counter[str] = Counter()
-"""How often each callable was called."""
+"""Number of calls of each callable."""
 FIRST: list[bool | None] = []
 """`is_first_microbatch` of every forward."""
 like_emulated = False
@@ -122,7 +122,7 @@ class MXFP8BlockScaling:
 
 
 def _values(role: str, x: Tensor, contracted: int, offsets: Tensor | None = None) -> Tensor:
-    """What x dequantises to as an operand of the active recipe."""
+    """Dequantised values of x as an operand of the active recipe."""
     recipe = _active[-1]
     assert recipe.backward_override is None
     fmt = recipe.fp8_format.value[role == "gradient"]
@@ -165,7 +165,7 @@ class Autocast:
 
 
 class _Call:
-    """What a product's autograd node knows besides tensors."""
+    """State of a product's autograd node besides tensors."""
 
     def __init__(self, module: _Module, first: bool | None, counts: list[int] | None) -> None:
         self.module, self.first, self.recipe = module, first, _active[-1]
@@ -198,7 +198,7 @@ class _Products(torch.autograd.Function):
 
 
 class _Module(nn.Module):
-    """What Linear and GroupedLinear share."""
+    """State that Linear and GroupedLinear share."""
 
     def __init__(
         self, in_features: int, out_features: int, params_dtype: Any, device: Any, fused: bool, delayed: bool

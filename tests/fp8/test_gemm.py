@@ -57,7 +57,7 @@ def block_loop(a: BlockQuantized, b: BlockQuantized, contracted: tuple[int, int]
 
 
 def bfloat16_ulps(a: Tensor, b: Tensor) -> Tensor:
-    """How many BF16 numbers apart."""
+    """Distance in BF16 numbers."""
     bits = [x.view(torch.int16).int() for x in (a, b)]
     first, second = (torch.where(x < 0, -32768 - x, x) for x in bits)  # in the order of the numbers
     return (first - second).abs()
@@ -88,7 +88,11 @@ def test_fp32_scales_only_add_fp32_rounding(name: str) -> None:
     for mode in ("promoted", "fast"):
         error = np.abs(product(a, b, mode=mode, out_dtype=torch.float32).numpy() - exact)
         assert (error <= 1e-5 * size).all()
-        assert np.linalg.norm(error) < 3e-7 * np.linalg.norm(exact)
+        # One accumulator per result, the least exact order that a CPU takes, rounds K growing partial sums. Each is off
+        # by 2^-24 / sqrt(3) of itself, root mean square, and the j-th is sqrt(j / K) of the result. Rounding the
+        # operands adds less than another 2^-24. A promoted product has one rounded sum per tile.
+        rounding = 2.0**-24 * (np.sqrt(left.shape[1] / 6) + 1)
+        assert np.linalg.norm(error) < (3e-7 if mode == "promoted" else rounding) * np.linalg.norm(exact)
 
 
 def test_fast_is_within_one_bfloat16_ulp_of_promoted() -> None:

@@ -257,7 +257,7 @@ def test_empty_matrices_and_stacks_keep_their_shapes(shape: tuple[int, ...]) -> 
 
 
 def test_transposed_storage_of_groups_dequantises_alike() -> None:
-    """As the fused kernels leave columns for W: the memory of the transposed matrix, tiles of groups of rows."""
+    """Columns for W as the fused kernels leave them: the memory of the transposed matrix, tiles of groups of rows."""
     x = torch.randn(300, 200, generator=torch.Generator().manual_seed(5)).bfloat16()
     made = quantize(x, (128, 1), offsets=(90, 90, 300))
     turned = replace(made, data=made.data.mT.contiguous().mT)

@@ -1,4 +1,4 @@
-"""What a recipe quantises: DeepSeek-V3's list, what a user changes of it, and what is refused."""
+"""Classes that a recipe quantises: DeepSeek-V3's list, changes of a user, and refused changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the audit says of a tensor's quantisation, against NumPy's own count of it, and where V3's tiles matter."""
+"""Statistics of a tensor's quantisation against NumPy's own count, and a case where V3's tiles matter."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def as_emulated() -> Iterator[None]:
 
 
 def recipes(kind: Kind, **settings: Any) -> tuple[LinearRecipe, LinearRecipe]:
-    """That of emulation, and that of the backend."""
+    """Recipes of emulation and of the backend."""
     recipe = PrecisionConfig(recipe="fp8", **settings).make()
     emulated = recipe.linear(kind)
     backend = TransformerEngine.on(torch.device("cpu"), recipe.formats)
@@ -103,7 +103,7 @@ def test_backend_gives_the_bits_of_emulation(grouped: bool, classes: dict[str, A
 
 @both
 def test_as_the_library_computes_gradients_differ_by_one_rounding(grouped: bool) -> None:
-    """It quantises x along the rows from x itself, and adds in FP32 what emulation rounds to BF16 first."""
+    """The library quantises x along the rows from x itself, and adds in FP32 what emulation rounds to BF16 first."""
     emulated, theirs = layers(grouped)
     x, dy = tensors((T, K), (T, N))
     with fake_te.installed(emulated=False):
@@ -251,7 +251,7 @@ def test_a_cache_stands_for_the_input_in_the_weights_gradient(kind: Kind) -> Non
 
 
 def test_an_input_that_is_made_again_is_not_kept() -> None:
-    """What the library saves is then the input's own memory, which recomputation knows and drops."""
+    """The library then saves the input's own memory, which recomputation finds and drops."""
     _, layer = layers(grouped=False)
     (x,) = tensors((T, K))
     x.requires_grad_()

@@ -1,4 +1,4 @@
-"""What Transformer Engine does besides linear layers: attention and the update; and how hooks meet its tensors."""
+"""Transformer Engine besides linear layers: attention, the update, and hooks on its saved tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_attention_scales_once_and_keeps_our_layout() -> None:
 
 
 def test_off_the_cpu_attention_gets_positions_before_heads_in_memory() -> None:
-    """That is what GPU kernels read; `meta` stands for a GPU here."""
+    """GPU kernels read this layout; `meta` stands for a GPU here."""
     sizes = {"query": (2, 20, 3, 24), "key_value": (2, 20, 3, 32), "rotary_key": (2, 20, 8)}
     parts = [torch.empty(size, device="meta", dtype=torch.bfloat16) for size in sizes.values()]
     rotary = torch.empty(20, 4, dtype=torch.complex64, device="meta")
@@ -59,7 +59,7 @@ def test_fused_adam_works_on_our_own_tensors(moments: torch.dtype) -> None:
 
 
 def test_fused_adam_goes_on_from_a_step_and_moments_that_were_loaded() -> None:
-    """As after a checkpoint: bias correction follows our count, not the library's own."""
+    """Bias correction follows our count, not the library's own, as after a checkpoint."""
     config, generator = OptimConfig(), torch.Generator().manual_seed(0)
     ours = [torch.rand(8, generator=generator) for _ in range(3)]
     theirs = [tensor.clone() for tensor in ours]
@@ -74,7 +74,7 @@ def test_fused_adam_goes_on_from_a_step_and_moments_that_were_loaded() -> None:
 
 
 class _SavesWrapped(torch.autograd.Function):
-    """As the library saves its quantised weight: a tensor without memory of its own around two that have some."""
+    """A tensor without memory of its own around two that have some, as the library saves its quantised weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, wrapped: Tensor) -> Tensor:

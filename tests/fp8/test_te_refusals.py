@@ -1,4 +1,4 @@
-"""What the Transformer Engine backend refuses, and that it names the version, the architecture or the class."""
+"""Refusals of the Transformer Engine backend; each names the version, the architecture or the class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from counterflow.configs.load import load_config
 from counterflow.fp8.config import ClassConfig, PrecisionConfig
 from counterflow.fp8.te import library as libraries
-from counterflow.fp8.te import translate as recipes
+from counterflow.fp8.te import limits
 from counterflow.fp8.te.backend import TransformerEngine
 from counterflow.settings import UsageError
 from counterflow.tests.fp8 import fake_te
@@ -24,7 +24,7 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str | None, module: ModuleType | None = None) -> None:
-    """As if that release were installed; without a module its import fails as that of the package without binaries."""
+    """Pretend that a release is installed; without a module its import fails as without the package's binaries."""
 
     def find(name: str) -> str:
         if version is None:
@@ -112,7 +112,7 @@ def test_classes_that_it_cannot_do_are_named(classes: dict[str, Any], message: s
     given = {pattern: ClassConfig(**values) for pattern, values in classes.items()}
     with pytest.raises(ValueError, match=f"te does not go with this: {message}.*; precision.backend emulated needs"):
         PrecisionConfig(recipe="fp8", backend="te", classes=given)
-    (fault,) = recipes.faults(PrecisionConfig(recipe="fp8", classes=given).formats())
+    (fault,) = limits.faults(PrecisionConfig(recipe="fp8", classes=given).formats())
     with pytest.raises(UsageError, match=message):
         TransformerEngine(fake_te.library(), PrecisionConfig(recipe="fp8", classes=given).formats())
     assert fault
@@ -146,8 +146,8 @@ def test_what_it_can_do_is_taken(classes: dict[str, Any]) -> None:
 def test_blackwell_has_scales_and_tiles_of_its_own(classes: dict[str, Any], message: str) -> None:
     given = {pattern: ClassConfig(**values) for pattern, values in classes.items()}
     formats = PrecisionConfig(recipe="fp8", classes=given).formats()
-    assert list(recipes.faults(formats)) == []
-    (fault,) = recipes.faults(formats, microscaling=True)
+    assert list(limits.faults(formats)) == []
+    (fault,) = limits.faults(formats, microscaling=True)
     assert message in fault
 
 

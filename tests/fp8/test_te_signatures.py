@@ -1,4 +1,4 @@
-"""What we call of Transformer Engine, against the signatures of its published wheels."""
+"""Our calls of Transformer Engine against the signatures of its published wheels."""
 
 from __future__ import annotations
 

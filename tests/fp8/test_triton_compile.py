@@ -26,7 +26,9 @@ def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     with ProcessPoolExecutor(1, context, initializer=triton_worker.prepare_compiler, initargs=(cache,)) as pool:
         assert not pool.submit(triton_worker.importing_ours_imported_triton).result()
         waiting = [pool.submit(triton_worker.compiled, case, request.param) for case in CASES]
-        return [program for future in waiting for program in future.result()]
+        found = [program for future in waiting for program in future.result()]
+    assert {program.target for program in found} == {f"sm_{request.param}a"}
+    return found
 
 
 @needs_triton
@@ -35,7 +37,6 @@ def test_no_kernel_spills(programs: list[Compiled]) -> None:
     for p in programs:
         needs = f"{p.warps:5} {p.registers:9} {p.spilled_bytes:7} {p.shared_bytes:12}"
         print(f"{p.case:44} {p.kernel:19} {p.target:8} {needs}")
-    assert len({p.target for p in programs}) == 1 and programs[0].target in ("sm_90a", "sm_100a")
     assert [(p.case, p.target) for p in programs if p.spilled_bytes or p.stack_bytes] == []
     # A multiprocessor has 65,536 registers: at least 512 threads run at once.
     assert [p.case for p in programs if p.registers > 128] == []
@@ -59,14 +60,14 @@ def test_scales_are_neither_approximated_nor_flushed(programs: list[Compiled]) -
 
 @needs_triton
 def test_nothing_propagates_nan(programs: list[Compiled]) -> None:
-    """Which with transposed stores of codes trips ptxas 12.8 and 12.9, see `fp8/triton/numerics.py`."""
+    """A maximum that propagates NaN, with transposed stores of codes, trips ptxas 12.8 and 12.9; see `numerics`."""
     for p in programs:
         assert "max.NaN" not in p.ptx and "min.NaN" not in p.ptx, p.case
 
 
 @needs_triton
 def test_rows_and_columns_move_16_bytes_at_a_time(programs: list[Compiled]) -> None:
-    """Where 16 divides the sizes; 8 bytes of codes where a thread has read 8 numbers of BF16."""
+    """Loads and stores are wide where 16 divides the sizes; 8 bytes of codes after 8 numbers of BF16."""
     for p in programs:
         if "uneven" not in p.case and "odd groups" not in p.case:
             assert "ld.global.v4.b32" in p.ptx, p.case

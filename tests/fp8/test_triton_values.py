@@ -108,7 +108,7 @@ def test_requantised_codes_are_those_of_dequantised_values(run: Callable[..., An
 
 
 def as_given(gate_up: Tensor, cache: str) -> tuple[Tensor | BlockQuantized, Tensor]:
-    """What the kernel gets, and the values it stands for."""
+    """Input of the kernel, and the values that it stands for."""
     if cache == "BF16":
         return gate_up, gate_up
     cached = quantize(gate_up, pow2_scales=cache == "powers of two")
@@ -196,7 +196,7 @@ def test_a_message_holds_each_tokens_codes_and_scales(run: Callable[..., Any], w
 @needs_triton
 @pytest.mark.parametrize("width", [200, 512])
 def test_the_wire_packs_the_same_messages_on_a_gpu(run: Callable[..., Any], width: int) -> None:
-    """What `pack_on_gpu` calls, against what the wire does on a CPU."""
+    """Kernels that `pack_on_gpu` calls, against the wire on a CPU."""
     x = numbers(24, width, width, special=False)
     message = run("quantize_for_dispatch", x, torch.arange(24).unsqueeze(1), 24)
     assert torch.equal(message, FP8Wire().encode(x, "forward"))

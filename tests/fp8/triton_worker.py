@@ -1,4 +1,4 @@
-"""What tests of Triton kernels run in processes of their own: the interpreter is chosen before Triton is imported.
+"""Functions for tests of Triton kernels, in separate processes: the interpreter is chosen before Triton is imported.
 
 `interpreted` runs the public functions on CPU tensors under Triton's interpreter, whose conversions between formats
 are replaced by `convert_float`. `compiled` makes machine code of them without a GPU.
@@ -135,7 +135,7 @@ def compiled(case: str, capability: int) -> list[Compiled]:
 
 
 def compile_launch(case: str, launch: Launch, capability: int) -> Compiled:
-    """As a launch with these arguments compiles it: what 16 divides is known to be so, and so are ones."""
+    """Compile a kernel as a launch with these arguments does: divisibility by 16 is known, and so are ones."""
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
     backend = importlib.import_module("triton.backends.compiler")

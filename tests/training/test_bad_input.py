@@ -118,8 +118,8 @@ def test_a_run_folder_that_cannot_be_made_is_refused(refused: Refused, tmp_path:
 
 @pytest.fixture
 def checkpoint(runs: Runs, tmp_path: Path) -> Path:
-    """Run folder with a checkpoint of step 10 that two ranks wrote."""
-    return Path(shutil.copytree(runs.checkpoint(2, 2), tmp_path / "runs" / "tiny" / "checkpoints" / "step-10"))
+    """Run folder with a checkpoint of step 10 that four ranks wrote."""
+    return Path(shutil.copytree(runs.checkpoint(4, 2), tmp_path / "runs" / "tiny" / "checkpoints" / "step-10"))
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_every_difference(refused: Refused, checkpoint: Path) -> None:

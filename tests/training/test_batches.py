@@ -13,7 +13,7 @@ from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import NUMBERS, Curve, Runs, make_trainer, parameters, relative, tiny, train
 
 # 6 sequences: ranks with 2, 1 and no sequences of their own, and micro-batches that are part padding.
-UNEVEN = [(1, 1, 4), (2, 2, 2), (4, 2, 1), (4, 1, 4), (8, 4, 1)]
+UNEVEN = [(1, 1, 4), (2, 2, 2), (4, 2, 1), (4, 1, 4), pytest.param(8, 4, 1, marks=pytest.mark.long)]
 RAMP = "batch.ramp={start: 4, tokens: 512, increment: 2}"
 
 

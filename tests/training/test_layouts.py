@@ -10,7 +10,7 @@ import torch
 from counterflow.tests.pool import Pool
 from counterflow.tests.training.harness import LAYOUTS, NUMBERS, Runs, relative, replicas, tiny, train
 
-SHORT = [(1, 1), (2, 2), (4, 2)]
+SHORT = [(1, 1), (4, 2)]
 MARKED = [
     pytest.param(w, ep, marks=() if (w, ep) in SHORT else pytest.mark.long, id=f"ep{ep}-edp{w // ep}")
     for w, ep in LAYOUTS

@@ -15,7 +15,7 @@ from counterflow.tests.training.harness import NUMBERS, Runs, make_trainer, rela
 # World size and ep of the writer and of the reader: more ranks, fewer, other experts together, one process.
 PAIRS = [((1, 1), (4, 2)), ((8, 4), (1, 1)), ((4, 2), (2, 1)), ((2, 2), (4, 4))]
 NAMES = [f"{a}-ranks-ep{b}-to-{c}-ranks-ep{d}" for (a, b), (c, d) in PAIRS]
-MARKED = [pytest.param(*pair, marks=pytest.mark.long) if (8, 4) in pair else pair for pair in PAIRS]
+MARKED = [pytest.param(*pair, marks=pytest.mark.long) if {(8, 4), (2, 2)} & {*pair} else pair for pair in PAIRS]
 
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (4, 2)])

@@ -97,7 +97,7 @@ def test_its_configuration_as_a_config_file_is_refused_with_every_new_key(folder
     with pytest.raises(ConfigError) as caught:
         load_config("runs/before/config.yaml")
     said = {fault.key: fault.message for fault in caught.value.faults}
-    assert said == {old: f"is now {new}" for old, new in MOVED_KEYS.items()}
+    assert said == {old: f"moved to {new}" for old, new in MOVED_KEYS.items()}
 
 
 def test_its_report_and_its_placement_can_be_had_without_resuming(
