@@ -38,7 +38,7 @@ class Case(ABC):
         """Simulate the step with its own schedule, or with the schedule `name` of `names()` on the same model.
 
         The case's schedule options count for its own schedule only.
-        Raises UsageError where the schedule cannot serve the numbers.
+        Raises UsageError where the schedule does not work with the numbers.
         """
 
     @abstractmethod

@@ -119,7 +119,7 @@ def _layout(config: Config, world_size: int, ranks_per_node: int) -> Layout:
 
 
 def _schedule_faults(config: Config, layout: Layout) -> list[str]:
-    """Numbers of micro-batches of the run that the schedule cannot serve, among those of `distinct_forms`."""
+    """Numbers of micro-batches that the schedule does not work with, among those of `distinct_forms`."""
     counts = {config.batch.microbatches(size, layout.dp): size for size in sizes_of_run(config)}
     parallel, ends = config.parallel, (min(counts), max(counts))
     for count in distinct_forms(counts, layout.pp):

@@ -52,7 +52,7 @@ TOLERANCES = {
     "fp8 on fp32": Tolerances(loss=1e-5, gradient=1e-3, weight=1e-6, moment=1e-5, tie=1e-4),
 }
 BF16_REDUCE = 2e-2
-"""Bound of gradients that travel in BF16.
+"""Bound of gradients that are sent in BF16.
 
 Each rank's sum of its micro-batches is rounded by up to 2^-9 of an element. The most seen was 3.5e-3 of a tensor's
 largest value, 8e-3 with weights in BF16.

@@ -1,4 +1,4 @@
-"""Experts that change ranks during a run: nothing else changes, whatever state they have and in any layout."""
+"""Experts that change ranks during a run: nothing else changes, with any state and in any layout."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """FP8 in every layout and schedule: results are the single process's, restarts are exact, infinities are found.
 
-With power-of-two scales a value is rounded alike in whatever tile it lies, so it does not matter that an expert's
+With power-of-two scales a value is rounded alike in every tile, so it does not matter that an expert's
 tokens share tiles with other tokens in other layouts. What is not quantised is FP32 here, so that differences are
 those of the order of sums. Sometimes such a difference moves a value to the next E4M3 value, in one product of the many
 thousands in a sum.

@@ -279,7 +279,7 @@ def test_a_nan_that_comes_with_the_data_is_named_whatever_is_run_again(
 @pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.long), "zb1p", "dualpipe"])
 def test_a_planted_nan_is_named_with_rank_micro_batch_and_tensor(pool: Pool, text: Path, schedule: str) -> None:
     """Rank 0 and 1 as pp 2; DualPipe runs micro-batches 0 to 3 from rank 0 and 4 to 7 from rank 1."""
-    # Both ranks of DualPipe see each stage in four micro-batches; under the others a rank sees its own in eight.
+    # With DualPipe each rank runs a stage for four micro-batches; with the others a rank runs its own for eight.
     plants = [("layers.3.mlp", 1, False, 2), ("layers.0.attention", 0, True, 1), ("mtp.1.block.attention", 1, True, 3)]
     if schedule != "dualpipe":
         plants = [(module, rank, backward, 0) for module, rank, backward, _ in plants]
@@ -362,7 +362,7 @@ def _step_twice(worker: Worker, config: Config, ep: int, after: int) -> None:
     if worker.rank == 1:
         fail_in_steps(trainer, Failing(_die, after))
     elif after == 0:
-        time.sleep(1.0)  # so that the others meet a peer that is gone already
+        time.sleep(1.0)  # so that the peer has ended before this rank waits for it
     trainer.step()
 
 
