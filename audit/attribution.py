@@ -1,7 +1,7 @@
-"""Harm of each class of tensors: errors of gradients with it quantised alone, and with all quantised but it.
+"""Harm of each class of tensors: errors of gradients with this class alone quantised, and with all but this class.
 
-All else is FP32 here, and so is the reference. Tokens go to the experts that they go to in the reference: a token that
-moved would change gradients by more than a class does, at random. So the error is that of quantisation alone.
+Everything else is FP32, and so is the reference. Tokens go to the same experts as in the reference: a token sent
+elsewhere would change gradients at random, by more than a class does. So the error is that of quantisation alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .run import Audit
 
 ROLES = ("input", "weight", "gradient", "cache")
 OnMeasurement = Callable[[int, int], None]
-"""Called with the number of measurements made, and with that of all."""
+"""Function called with the number of measurements made and the number of all measurements."""
 
 
 def attribute(audit: Audit, point: Point, present: frozenset[str], on_measurement: OnMeasurement) -> Attribution:

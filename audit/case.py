@@ -89,7 +89,7 @@ def make_case(
 def _single_process(config: Config) -> tuple[Config, tuple[str, ...]]:
     """The configuration for a single process in which every quantisation can be observed, and the changes made.
 
-    The layout makes no difference to the maths, and the backend only one of rounding.
+    The layout does not change the result, and the backend changes only the rounding.
     """
     tree, changes = plain(config), []
     parallel = config.parallel
@@ -121,7 +121,7 @@ def _parameters(config: Config) -> int:
 
 
 def _memory_gib() -> float | None:
-    """Memory of the machine in GiB; None where the system does not say."""
+    """Memory of the machine in GiB; None where the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (ValueError, OSError):

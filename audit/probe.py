@@ -82,7 +82,7 @@ class Probe:
             item.parameter.register_post_accumulate_grad_hook(self._accumulate)
 
     def gradients(self, point: Point, observer: Observer | None = None, choices: Choices | None = None) -> Gradients:
-        """Gradients of one step at `point`; `observer` is shown every quantisation.
+        """Gradients of one step at `point`; `observer` is called with every quantisation.
 
         With `choices` tokens go to these experts, whatever their scores.
         """
@@ -121,7 +121,7 @@ class Probe:
         for chunk in self.model.chunks.values():
             chunk.train()
         for item in self._placed:
-            # Not `.data`: by the parameter's version its layer sees that quantised copies are old.
+            # Writing to `.data` would not raise the version by which a layer detects that its quantised copies are old.
             views = item.tensors(item.parameter.detach())
             for name, view in zip(item.names, views, strict=True):
                 view.copy_(state[name].view_as(view))

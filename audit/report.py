@@ -115,7 +115,7 @@ def _attribution(attribution: Attribution) -> str:
 
 
 def attribution_cells(entry: Entry) -> Sequence[str]:
-    """The kind of layer that is hurt most and its error alone, the error of all alone, and that of all without it."""
+    """Cells of an entry: the kind of layer that is hurt most, its error, and the errors of all, alone and without."""
     kind, error = most_hurt(entry.alone)
     return kind, percent(error), percent(entry.alone["all"]), percent(entry.without["all"])
 

@@ -1,6 +1,6 @@
 """Records and result of an audit: all numbers of its text and its page, as models that are one JSON object together.
 
-The run that FP8 is compared with is called `bf16` or `fp32` in JSON; here its value is `other`, whichever it is.
+The run that FP8 is compared with is called `bf16` or `fp32` in JSON; here its value is called `other` in both cases.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Record(BaseModel):
 class Both(Record, Generic[Value]):
     """A value of each run: of the FP8 run, and of the run that it is compared with.
 
-    Just one of `bf16` and `fp32` is set; the other has no key in JSON.
+    Exactly one of `bf16` and `fp32` is set; the other has no key in JSON.
     """
 
     fp8: Value
@@ -46,7 +46,7 @@ class Both(Record, Generic[Value]):
     @model_serializer(mode="wrap")
     def _without_the_third(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialize(self)
-        names = sorted(fields, key=lambda name: name not in ("step", "last"))  # where the values belong comes first
+        names = sorted(fields, key=lambda name: name not in ("step", "last"))  # the step of the values comes first
         return {name: fields[name] for name in names if fields[name] is not None or name not in ("bf16", "fp32")}
 
 
@@ -106,7 +106,7 @@ class Deviations(Record):
 
 
 class MovedShares(Record):
-    """Shares of the choices of experts that FP32 does not make."""
+    """Shares of the choices of experts that differ from FP32's."""
 
     fp8: float
     bf16: float
@@ -155,7 +155,7 @@ class Entry(Record):
 
 
 class Attribution(Record):
-    """Errors of gradients by what is quantised."""
+    """Errors of gradients by the classes that are quantised."""
 
     together: Errors
     """Errors with all classes quantised."""
@@ -189,7 +189,7 @@ class Result(Record):
     steps: int
     against: Reference
     stopped: str | None
-    """Why a run did not reach the last step."""
+    """Reason why a run did not reach the last step."""
     loss: LastLoss | None
     validation: MeanLoss | None
     """Losses over the held-out sequences."""
@@ -253,8 +253,8 @@ def windows(curve: Sequence[AuditStep], count: int) -> list[WindowLoss]:
 def most_hurt(errors: Mapping[str, float]) -> tuple[str, float]:
     """The kind of quantised layer whose weights' gradients have the largest error, and that error.
 
-    Routers are left out with all that is not quantised: their gradients are small differences of large numbers, in
-    which any error looks large.
+    Routers are left out, like everything that is not quantised: their gradients are small differences of large numbers,
+    so any error looks large.
     """
     parts = {name: error for name, error in errors.items() if name in KINDS}
     return max(parts.items(), key=lambda item: item[1], default=("", 0.0))

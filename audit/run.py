@@ -33,10 +33,10 @@ OnStep = Callable[[AuditStep], None]
 
 
 class Workers:
-    """Threads that do several things at a time on a CPU; each computes as it would alone."""
+    """Threads for several tasks at a time on a CPU; each task computes what it would alone."""
 
     def __init__(self, device: torch.device, at_once: int) -> None:
-        # On a GPU all would wait in one queue.
+        # On a GPU all tasks would wait in one queue.
         self._count = at_once if device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self._count, initializer=torch.set_num_threads, initargs=(threads(device),))
 
@@ -88,7 +88,7 @@ class Audit:
         return max(common)
 
     def run(self, on_step: OnStep) -> str | None:
-        """Train to the last step. Returns why training ended before, where a run did not stay finite."""
+        """Train to the last step. If a run does not stay finite, stop and return the reason."""
         case = self.case
         with (case.folder / STEPS).open("a") as steps, (case.folder / LOOKS).open("a") as looks:
             while self.done < case.steps:
@@ -144,7 +144,7 @@ class Audit:
 
 @contextmanager
 def audit_of(case: AuditCase, device: torch.device, at_once: int = 2) -> Iterator[Audit]:
-    """An audit with its runs, closed at the end; on a CPU it does `at_once` things at a time."""
+    """An audit with its runs, closed at the end; on a CPU it runs `at_once` tasks at a time."""
     workers = Workers(device, at_once)
     audit = Audit(case, device, workers)
     try:

@@ -94,7 +94,7 @@ def _width_clashes(model: ModelConfig, precision: PrecisionConfig) -> Iterator[C
 
 
 def _batch_clashes(parallel: ParallelConfig, batch: BatchConfig) -> Iterator[Clash]:
-    """Global batches that no whole number of micro-batches makes up; dp auto waits for the number of ranks."""
+    """Global batches that are no whole number of micro-batches. With dp auto the launch checks them instead."""
     if parallel.dp == "auto" or parallel.dp < 1:
         return
     for name, message in batch.faults(parallel.dp).items():
@@ -117,7 +117,7 @@ def _schedule_clashes(model: ModelConfig, parallel: ParallelConfig) -> Iterator[
     if faults:
         return
     keys = ("parallel.pp", "parallel.schedule", "parallel.schedule_options", "model.num_hidden_layers")
-    if parallel.pp > layers:  # and no schedule is made for a number of ranks that may be anything
+    if parallel.pp > layers:  # a schedule for any number of ranks could be huge, so none is made
         works = _ranks_that_work(parallel, layers)
         yield Clash(keys, f"{parallel.pp} is above the {layers} of model.num_hidden_layers{works}")
         return

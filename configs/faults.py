@@ -25,9 +25,9 @@ _BOUNDS = {
 def validate(tree: Located) -> tuple[Config | None, list[Fault]]:
     """Return the configuration that `tree` describes, or every fault in the tree.
 
-    A bad key keeps its section from being checked for clashes between keys, and so the checks across sections too. So
-    the bad keys are taken out and the rest is checked again, until no new fault appears. Faults between keys count
-    only where every key involved is as the user wrote it.
+    While a section has a bad key, neither its keys nor the sections are checked against each other. So the bad keys are
+    taken out and the rest is checked again, until no new fault appears. Faults between keys count only where every key
+    involved is as the user wrote it.
     """
     faults: list[Fault] = []
     hidden: set[Path] = set()
@@ -67,7 +67,7 @@ def _plain(located: Located, annotation: Any, hidden: set[Path], path: Path = ()
     if located.text and str in kinds and isinstance(value, (int, float)) and not {int, float, bool} & set(kinds):
         return located.text  # a run may be called 2026
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)  # strict mode takes no 1e3 for a whole number, but any whole number for a float
+        return int(value)  # strict mode refuses 1e3 as a whole number; it accepts a whole number as a float
     return value
 
 
@@ -88,11 +88,11 @@ class _Report:
         return faults
 
     def _of_one_key(self, errors: list[_Error]) -> list[Fault]:
-        # Each member of a union has its error. The most exact is that of a member that accepts the type, not the value.
+        # Each member of a union has an error. The most exact is of a member that accepts the type, but not the value.
         first = next((error for error in errors if error.kind in _BOUNDS), errors[0])
         if isinstance(first.cause, SectionFaults):
             return self._between_keys(first.path, first.cause)
-        if self.taken_out:  # an error that follows from the keys taken out; without its section the rest can be checked
+        if self.taken_out:  # the error follows from keys taken out: take its section out too
             self._hide(first.path[:-1] or first.path)
             return []
         meant_by_another = first.path in self.hidden

@@ -64,8 +64,8 @@ _YARN = set(RopeScaling.model_fields) - {"type"}
 def read_architecture(path: Path, shown: str, named_at: Location, faults: list[Fault]) -> dict[str, Located]:
     """Return all keys of the `model` section that the file at `path` determines.
 
-    A key that the file leaves out has the default of transformers' configuration of its `model_type`; the default of
-    DeepseekV3Config is also ours. `shown` is the file's name in messages, `named_at` the location that named the file.
+    A key that the file leaves out has transformers' default for the file's `model_type`; the defaults of
+    DeepseekV3Config are also ours. `shown` is the file's name in messages, `named_at` the location that named the file.
     Keys that cannot be taken over are added to `faults`.
     """
     if path.is_dir():
@@ -79,7 +79,7 @@ def read_architecture(path: Path, shown: str, named_at: Location, faults: list[F
     except ValueError as error:  # of JSON or of UTF-8
         faults.append(Fault(named_at, "model.from", f"{shown} is not JSON: {error}"))
         return {}
-    # JSON is YAML except for tabs, of which its strings have none. As YAML, faults get their lines.
+    # JSON is YAML except for tabs, and JSON strings contain none. Read as YAML, faults have line numbers.
     tree = parse_yaml(text.replace("\t", " "), Location(shown, 1, named_at.level), faults)
     if tree is None or not isinstance(tree.value, dict):
         faults.append(Fault(named_at, "model.from", f"{shown} holds no JSON object"))
@@ -136,7 +136,7 @@ class _Architecture:
         return None
 
     def _check_v2(self) -> None:
-        """Add faults for keys that V2's files leave open, or that its two implementations read differently."""
+        """Add faults for keys that V2's files leave open, or that the two implementations of V2 read differently."""
         if "num_experts_per_tok" not in self.entries:
             self._fault(self.location, "num_experts_per_tok", "is missing, and DeepseekV2Config has no default for it")
         normalised = self.entries.get("norm_topk_prob")
@@ -190,7 +190,7 @@ class _Architecture:
         return rope
 
     def _yarn(self, location: Location, inner: dict[str, Located]) -> dict[str, Located]:
-        """Return YaRN's keys; a key left out gets the value that transformers gives to its absence."""
+        """Return YaRN's keys; a key left out gets the value that transformers uses without the key."""
         for name, entry in inner.items():
             if name == "attention_factor" and entry.value is not None:
                 self._fault(

@@ -50,11 +50,11 @@ def load_config(config: str, overrides: Sequence[str] = ()) -> Config:
 
 
 class _Unreadable(Exception):
-    """A file is needed and cannot be read; without the file every other fault could be false."""
+    """A needed file that cannot be read; without the file every other fault could be false."""
 
 
 def _read_layers(source: ConfigSource, above: tuple[ConfigSource, ...], faults: list[Fault]) -> Located:
-    """Read a file and merge it on top of its bases; `above` are the files that it is a base of, directly or not."""
+    """Read a file and merge it on top of its bases; `above` are the files above it, which have it as a base."""
     top = Location(source.shown, 1, level=len(above))
     tree = parse_yaml(source.text, top, faults)
     if tree is None:
@@ -80,7 +80,7 @@ def _read_layers(source: ConfigSource, above: tuple[ConfigSource, ...], faults: 
 
 
 def _without_commands(layer: Located, folder: Path, faults: list[Fault]) -> Located:
-    """Return a file's own keys, without `base` and with `model: from` replaced by the keys read.
+    """Return a file's own keys, without `base` and with `model: from` replaced by the keys of that file.
 
     A section that is null, such as `log:` with nothing but comments below, becomes one without keys.
     """

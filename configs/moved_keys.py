@@ -38,8 +38,8 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Values that differ between the configuration of an earlier start and the present one, by dotted key, sorted.
 
-    All three are sections of keys in one form. A key that the version of the earlier start did not have had the value
-    that is the default today.
+    All three arguments are sections of keys in one form. A key that the earlier version did not have counts as set to
+    today's default.
     """
     before, now = _flat(translate(written)), _flat(present)
     for key, value in _flat(defaults).items():

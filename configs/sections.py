@@ -91,7 +91,7 @@ class BatchConfig(Section):
         return sequences // (dp * self.micro_sequences)
 
     def _size_fault(self, sequences: int, dp: int) -> str:
-        """Why micro-batches on `dp` ranks do not make up `sequences`, with the numbers that work; "" where they do."""
+        """Message that micro-batches on `dp` ranks do not make up `sequences`, and numbers that work; "" if they do."""
         unit = dp * self.micro_sequences
         if sequences > 0 and sequences % unit == 0:
             return ""

@@ -45,7 +45,7 @@ def main() -> list[float]:
         # A sample holds a target for each position, and further ones for multi-token prediction.
         extra = 1 + config.model.num_nextn_predict_layers
         data = open_data(config.data, config.batch.sequence_length, extra, config.run.seed, cache)
-        # One process is a grid of one rank. With more ranks nothing below would change.
+        # One process is a grid of one rank. The code below is the same for more ranks.
         groups = make_groups(config, Layout(process.world_size), process.device.type)
         trainer = Trainer(config, groups, process.device, data)
         for _ in range(3):

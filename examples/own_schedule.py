@@ -1,9 +1,9 @@
-"""A pipeline schedule of one's own: checked, simulated, drawn, and trained on two local processes.
+"""A pipeline schedule of your own: checked, simulated, drawn, and trained on two local processes.
 
     .venv/bin/python -P examples/own_schedule.py
 
-A schedule is a function `(num_ranks, num_microbatches, *, options...) -> Schedule`. Nothing else has to know it: sends
-and receives follow from its actions. The last part trains three steps with it and asserts the losses of one process.
+A schedule is a function `(num_ranks, num_microbatches, *, options...) -> Schedule`. No other code has to change:
+sends and receives follow from the actions. The last part trains three steps and asserts the losses of one process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DOCUMENTATION = Path(__file__).resolve().parents[1] / "docs"
 def grouped(num_ranks: int, num_microbatches: int, *, group: int = 4) -> Schedule:
     """Micro-batches in groups, each group as in GPipe: all its forwards, then all its backwards.
 
-    One stage a rank. A rank holds `group` micro-batches at most, and every group pays a bubble of its own.
+    Each rank has one stage. A rank holds `group` micro-batches at most, and every group pays a bubble of its own.
     """
     actions = []
     for rank in range(num_ranks):
@@ -49,7 +49,7 @@ def grouped(num_ranks: int, num_microbatches: int, *, group: int = 4) -> Schedul
 
 
 def compare(num_ranks: int = 4, num_microbatches: int = 8) -> None:
-    """Check and simulate the schedule beside 1F1B, and draw its timeline. F, I and W take one unit of time each."""
+    """Check and simulate the schedule and 1F1B, and draw a timeline. F, I and W take one unit of time each."""
     costs = Costs.uniform(num_ranks)
     schedules = [grouped(num_ranks, num_microbatches, group=size) for size in (2, 4, 8)]
     for schedule in (*schedules, one_f_one_b(num_ranks, num_microbatches)):

@@ -83,7 +83,7 @@ def bootstrap(
         torch.cuda.set_device(chosen)
     dist.init_process_group(
         library,
-        store=dist.HashStore() if worker.launcher == "none" else None,  # None: the launcher's, from the environment
+        store=dist.HashStore() if worker.launcher == "none" else None,  # None: the launcher's store
         rank=worker.rank,
         world_size=worker.world_size,
         timeout=timedelta(seconds=timeout),

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("counterflow: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of the output, such as `head`, has ended: the code that a shell reports then
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended; return what a shell would
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
 

@@ -1,6 +1,6 @@
 """Environment variables that Counterflow reads: a process's rank, its launcher, its threads, the cache folder.
 
-Only `launcher/` reads the environment; everything else gets values passed.
+Only `launcher/` reads the environment; all other folders receive values as arguments.
 """
 
 from __future__ import annotations

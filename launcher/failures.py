@@ -28,7 +28,7 @@ from .environment import WorkerEnvironment
 FAILED = 1
 BAD_USAGE = 2
 
-# Launchers look at their processes every 0.1 s. A process that is still there after this time was not ended by one.
+# Launchers look at their processes every 0.1 s. A process that still runs after this time was not ended by a launcher.
 GRACE_SECONDS = 3.0
 
 # Messages of gloo, NCCL and the store after the loss of a peer. A wrong guess costs GRACE_SECONDS, never the report.
@@ -71,7 +71,7 @@ class FailureRecord:
 
 
 def is_lost_peer(error: BaseException | None) -> bool:
-    """Whether another rank failed first: `error` says so, or it or its cause is a collective that lost a peer."""
+    """Whether another rank failed first: `error` says so, or a collective lost a peer in `error` or its cause."""
     if getattr(error, "elsewhere", False):
         return True
     while error is not None:
@@ -107,7 +107,7 @@ def _record_and_exit(error: BaseException, error_file: Path) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         _exit(128 + signal.SIGINT)
     if error.__traceback__ is not None:
-        error.__traceback__ = error.__traceback__.tb_next  # the frame of `supervised` tells nothing
+        error.__traceback__ = error.__traceback__.tb_next  # without the frame of `supervised`
     record = FailureRecord.of(error)
     if record.lost_peer:
         time.sleep(GRACE_SECONDS)

@@ -67,9 +67,9 @@ def launch_local(nproc: int, command: Sequence[str], logs_folder: Path | None = 
 
 @contextmanager
 def _variables_for_workers(nproc: int) -> Iterator[None]:
-    """Set the variables that workers inherit besides their ranks.
+    """Set the variables that workers inherit in addition to their ranks.
 
-    They are set in this process's environment, because the agent offers no other way.
+    The variables are set in this process's environment, because the agent offers no other way.
     """
     added = {
         "OMP_NUM_THREADS": str(threads_per_process(os.environ, nproc)),

@@ -1,4 +1,4 @@
-"""Logs of a run: a file for each rank, and the console for rank 0 besides."""
+"""Logs of a run: a file for each rank, and also the console for rank 0."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def open_log(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[Path]
     """Send this process's logging to `folder/rank-R.log` and, on rank 0, to the console; yield the file's path.
 
     The folder is made, and a file of an earlier start is continued. With several ranks the rest of this process's
-    output goes to the file too, until the process ends. On ranks other than 0 that is all output. On rank 0 it is the
-    output of C++ alone: the communication library prints messages when peers leave. A passing exception is logged.
+    output goes to the file too, until the process ends. Ranks other than 0 send all output there. Rank 0 sends only the
+    output of C++: the communication library prints messages when peers leave. A passing exception is logged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = log_path(folder, rank)

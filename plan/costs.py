@@ -16,8 +16,8 @@ from ..parallel.stages import Split
 PAIR_RATIO = 2.5 / 3
 """Length of an overlapped pair over that of its parts one after the other, where nothing else is given.
 
-An assumption, 2.5 F for F = I = W: the parts one after the other take the all-to-alls that a pair hides as well, and V3
-publishes the form of DualPipe's bubble (Table 2), not the length of its pairs.
+This is an assumption: a pair takes 2.5 F where F = I = W. One after the other, its parts also take the time of the
+all-to-alls that the pair hides. V3 publishes the form of DualPipe's bubble (Table 2), not the length of its pairs.
 """
 
 TERA = 1e12
@@ -126,8 +126,8 @@ def _predict(config: Config) -> Parts:
     """TFLOP of one micro-batch on one rank, when every expert gets its even share of the tokens.
 
     A GEMM costs 2 FLOPs per weight and token in each of F, I and W. The attention core costs as much as two GEMMs over
-    half the sequence, the rest is masked. Its backward costs twice that, all of it in I. The head makes its gradients
-    in the forward, where the logits are at hand (`model/loss.py`). The embedding is a lookup.
+    half the sequence; the other half is masked. The core's backward costs twice as much, all in I. The head computes
+    its gradients in the forward, where the logits are at hand (`model/loss.py`). The embedding is a lookup.
     """
     model, counts = config.model, count_parameters(config.model)
     tokens = config.batch.micro_sequences * config.batch.sequence_length

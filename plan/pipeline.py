@@ -16,7 +16,7 @@ from .costs import costs_of_layers
 def make_schedule(config: Config, num_microbatches: int) -> Schedule:
     """Return the configured schedule for a step of `num_microbatches`, checked.
 
-    Raises UsageError where the schedule cannot serve the number.
+    Raises UsageError where the schedule does not work with the number.
     """
     parallel = config.parallel
     schedule = generate(parallel.schedule, parallel.pp, num_microbatches, parallel.schedule_options)

@@ -38,7 +38,7 @@ class Case(ABC):
         """Simulate the step with its own schedule, or with the schedule `name` of `names()` on the same model.
 
         The case's schedule options count for its own schedule only.
-        Raises UsageError where the schedule cannot serve the numbers.
+        Raises UsageError where the schedule does not work with the numbers.
         """
 
     @abstractmethod
@@ -109,7 +109,7 @@ class NumbersCase(Case):
         chosen, options = (self.schedule, self.options) if name in (None, self.schedule) else (name, {})
         schedule = generate(chosen, self.num_ranks, self.num_microbatches, options)
         check(schedule)
-        # To compare, the model is fixed: where a rank holds more than its one share of it, the stages are smaller.
+        # A comparison is of one model, so a schedule with more stages than ranks has smaller stages.
         share = 1.0 if name is None else self.num_ranks / schedule.num_stages
         costs = Costs.uniform(
             schedule.num_stages,
@@ -214,7 +214,7 @@ def case_from_config(
 
 
 def _refuse_impossible_ratio(ratio: float, config: Config) -> None:
-    """Refuse a ratio that no step of this model can reach; one half may still hold up a pair of unlike stages."""
+    """Refuse a ratio that no step of this model can reach. In a pair of unlike stages one half may still be longer."""
     work = stage_work(config, make_split(config))
     forward, whole = sum(stage.forward for stage in work), sum(stage.total for stage in work)
     share = max(forward, whole - forward) / whole

@@ -59,7 +59,7 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def lookup_peak(device_name: str) -> Peak | None:
-    """Dense BF16 peak of a GPU by its driver's name for it; None for a GPU that is not listed, or a MIG slice."""
+    """Dense BF16 peak of a GPU by the name that its driver reports; None for an unlisted GPU or a MIG slice."""
     if "MIG" in device_name.split():
         return None
     for pattern, tflops, source in DENSE_BF16_TFLOPS:
@@ -71,7 +71,7 @@ def lookup_peak(device_name: str) -> Peak | None:
 def measure_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.6) -> Peak:
     """Time a `size`-cubed matmul on the current number of threads: the median of as many as fit in `seconds`.
 
-    The default size is 2048 on a CPU. A GPU finishes that too fast to be timed; its default is 8192.
+    The default size is 2048 on a CPU. A GPU finishes this product too fast to be timed, so its default is 8192.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
     left = torch.randn(size, size, dtype=torch.float32, device=device).to(dtype)
@@ -104,7 +104,7 @@ def memory_gib(device: torch.device) -> MemoryUse:
 def _peak_resident_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
-        # Not getrusage here: across fork and exec Linux carries the peak of the parent process over.
+        # Not getrusage: its peak includes the parent process's, which Linux keeps across fork and exec.
         high_water = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
         if high_water:
             return int(high_water[1]) * 1024

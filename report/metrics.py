@@ -1,8 +1,8 @@
 """Measurements of a step, and the files that record them: `metrics.jsonl` and TensorBoard.
 
 `metrics.jsonl` has one JSON object per step, in order, each step once, across any number of resumes. A field that was
-not measured is null. JSON has no word for a number that is not finite, and null would hide exactly the steps that one
-looks for. So these numbers are the strings "NaN", "Infinity" and "-Infinity" (Python's `float()` reads all three).
+not measured is null. JSON cannot write a number that is not finite, and null would hide exactly the steps that went
+wrong. So such numbers are the strings "NaN", "Infinity" and "-Infinity" (Python's `float()` reads all three).
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class MetricsWriter:
     """Writer of each step's metrics into a run folder; one rank has it.
 
     `resume_step` is the last step before the resume, 0 for a fresh run. A killed run may have written lines after its
-    last checkpoint: lines of steps after `resume_step` are dropped (the file is replaced in one move), and TensorBoard
-    is told to drop them too. Each line is handed to the operating system at once, so a killed process loses none.
+    last checkpoint: lines of steps after `resume_step` are dropped (the file is replaced in one move), and
+    TensorBoard drops them too. Each line is handed to the operating system at once, so a killed process loses none.
     """
 
     def __init__(self, run_dir: str | Path, tensorboard: bool, resume_step: int = 0) -> None:
@@ -134,7 +134,7 @@ def _keep_until(path: Path, last_step: int) -> None:
         for line in lines:
             step = _step_of(line)
             if step is not None and step <= last_step:
-                kept.write(line.rstrip(b"\n") + b"\n")  # the last line may lack its newline alone
+                kept.write(line.rstrip(b"\n") + b"\n")  # the last line may lack only its newline
             unreadable += step is None
         kept.flush()
         os.fsync(kept.fileno())

@@ -20,7 +20,7 @@ def describe_run(
     peak: Peak,
     run_dir: str,
 ) -> dict[str, str]:
-    """Rows of the header. `mtp_parameters` are those of all MTP modules and no part of `total_parameters`."""
+    """Rows of the header. `mtp_parameters` counts all MTP modules; `total_parameters` does not include them."""
     model = f"{format_count(total_parameters)} parameters, {format_count(active_parameters)} active per token"
     if mtp_parameters:
         model += f"; MTP adds {format_count(mtp_parameters)}"

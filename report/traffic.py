@@ -23,7 +23,7 @@ class Sent(BaseModel):
 
 
 def bytes_over(sent: Iterable[Sent], link: Literal["within", "between"]) -> int:
-    """Sum of the bytes that took this kind of link."""
+    """Sum of the bytes sent over this kind of link."""
     return sum(each.bytes for each in sent if each.link == link)
 
 

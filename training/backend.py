@@ -26,7 +26,7 @@ def choose_recipe(config: Config, device: torch.device) -> Recipe:
     """Recipe of the model's layers on `device`, with the backend of `precision.backend`.
 
     `auto` takes Transformer Engine on a GPU where Transformer Engine can do everything configured; elsewhere the log
-    says why not. Raises UsageError where `te` is set and cannot be used, naming the version, architecture or key.
+    has the reasons. Raises UsageError where `te` is set and cannot be used, naming the version, architecture or key.
     """
     precision, recipe = config.precision, config.precision.make()
     if precision.backend == "emulated" or (precision.backend == "auto" and device.type == "cpu"):

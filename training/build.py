@@ -58,7 +58,7 @@ class Model:
             for item in local_parameters(chunk):
                 held_by = replace(item, holders=self._holders(item.names[0], stage))
                 found.setdefault(id(item.parameter), held_by)
-        # Both ends of the model hold the embedding: it comes first on all of them, for replicas share one order.
+        # The first and the last stage may hold the embedding. It comes first on both, because replicas share one order.
         return sorted(found.values(), key=lambda item: item.names[0] != "embedding")
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -94,7 +94,7 @@ class Model:
                 yield name, bias, self.schedule.holders(stage)
 
     def accumulations(self, served: Mapping[int, int]) -> dict[nn.Parameter, int]:
-        """Number of gradients that each parameter gets in a step in which stage s serves `served[s]` micro-batches."""
+        """Number of gradients of each parameter in a step where stage s serves `served[s]` micro-batches."""
         expected: dict[nn.Parameter, int] = {}
         for stage, chunk in self.chunks.items():
             depths = len(chunk.mtp)
@@ -173,7 +173,7 @@ def _build_chunk(
 
 
 def build_optimizer(config: Config, model: Model, groups: Groups) -> ShardedOptimizer:
-    """The optimizer of `model`, whose weights it sets to their initial values: FP32 masters, rounded once."""
+    """The optimizer of `model`. Weights get their initial values here: FP32 masters, rounded once."""
     backend = model.recipe.backend
     update = adamw if backend is None else FusedAdamW(backend.library)
     optimizer = ShardedOptimizer(model.placed(), groups, config.optim, update)
@@ -181,7 +181,7 @@ def build_optimizer(config: Config, model: Model, groups: Groups) -> ShardedOpti
         chunk.before_use = optimizer.wait_for
     for _, module in model.modules():
         if isinstance(module, Linear | GroupedLinear):
-            module.gradients = optimizer  # for products that add to its buffers themselves
+            module.gradients = optimizer  # for products that add to the optimizer's buffers themselves
     std, seed = config.model.initializer_range, config.run.seed
     optimizer.initialise(lambda name, shape: initial_tensor(name, shape, std, seed))
     return optimizer

@@ -1,4 +1,4 @@
-"""Dispatcher of a run, and the format of its tokens on the way."""
+"""Dispatcher of a run, and the format in which it sends tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def dispatcher_name(config: Config, layout: Layout, device_type: str = "cpu") -> str:
-    """Name of the dispatcher that `comm.dispatcher` stands for in this layout, on this kind of device."""
+    """Name of the dispatcher that `comm.dispatcher` selects in this layout, on this kind of device."""
     asked = config.comm.dispatcher
     if asked != "auto":
         return asked
@@ -40,7 +40,7 @@ def dispatcher_name(config: Config, layout: Layout, device_type: str = "cpu") ->
 
 
 def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
-    """The run's traffic, as DeepEP has to carry it."""
+    """Traffic of the run that DeepEP would have to carry."""
     from ..comm.deepep.library import Job
     from ..parallel.optimizer.bucket import DTYPES
 
@@ -104,7 +104,7 @@ def make_dispatcher(
 ) -> RoutedDispatcher:
     """Make the dispatcher of a rank, for all its layers. Raises UsageError where it cannot be used here.
 
-    With `nodes` it is for a single process that sums as ranks on these nodes would, see `OneProcessDispatcher`.
+    With `nodes` it is for a single process that adds up as ranks on these nodes would, see `OneProcessDispatcher`.
     """
     from ..comm.flat import FlatDispatcher
     from ..comm.one_process import OneProcessDispatcher
@@ -139,7 +139,7 @@ def nodes_of_group(layout: Layout, rank: int) -> list[int]:
 
 
 def partial_sums_of(config: Config, layout: Layout) -> list[int] | None:
-    """The `nodes` of `make_dispatcher` for a single process that sums as this layout; None if all layouts sum alike."""
+    """`nodes` of `make_dispatcher` for a single process that adds up as this layout; None if all layouts do alike."""
     if dispatcher_name(config, layout) == "flat":
         return None
     return nodes_of_group(layout, 0)
@@ -148,7 +148,7 @@ def partial_sums_of(config: Config, layout: Layout) -> list[int] | None:
 def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> WireFormat:
     """Make the wire format of the run.
 
-    In FP8 it quantises as the recipe's experts do; a class in another format is quantised again at its layer.
+    In FP8 the wire quantises as the recipe's experts do; a class in another format is quantised again at its layer.
     """
     from ..comm.wire import FP8Wire, PlainWire, pack_on_gpu
     from ..fp8.recipe import Quantizer

@@ -72,9 +72,9 @@ class ExpertBalance:
         self._steps += 1
 
     def rebalance(self, step: int) -> None:
-        """Move experts before the gradients of the step after `step`, if it is time and if it helps.
+        """Move experts before the gradients of the step after `step`, if a move is due and helps.
 
-        At the end of `step` would be too early: a checkpoint of `step` holds the placement of its gradients.
+        A move at the end of `step` would be too early: a checkpoint of `step` holds the placement of its gradients.
         """
         if self._every is None or not step or step % self._every:
             return
@@ -127,7 +127,7 @@ class ExpertBalance:
         return {LOADS: loads, PLACEMENT: placement}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's progress record. Called before its tensors are read, so that experts' names fit.
+        """Continue from a checkpoint's progress record. Call this before its tensors are read: it sets experts' names.
 
         A placement is for one number of ranks and nodes: in another layout experts are in their order again.
         """
@@ -152,7 +152,7 @@ class ExpertBalance:
         self._apply(placements, move=False)
 
     def _apply(self, placements: list[Placement], move: bool) -> int:
-        """Apply `placements`; returns the bytes that all ranks sent, where weights and optimizer state `move`."""
+        """Apply `placements`, with weights and optimizer state if `move`; return the bytes that all ranks sent."""
         group, sent = self._groups.ep, 0
         for number, layer in self._model.mixtures():
             before, after = self.placements[number], placements[number]

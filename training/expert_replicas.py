@@ -1,4 +1,4 @@
-"""Replicas of experts for a while, as inference engines have them, on the weights of a training run."""
+"""Temporary replicas of experts, as inference engines have them, with the weights of a training run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def replicated(
     groups: Groups,
     dispatcher: RoutedDispatcher,
 ) -> Iterator[None]:
-    """Let `layer` hold a copy of expert `replicas[p]` at place p of `[P]` inside the context. There is no backward.
+    """Give `layer` a copy of expert `replicas[p]` at each place p inside the context. There is no backward.
 
-    Every rank of an expert parallel group enters the context. Each expert's tokens take its replicas in turn, and
-    travel by one all-to-all on the wire of `dispatcher`. A rank holds P / ep copies besides its parameters.
+    `replicas` is `[P]`. Every rank of an expert parallel group enters the context. Each expert's tokens go to its
+    replicas in turn, by one all-to-all in the wire format of `dispatcher`. A rank holds P / ep copies in addition to
+    its parameters.
     """
     rank, ranks = groups.ep.rank(), groups.ep.size()
     experts, own_dispatcher = layer.experts, layer.dispatcher

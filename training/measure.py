@@ -1,7 +1,7 @@
 """Times of the parts of pipeline stages, on this machine at a configuration's widths.
 
 One process stands for one rank: it holds as many experts as a rank, and computes on as many rows as an even router
-sends to a rank. No tokens travel.
+sends to a rank. No tokens are sent.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Part = Callable[[], None]
 def measure_parts(config: Config, device: torch.device) -> str:
     """Measure `parallel.stage_costs`, as YAML for a config: milliseconds per micro-batch, forward and backward.
 
-    The parts run in turn, so that a slow moment of the machine meets all of them. Raises UsageError where the parts do
-    not fit into the memory of `device`.
+    The parts run in turn, so that a slow moment of the machine affects all of them. Raises UsageError where the parts
+    do not fit into the memory of `device`.
     """
     _refuse_too_large(config, device)
     batch = config.batch
@@ -55,7 +55,7 @@ def measure_parts(config: Config, device: torch.device) -> str:
                 times[name].append(taken)
         if all(times.values()) and time.perf_counter() - started > ENOUGH_SECONDS:
             break
-    if not all(times.values()):  # the first round passed the limit on its way
+    if not all(times.values()):  # the limit passed during the first round
         for name, part in parts.items():
             times[name].append(_time(part, device))
     return _as_yaml(config, {name: statistics.median(all_) * 1e3 for name, all_ in times.items()}, device, times)
@@ -147,7 +147,7 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
 
 
 class NoTravel:
-    """Counts that are complete without travel."""
+    """Counts that are complete without communication."""
 
     def complete(self) -> None:
         """Return at once."""
@@ -156,8 +156,8 @@ class NoTravel:
 class EvenShare:
     """Dispatcher that gives a rank as many rows as an even router sends it, taken from the rank's own tokens.
 
-    T tokens with K experts each make T K rows on every rank. Row r is of token r mod T. The experts' rows follow each
-    other in equal numbers.
+    T tokens with K experts each make T K rows on every rank. Row r belongs to token r mod T. The experts' rows follow
+    each other in equal numbers.
     """
 
     def __init__(self, num_local: int) -> None:
@@ -211,7 +211,7 @@ def _refuse_too_large(config: Config, device: torch.device) -> None:
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Free bytes; None where the system does not say."""
+    """Free bytes; None where the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

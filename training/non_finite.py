@@ -1,7 +1,7 @@
 """Origin of a number that is not finite: rank, layer and tensor.
 
-A look at every tensor of every step would cost more than it is worth, and the loss or the gradient norm shows the
-damage in the same step. So that step, which changed no weight, is run again with hooks on every module.
+Checking every tensor in every step would cost too much. The loss or the gradient norm shows the damage in the same
+step, before a weight changes. So the step is run again with hooks on every module.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ RunAgain = Callable[[Watch], Mapping[str, Tensor]]
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite; the message names where it began. No weight was changed.
+    """NaN or infinity in a loss or gradient; the message names where it began. No weight was changed.
 
-    Every rank raises it. `elsewhere` is True where another rank is to blame, so that the launcher reports that one.
+    Every rank raises it. `elsewhere` is True where it began on another rank, so that the launcher reports that rank.
     """
 
     def __init__(self, step: int, where: str, elsewhere: bool = False) -> None:
@@ -41,9 +41,9 @@ class Finding(NamedTuple):
     micro_batch: int
     backward: bool
     stage: int
-    """Position of the stage on the micro-batch's way: counted down in the backward."""
+    """Position of the stage in the order of the direction: the last stage comes first in the backward."""
     position: int
-    """Number of the tensor among those looked at, in the order in which they were made."""
+    """Number of the tensor among the checked ones, in the order in which they were made."""
     rank: int
     what: str
 
@@ -51,7 +51,7 @@ class Finding(NamedTuple):
 @torch.no_grad()
 def explain_non_finite(step: int, model: Model, groups: Groups, run_again: RunAgain) -> NonFiniteError:
     """Find the first non-finite tensor of `step` on any rank. Every rank calls it, with its own part of the step."""
-    # All ranks look at their weights before any runs the step again, for that takes all of them.
+    # All ranks check their weights first, because running the step again takes all ranks.
     findings = _gather(groups, _first_bad_parameter(model, groups.rank))
     if not findings:
         findings = _gather(groups, _replay(model, groups.rank, run_again))
@@ -86,13 +86,13 @@ def _weights(model: Model) -> Iterator[tuple[str, Tensor]]:
 
 
 def _replay(model: Model, rank: int, run_again: RunAgain) -> Finding | None:
-    """Run the step again and look at each module's inputs, outputs and their gradients."""
+    """Run the step again and check each module's inputs, outputs and their gradients."""
     watch = _ModuleWatch(rank, model.schedule.num_stages)
     handles = []
     for name, module in model.modules():
         handles += watch.follow(name, module)
     try:
-        # The sums start from zero: traces of the first run would be found as a fault that does not come again.
+        # The sums start from zero: NaNs left by the first run would hide that a fault does not repeat.
         with torch.enable_grad():
             gradients = run_again(watch)
     finally:
@@ -100,13 +100,13 @@ def _replay(model: Model, rank: int, run_again: RunAgain) -> Finding | None:
             handle.remove()
     if watch.first is None:
         for position, (name, gradient) in enumerate(gradients.items()):
-            if (bad := _describe(gradient)) is not None:  # behind all that modules show of any micro-batch
+            if (bad := _describe(gradient)) is not None:  # after the modules' tensors of every micro-batch
                 return Finding(sys.maxsize, True, 0, position, rank, f"gradient of {name}: {bad}")
     return watch.first
 
 
 class _ModuleWatch:
-    """Hooks that keep the non-finite tensor that came first on its micro-batch's way.
+    """Hooks that keep the first non-finite tensor, in the order of `Finding`.
 
     Ranks of one stage run the same modules in the same order, so positions compare.
     """
@@ -120,15 +120,15 @@ class _ModuleWatch:
         self._recomputing = False
 
     def begin(self, action: Action | Overlap) -> None:
-        """Attribute the tensors to come to this action; of a pair, to its forward or to its backward."""
+        """Attribute the tensors that follow to this action; in a pair, to its forward or to its backward."""
         self._forward, self._backward = action if isinstance(action, Overlap) else (action, action)
 
     def backward(self, running: bool) -> None:
-        """Pass over the tensors that a backward recomputes: the forward has shown them."""
+        """Skip the tensors that a backward recomputes: the forward has checked them."""
         self._recomputing = running
 
     def follow(self, name: str, module: nn.Module) -> list[Any]:
-        """Hook into a module; returns the handles of the hooks."""
+        """Hook into a module; return the handles of the hooks."""
         return [
             module.register_forward_pre_hook(lambda _, given: self._look(f"input of {name}", given)),
             module.register_forward_hook(lambda _, given, made: self._look(f"output of {name}", made)),
@@ -170,7 +170,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _describe(tensor: Tensor) -> str | None:
-    if not tensor.is_floating_point() or tensor.itemsize == 1:  # eight-bit codes: their values were looked at before
+    if not tensor.is_floating_point() or tensor.itemsize == 1:  # eight-bit codes: their values were checked before
         return None
     bad = ~tensor.detach().isfinite()
     count = int(bad.sum())

@@ -28,7 +28,7 @@ def loss_weights(config: Config, before: Progress, sequences: int) -> LossWeight
 def dropping_of(config: Config, batch: Batch, device: torch.device | str = "cpu") -> Dropping | None:
     """Rule that drops tokens of a training micro-batch; None where `balance.capacity_factor` drops none.
 
-    A sequence is exempt by its number in the run alone, so equally in every layout and after every resume.
+    A sequence is exempt by its number in the run alone. So exemption depends neither on the layout nor on a resume.
     """
     balance = config.balance
     if balance.capacity_factor is None:

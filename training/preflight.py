@@ -33,7 +33,7 @@ MUCH_BUBBLE = 0.2
 """Share of a step that pipeline ranks may be idle without a note."""
 
 MORE_BUBBLE = 0.05
-"""Share that they may be idle without a note at the start of a ramp, above that of the full batch."""
+"""Additional share of idle time, compared with the full batch, that the start of a ramp may have without a note."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _layout(config: Config, world_size: int, ranks_per_node: int) -> Layout:
 
 
 def _schedule_faults(config: Config, layout: Layout) -> list[str]:
-    """Numbers of micro-batches of the run that the schedule cannot serve, among those of `distinct_forms`."""
+    """Numbers of micro-batches that the schedule does not work with, among those of `distinct_forms`."""
     counts = {config.batch.microbatches(size, layout.dp): size for size in sizes_of_run(config)}
     parallel, ends = config.parallel, (min(counts), max(counts))
     for count in distinct_forms(counts, layout.pp):
@@ -138,7 +138,7 @@ def bubble_notes(config: Config, layout: Layout) -> tuple[str, ...]:
     sizes = sizes_of_run(config)
     fewest, most = (config.batch.microbatches(size, layout.dp) for size in (sizes[0], sizes[-1]))
     costs = stage_costs(config, make_split(config))
-    if fewest >= 8 * len(costs.forward):  # the rest is the split's affair
+    if fewest >= 8 * len(costs.forward):  # with so many, only the split matters
         return ()
 
     def idle(count: int) -> float:

@@ -32,11 +32,11 @@ def move_aside(run_dir: Path) -> Path | None:
 
 @contextmanager
 def locked(run_dir: Path, patience: float = 5.0) -> Iterator[None]:
-    """Keep other processes from training into `run_dir`; for one rank of a run, as long as it trains.
+    """Lock `run_dir` against training by other processes. One rank of a run holds the lock as long as it trains.
 
-    The lock file lies beside the folder, which may be moved aside. The lock ends with its process, however that ends.
-    A run that was just killed may take a moment to end, so this waits `patience` seconds. Raises UsageError if another
-    run holds the lock.
+    The lock file lies next to the folder, because the folder may be moved aside. The lock ends with its process,
+    however the process ends. A run that was just killed may take a moment to end, so `locked` waits `patience` seconds.
+    Raises UsageError if another run holds the lock.
     """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with run_dir.with_name(f".{run_dir.name}.lock").open("w") as lock:
@@ -55,7 +55,7 @@ def locked(run_dir: Path, patience: float = 5.0) -> Iterator[None]:
 
 
 def write_config(run_dir: Path, config: Config) -> list[str]:
-    """Write `config.yaml`, fully resolved; returns the values that an earlier start of this run had otherwise."""
+    """Write `config.yaml`, fully resolved; return the values that an earlier start of this run had differently."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,7 +15,7 @@ from ..parallel.schedule.transfers import links
 from ..settings import UsageError
 
 LAST_NEW_FORM = 4
-"""Micro-batches per pipeline rank from which more of them change a schedule's length, and no longer its form."""
+"""Micro-batches per pipeline rank above which a schedule changes only in length, no longer in form."""
 
 
 def sizes_of_run(config: Config) -> list[int]:
@@ -49,7 +49,7 @@ def links_of_run(config: Config, layout: Layout) -> set[tuple[int, int]]:
     for count in distinct_forms(counts, layout.pp):
         try:
             used |= links(generate(parallel.schedule, parallel.pp, count, parallel.schedule_options))
-        except UsageError:  # a number that this schedule refuses is refused where a step would need it
+        except UsageError:  # a number that the schedule refuses is reported where a step needs it
             continue
     return used
 

@@ -1,4 +1,4 @@
-"""Sums of a step over micro-batches, stages and ranks, and the means that are made of them.
+"""Sums of a step over micro-batches, stages and ranks, and the means computed from them.
 
 L MoE layers (MTP modules last), E experts, D MTP depths.
 """
@@ -50,7 +50,7 @@ class Losses:
 def sum_outputs(outputs: Iterable[Output], model: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Losses FP64 `[4 + D]` and counts int64 `[L, E + 1]` of one rank, the dropped pairs in the last column.
 
-    The sums are in FP64, so that their order cannot be seen.
+    The sums are in FP64, so that the order of addition does not show.
     """
     losses = torch.zeros(4 + model.num_nextn_predict_layers, dtype=torch.float64, device=device)
     counts = torch.zeros(model.num_moe_layers, model.n_routed_experts + 1, dtype=torch.int64, device=device)
@@ -63,7 +63,7 @@ def sum_outputs(outputs: Iterable[Output], model: ModelConfig, device: torch.dev
 
 
 def sum_over_ranks(losses: Tensor, counts: Tensor, groups: Groups) -> Totals:
-    """Totals of the losses and counts of `sum_outputs`, and of what this step's messages were: two all-reduces."""
+    """Totals of the losses and counts of `sum_outputs`, and of this step's messages, by two all-reduces."""
     groups.sum(losses)
     sent = torch.tensor(numbers_of(groups.meter.take()), device=counts.device)
     integers = torch.cat((counts.view(-1), sent))

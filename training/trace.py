@@ -21,7 +21,7 @@ from ..report.traffic import HEADER, Sent, traffic_table
 from .trainer import PipelineRun
 
 MILLISECONDS = 1e3
-ROUNDS = 5  # of barriers, after which all clocks are read at about the same moment
+ROUNDS = 5  # barriers before all clocks are read at about the same moment
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PipelineTrace:
     simulated: Timeline
 
     def describe(self) -> str:
-        """Return both in one line."""
+        """Return a summary of both in one line."""
         measured, simulated = self.measured, self.simulated
         return (
             f"pipeline {measured.schedule.name}: measured {number(measured.step_time)} ms with "
@@ -76,7 +76,7 @@ def gather_trace(groups: Groups, run: PipelineRun) -> PipelineTrace | None:
 
 
 def _clock_offset(group: dist.ProcessGroup) -> float:
-    """Seconds that this rank's clock is ahead of the first rank's, to about the time of a barrier."""
+    """Seconds that this rank's clock is ahead of the first rank's, accurate to about the time of a barrier."""
     ahead = []
     for _ in range(ROUNDS):
         dist.barrier(group)

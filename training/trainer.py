@@ -86,7 +86,8 @@ class Trainer:
     def step(self, trace: Callable[[PipelineRun], None] | None = None) -> StepMetrics:
         """Train on the next global batch. Raises NonFiniteError, before any weight moves, if a number is not finite.
 
-        `trace` is given the pipeline's run: a GPU then finishes each action before the next, so that spans are true.
+        `trace` is called with the pipeline's run. A GPU then finishes each action before the next, so that spans are
+        exact.
         """
         started = time.perf_counter()
         config, before = self.config, self.progress
@@ -97,7 +98,7 @@ class Trainer:
         weights = loss_weights(config, before, sequences)
 
         if trace is not None:
-            self.optimizer.finish_gathers()  # so that the times are the pipeline's alone
+            self.optimizer.finish_gathers()  # so that the times are of the pipeline alone
         run = self.forward_backward(micro_batches, weights, timed=trace is not None)
         totals = self._totals(run.outputs)
         norm = self.optimizer.reduce_gradients()
@@ -134,7 +135,7 @@ class Trainer:
     def _gradients(self, batches: list[Batch], weights: LossWeights, watch: Watch) -> Mapping[str, Tensor]:
         """Sums of the gradients on this rank by global name, of a step run with `watch`."""
         self.forward_backward(batches, weights, watch=watch)
-        self.optimizer.reduce_gradients()  # ends what the last backward has begun
+        self.optimizer.reduce_gradients()  # completes the reductions that the last backward has begun
         return self.optimizer.gradients()
 
     def validate(self) -> dict[str, float]:
@@ -208,7 +209,7 @@ class Trainer:
             self._loader = None
 
     def _restore_average(self, updates: int | None, path: Path) -> None:
-        """Continue with the average of a checkpoint after `updates` steps of it; None where it has no average."""
+        """Continue with the average of checkpoint `path`, over `updates` steps; None where it has no average."""
         ema = self.optimizer.ema
         if ema is None:
             if updates is not None:
@@ -244,7 +245,7 @@ class Trainer:
         return self._programs[num_microbatches, training]
 
     def _on_device(self, batch: Batch, weights: LossWeights | None = None) -> MicroBatch:
-        """Micro-batch to train on with `weights`, or to evaluate without: no MTP module runs, no token is dropped."""
+        """Micro-batch for training with `weights`, or for evaluation: no MTP module runs and no token is dropped."""
         tokens, valid = batch.tokens.to(self.device), batch.valid.to(self.device)
         if weights is None:
             return MicroBatch(tokens, valid, mtp=False)
@@ -263,14 +264,14 @@ class Trainer:
     def _totals(self, outputs: list[Output]) -> Totals:
         """Sums of the step over micro-batches, stages and ranks."""
         losses, counts = sum_outputs(outputs, self.config.model, self.device)
-        if self.model.recipe.monitor.infinite:  # quantising made a finite number of an infinity in this step
+        if self.model.recipe.monitor.infinite:  # quantisation turned an infinity into a finite number in this step
             losses.fill_(math.nan)
         return sum_over_ranks(losses, counts, self.groups)
 
     def _metrics(
         self, before: Progress, totals: Totals, norm: float, lr: float, speed: float, started: float
     ) -> StepMetrics:
-        """Measurements of the step from `before`, which began at `started`."""
+        """Measurements of the step that began at time `started` with the progress `before`."""
         sequences = self.progress.sequences - before.sequences
         losses = mean_losses(totals, self.config.model, sequences, self.config.batch.sequence_length)
         balance = None

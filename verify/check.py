@@ -1,9 +1,9 @@
 """The verification itself: the grid's steps against the single process's, each from the same state.
 
 Every step of the grid begins with the state that the single process had before that step. So a difference of rounding
-is not carried into the next step, where AdamW makes it large: AdamW moves a weight by the learning rate for a gradient
-near zero too, whatever its sign. One tolerance then serves all steps. For the same reason updated weights are compared
-with those of the single process after the grid's own gradients.
+is not carried into the next step, and one tolerance serves all steps. AdamW would make the difference large: even for a
+gradient near zero, of either sign, it moves a weight by the learning rate. For the same reason updated weights are
+compared with those of a single process that steps with the grid's own gradients.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Attempt:
     closest: float = float("inf")
     """Least gap between a routing score that was chosen and one that was not."""
     near_balance: int = 0
-    """Choices within rounding that the balance loss counts, in the first step that departs though no token moved."""
+    """Choices within rounding that the balance loss counts, in the first step that departs without a moved token."""
 
     @property
     def tied(self) -> bool:
@@ -71,7 +71,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class MovedChoices:
-    """Choices of experts that are others than in the single process."""
+    """Choices of experts that differ from the single process's."""
 
     step: int
     layer: int
@@ -110,7 +110,7 @@ class Outcome:
 
 
 def verify_ranks(shrunk: Shrunk, groups: Groups) -> list[Outcome]:
-    """Verify in the configured precision and in the closest one in FP32, which shows faults that coarser formats hide.
+    """Verify in the configured precision, and in the closest one in FP32 to find faults that coarser formats hide.
 
     Every rank of the grid calls this. Rank 0 gets the outcomes, the other ranks none.
     """
@@ -127,8 +127,8 @@ def verify_ranks(shrunk: Shrunk, groups: Groups) -> list[Outcome]:
 def _formats(config: Config) -> list[dict[str, dict[str, Any]]]:
     """Changes to the configured formats, by section: none, and those that make them FP32.
 
-    With FP8 the changes make FP32 of all that is not quantised, and powers of two of the scales: with other scales the
-    values that share a tile change each other, and in other layouts other tokens share a tile.
+    With FP8, everything that is not quantised becomes FP32, and scales become powers of two. With other scales the
+    values of a tile affect each other, and the tokens that share a tile depend on the layout.
     """
     precision: dict[str, Any] = {"recipe": "fp32"}
     if config.precision.recipe == "fp8":

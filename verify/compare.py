@@ -29,33 +29,33 @@ KIND_OF_CLASS = {
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Bounds of differences, in parts of the single process's figure or of a tensor's largest value."""
+    """Bounds of differences, relative to the single process's figure or to a tensor's largest value."""
 
     loss: float
     gradient: float
     weight: float
-    """Bound of master weights, against a single process that steps with the same gradients."""
+    """Bound of master weights, compared with a single process that steps with the same gradients."""
     moment: float
     tie: float
-    """Distance that rounding moves a routing score: closer choices may come out either way."""
+    """Distance by which rounding moves a routing score: closer choices may come out either way."""
 
 
 TOLERANCES = {
     "fp32": Tolerances(loss=1e-5, gradient=1e-5, weight=1e-6, moment=1e-5, tie=2e-6),
     # Gradients are rounded to BF16 once per micro-batch, and an expert's micro-batch has other rows in other layouts:
-    # 2^-8 of an element each time, and 6.4e-3 of a tensor's largest value was seen.
+    # by 2^-8 of an element each time. The most seen was 6.4e-3 of a tensor's largest value.
     "bf16": Tolerances(loss=1e-4, gradient=2e-2, weight=1e-6, moment=1e-5, tie=2e-3),
-    # A sum that differs in its last bit becomes another code of eight bits now and then: 2^-4 of an element.
+    # A sum that differs in its last bit sometimes becomes another eight-bit code: 2^-4 of an element.
     # With FP32 scales every code of a tile follows the tile's largest value, and in other layouts an expert's tiles
-    # hold other tokens: 3.6e-2 was seen.
+    # hold other tokens. The most seen was 3.6e-2.
     "fp8": Tolerances(loss=1e-3, gradient=1e-1, weight=1e-6, moment=1e-5, tie=1e-2),
     "fp8 on fp32": Tolerances(loss=1e-5, gradient=1e-3, weight=1e-6, moment=1e-5, tie=1e-4),
 }
 BF16_REDUCE = 2e-2
-"""Bound of gradients that travel in BF16.
+"""Bound of gradients that are sent in BF16.
 
-Each rank's sum of its micro-batches is rounded by up to 2^-9 of an element. 3.5e-3 of a tensor's largest value was
-seen, 8e-3 with weights in BF16.
+Each rank's sum of its micro-batches is rounded by up to 2^-9 of an element. The most seen was 3.5e-3 of a tensor's
+largest value, 8e-3 with weights in BF16.
 """
 
 BF16_MOMENT = 1e-2
@@ -159,7 +159,7 @@ def compare_biases(step: int, expected: ReferenceStep, ranks: Sequence[RankStep]
 def compare_state(
     step: int, expected: Mapping[str, Tensor], ranks: Sequence[RankStep], bounds: Tolerances
 ) -> Iterator[Difference]:
-    """Differences of master weights and moments after the step from `expected`, made of the same gradients."""
+    """Differences of master weights and moments after the step from `expected`, the state from the same gradients."""
     merged, held = merge([each.state for each in ranks]), holders(ranks)
     for quantity, bound in (("weight", bounds.weight), ("exp_avg", bounds.moment), ("exp_avg_sq", bounds.moment)):
         prefix = "weights." if quantity == "weight" else f"{quantity}."
@@ -170,7 +170,7 @@ def compare_state(
 
 
 def compare_copies(step: int, ranks: Sequence[RankStep]) -> Iterator[Difference]:
-    """Differences of every rank's copy of a weight from the rounded master weight, which replicas equal bit for bit."""
+    """Differences of every rank's copy of a weight from the rounded master weight; they should be bit-equal."""
     masters, held = merge([each.state for each in ranks]), holders(ranks)
     for name, at in held.items():
         copies = {each.rank: each.copies[name] for each in ranks if name in each.copies}

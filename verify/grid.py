@@ -45,7 +45,7 @@ class Pipeline:
     options: dict[str, Any]
 
     def schedule(self, wanted: int) -> Schedule | None:
-        """Return it with `wanted` micro-batches or the next larger number that it takes; None where it refuses all."""
+        """Return it with `wanted` micro-batches or the next larger number that works; None where none works."""
         for count in range(wanted, wanted + 4 * self.ranks + 1):
             try:
                 return generate(self.name, self.ranks, count, self.options)
@@ -83,11 +83,11 @@ class Structure:
 
 
 def choose_grid(config: Config, nproc: int | None) -> Grid:
-    """The grid for at most `nproc` processes, or for as few as show the topology if it is None (8 at most).
+    """The grid for at most `nproc` processes, or for as few as show the topology if `nproc` is None (8 at most).
 
     In this order the grid keeps: all axes above 1; pp rather than ep rather than edp; all forms of actions of the
-    schedule and its stages per rank; a stage in the middle. With `nproc` given it is then the largest such grid. Where
-    dp is auto, experts get two replicas if there is room.
+    schedule and its stages per rank; a stage in the middle. With `nproc` given, the result is the largest such grid.
+    Where dp is auto, experts get two replicas if there is room.
     """
     most = MOST_RANKS if nproc is None else nproc
     configured = grid_of(config)

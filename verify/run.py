@@ -1,4 +1,4 @@
-"""A step of training as one rank has it afterwards, and the single process that grids are compared with.
+"""Values of a training step on one rank, and the single process that grids are compared with.
 
 L MoE layers, E experts, K top-k, T tokens.
 """
@@ -76,9 +76,9 @@ class ChoiceGaps:
         return min((float(gap.min()) for gaps in self.gaps.values() for gap in gaps), default=float("inf"))
 
     def near(self, layer: int, bound: float, top_k: int) -> int:
-        """Experts of a layer's tokens that choices with gaps of `bound` or less can move.
+        """Number of a layer's (token, expert) pairs that can change, because choices have gaps of `bound` or less.
 
-        A choice of experts moves one, a choice of groups all K of its token.
+        A choice of experts changes one pair, a choice of groups all K pairs of its token.
         """
         groups, experts = sum(
             ((gap[:2] <= bound).sum(1) for gap in self.gaps.get(layer, [])), torch.zeros(2, dtype=torch.int64)
@@ -86,7 +86,7 @@ class ChoiceGaps:
         return int(groups) * top_k + int(experts)
 
     def near_balance(self, bound: float) -> int:
-        """Choices with such gaps among the experts that the balance loss counts, of all layers. They move no token."""
+        """Number of such choices of all layers that only the balance loss counts. These choices move no token."""
         return sum(int((gap[2] <= bound).sum()) for gaps in self.gaps.values() for gap in gaps)
 
 
@@ -133,7 +133,7 @@ class ObservedTrainer:
         return {name: t.to_local().clone() for name, t in self.trainer.optimizer.state().items()} | biases
 
     def begin_with(self, state: State) -> None:
-        """Continue from `state`, of which this rank takes its part."""
+        """Continue from this rank's part of `state`."""
         for name, tensor in self.trainer.optimizer.state().items():
             local, start = tensor.to_local(), _first_row(tensor)
             local.copy_(state[name][start : start + local.shape[0]])
@@ -258,7 +258,7 @@ def _observed_routers(trainer: Trainer, choices: ChoiceGaps | None) -> Iterator[
 def choice_gaps(router: Router, x: Tensor) -> Tensor:
     """Gaps `[3, T]` of a router's choices for x `[B, S, H]`.
 
-    They are of the choices of groups, of experts, and of the unbiased experts that the balance loss counts.
+    The rows are for the choices of groups, of experts, and of the unbiased experts that the balance loss counts.
     """
     config, top_k = router.config, router.config.num_experts_per_tok
     scores = router.scores(x).flatten(0, 1)

@@ -116,7 +116,7 @@ class _Edits:
             self.changes.append(Change(path, before, value, why))
 
     def quietly(self, path: str, value: Any) -> Any:
-        """Change a key without recording it, where verification does not depend on it; returns the value before."""
+        """Change a key without recording it, where verification does not depend on it; return the earlier value."""
         *sections, name = path.split(".")
         tree = self.tree
         for section in sections:
@@ -164,7 +164,7 @@ def _shrink_layers(config: Config, edits: _Edits) -> None:
 
 
 def resize_split(sizes: tuple[int, ...], stages: int) -> list[int]:
-    """A split of few layers on `stages` stages with the unevenness of `sizes`: its ends, and stages evenly between.
+    """A split of few layers on `stages` stages with the unevenness of `sizes`, taken at its ends and evenly between.
 
     Stages with the fewest layers get one, those with more get two.
     """
@@ -187,7 +187,7 @@ def _shrink_widths(model: ModelConfig, edits: _Edits) -> None:
 
 
 def _shrink_experts(config: Config, grid: Grid, edits: _Edits) -> None:
-    """Keep as few experts as leave the router and every rank a choice; groups and shared experts stay."""
+    """Keep the fewest experts with which the router and every rank have a choice; groups and shared experts stay."""
     model = config.model
     experts, groups = model.n_routed_experts, model.n_group
     top_k = min(model.num_experts_per_tok, TOP_K)
@@ -222,7 +222,7 @@ def _shrink_batch(config: Config, grid: Grid, edits: _Edits) -> None:
 
 
 def _make_constant(config: Config, edits: _Edits) -> None:
-    """Set schedules to their largest value: a warm-up is longer than this run, which would begin with zeros."""
+    """Set schedules to their largest value: a warm-up would begin this short run with zeros."""
     schedules: Mapping[str, TokenSchedule] = {
         "optim.lr": config.optim.lr,
         "balance.bias_update_speed": config.balance.bias_update_speed,

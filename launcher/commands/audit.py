@@ -97,7 +97,7 @@ def _print_result(result: Result, args: argparse.Namespace) -> int:
 
 
 def _audit(case: AuditCase, quiet: bool) -> Result:
-    """Run both runs from their checkpoints to the last step, then find which class hurts."""
+    """Run both runs from their checkpoints to the last step, then find the classes that hurt."""
     from ...audit.report import heading, progress_heading, progress_line
     from ...audit.result import make_result, mean_loss
     from ...audit.run import audit_of

@@ -30,7 +30,7 @@ class Predicted:
     loads: Loads
     layers: list[Replicated]
     before: list[float]
-    """Imbalance with experts in their order, from the first again where there are more places than experts."""
+    """Imbalance with experts in their order; further places begin again with the first expert."""
     after: list[float]
     """Imbalance with the experts placed."""
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def place(loads: Loads, replicas: int, groups: int, nodes: int, ranks: int) -> Predicted:
-    """Place the experts of every layer by itself. Raises UsageError where the numbers do not fit each other."""
+    """Place the experts of each layer separately. Raises UsageError where the numbers do not fit each other."""
     layers = [place_replicas(layer, replicas, groups, nodes, ranks) for layer in loads.tokens]
     experts = len(loads.tokens[0])
     in_order = [place % experts for place in range(experts if experts % ranks == 0 else replicas)]

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(case: Case, args: argparse.Namespace) -> int:
-    """Compare every shipped schedule, and the user's own where it is none of them."""
+    """Compare every shipped schedule, and the user's own if it is not a shipped one."""
     outcomes = case.compare()
     drawn = [(name, timeline) for name, timeline in outcomes.items() if isinstance(timeline, Timeline)]
     if args.html is not None:

@@ -96,7 +96,7 @@ def check_same_run(plan: RunPlan, process: Process) -> None:
         "step to continue from": plan.progress.step,
         "last step": plan.total_steps,
     }
-    if process.device.type == "cpu" and plan.config.precision.format == "bf16":  # ranks on unlike CPUs
+    if process.device.type == "cpu" and plan.config.precision.format == "bf16":  # ranks may run on different CPUs
         basis["products of BF16 (set precision.cpu_products)"] = str(
             Products.choose(plan.config.precision.cpu_products)
         )

@@ -1,7 +1,7 @@
 """`counterflow verify CONFIG`: whether a layout trains as a single process does, tried on a shrunk configuration.
 
-This process shrinks the configuration, starts the ranks on this machine and prints the outcomes that rank 0 found. A
-temporary file is all that is written.
+This process shrinks the configuration, starts the ranks on this machine and prints the outcomes that rank 0 found. The
+only file that it writes is a temporary one.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _launch(args: argparse.Namespace, config: Config, shrunk: Shrunk) -> int:
 
 
 def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
-    """Run one rank. Outcomes go to a file, also bad ones: a difference is no failure of a process."""
+    """Run one rank. Outcomes go to a file, bad ones included: a difference is not a failure of a process."""
     from ...training.build import make_groups
     from ...verify.check import verify_ranks
     from ..bootstrap import bootstrap

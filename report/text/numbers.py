@@ -46,7 +46,7 @@ def format_bytes(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """1:05, 2:03:04 or 12d 03h; "--:--" for a duration that is not known yet (not finite)."""
+    """A time as 1:05, 2:03:04 or 12d 03h; "--:--" for a duration that is not known yet (not finite)."""
     if not math.isfinite(seconds):
         return "--:--"
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)

@@ -84,7 +84,7 @@ def _box(action: Action | Overlap, width: int) -> str:
 
 
 def _draw_shares(spans: Sequence[Span], columns: int, scale: float) -> str:
-    """A row whose columns hold several actions each; every kind, and idle, ends with its part of the row.
+    """A row whose columns hold several actions each; every kind, and idle time, gets its share of the columns.
 
     A column shows one of the kinds that it holds. The choice is the kind with the largest debt: the sum of its shares
     in the columns so far, less the columns that it was given.

@@ -1,7 +1,7 @@
-"""`counterflow audit`: both runs, its report of them, and the class of tensors that it blames.
+"""`counterflow audit`: both runs, the report, and the class of tensors that the report names as the worst.
 
 The model is 0.7M parameters of V3's shape, so that 60 steps of both runs take seconds. The bound for the losses is
-looser than V3's 0.25 %, which `make audit` holds over 1,000 steps: so early each run goes its own way by a percent.
+looser than V3's 0.25 %, which `make audit` holds over 1,000 steps: after so few steps the two runs differ by a percent.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def test_a_look_compares_with_fp32(trained: dict[str, Any]) -> None:
 
 
 def test_attribution_adds_up(audited: dict[str, Any]) -> None:
-    """Squared errors of the roles add up to that of all, about, because roundings are independent of each other."""
+    """Squared errors of the roles add up to about that of all, because roundings are independent of each other."""
     found = audited["result"]["attribution"]
     roles = [found["entries"][f"*.{role}"]["alone"]["all"] for role in ("input", "weight", "gradient", "cache")]
     assert sum(error**2 for error in roles) ** 0.5 == pytest.approx(found["together"]["all"], rel=0.3)
@@ -245,7 +245,7 @@ def test_attribution_adds_up(audited: dict[str, Any]) -> None:
 def test_attribution_names_the_class_that_was_made_bad(trained: dict[str, Any], small: Path) -> None:
     """The class made bad: inputs of the experts' down projection in E5M2, which rounds twice as coarsely as E4M3.
 
-    Only inputs of feed-forward layers take part: inputs of attention spread further, in whatever format.
+    Only inputs of feed-forward layers take part: inputs of attention spread further in any format.
     """
     bad = 'precision.classes={"experts_down.input": {format: e5m2}}'
     inputs = frozenset(f"{kind}.input" for kind in KINDS if kind.endswith(("_up", "_down")))
@@ -324,7 +324,7 @@ def test_without_fp8_it_says_what_to_set(small: Path, capsys: pytest.CaptureFixt
         (["SMALL", "--out", "SMALL"], "is a file"),
     ],
 )
-def test_bad_usage_is_told(arguments: list[str], said: str, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_is_refused(arguments: list[str], said: str, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["audit", *(str(small) if word == "SMALL" else word for word in arguments)]) == 2
     assert re.search(said, capsys.readouterr().err)
 
@@ -338,7 +338,7 @@ def test_torchrun_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "without torchrun" in capsys.readouterr().err
 
 
-def test_a_layout_becomes_a_single_process_and_is_told(small: Path) -> None:
+def test_a_layout_becomes_a_single_process_and_is_reported(small: Path) -> None:
     config = load_config(str(small), ["parallel.ep=2", "parallel.pp=2", "precision.backend=te"])
     case: AuditCase = make_case(config, None, None, "bf16", None, CACHE)
     assert (case.config.parallel.pp, case.config.parallel.ep) == (1, 1)
@@ -358,7 +358,7 @@ def test_a_folder_of_another_audit_is_left_alone(
     assert (audited["folder"] / "steps.jsonl").read_bytes() == before
 
 
-def test_a_finished_audit_is_told_again_in_80_columns(
+def test_a_finished_audit_is_reported_again_in_80_columns(
     audited: dict[str, Any], small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = 100 * abs(audited["result"]["loss"]["error"])

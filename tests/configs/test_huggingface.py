@@ -66,7 +66,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(architecture: dict[str, Any], model: str = "", *overrides: str) -> Config:
-    """Load a config whose model comes from a JSON file in a folder beside it."""
+    """Load a config whose model comes from a JSON file in a folder next to it."""
     Path("hf").mkdir(exist_ok=True)
     Path("hf/config.json").write_text(json.dumps(architecture, indent="\t"), encoding="utf-8")
     Path("run.yaml").write_text(

@@ -132,7 +132,7 @@ def test_v3_layout_is_2048_gpus(v3: Config) -> None:
 
 
 def test_16b_has_the_size_of_v2_lite(lite: Config) -> None:
-    # arXiv 2405.04434 appendix B: 15.7B parameters, 2.4B of them active for a token, without embedding and head.
+    # arXiv 2405.04434 appendix B: 15.7B parameters, 2.4B of them active per token, without embedding and head.
     model = lite.model
     assert count_parameters(model).total == pytest.approx(15.7e9, abs=0.05e9)
     assert (model.num_hidden_layers, model.hidden_size, model.num_attention_heads, model.q_lora_rank) == (

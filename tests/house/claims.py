@@ -75,7 +75,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
         "tests/fp8/*::promoted_equals_a_loop_over_blocks_bit_for_bit",
         "tests/fp8/*::backend_gives_the_bits_of_emulation",
     ),
-    "After 1,000 steps of 20 million parameters the loss is 0.085 % from BF16's": (
+    "After 1,000 steps of a model of 20 million parameters the loss differs from BF16's by 0.085 %": (
         "tests/audit/*::losses_stay_together_over_60_steps_and_fall_below_the_unigram_entropy",
         "tests/audit/*::each_run_is_the_one_that_train_makes",
     ),
@@ -90,7 +90,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
         "tests/comm/*::a_message_holds_codes_and_scales_bit_for_bit",
         "tests/comm/*::experts_quantise_neither_tokens_nor_gradients_again",
     ),
-    "That is 0.23 and 0.44 of the bytes of a flat all-to-all in BF16, counted": (
+    "Dispatch and combine send 0.23 and 0.44 of the bytes of a flat all-to-all in BF16, counted": (
         "tests/comm/*::v3s_shape_sends_a_quarter_of_flat_bf16_between_nodes",
         "tests/comm/*::the_meter_equals_the_tensors_that_were_sent",
     ),
@@ -98,7 +98,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
         "tests/training/*::a_step_counts_what_all_its_ranks_send",
         "tests/report/*::metrics_keep_traffic_and_steps_without_it",
     ),
-    "`counterflow report` adds it up": (
+    "`counterflow report` adds up these bytes": (
         "tests/report/*::report_prints_a_run_in_80_columns_and_as_json",
         "tests/report/*::a_table_has_a_row_for_each_purpose_and_their_sum",
     ),
@@ -125,10 +125,10 @@ CLAIMS: dict[str, tuple[str, ...]] = {
         "tests/parallel/schedule/*::a_users_schedule_is_checked_and_simulated_like_any",
         "tests/parallel/schedule/*::it_is_found_checked_simulated_and_drawn",
     ),
-    # It is made to be read.
+    # The code is made to be read.
     "A training step is one function, `Trainer.step`": ("tests/house/*::pointers_into_the_code_lead_somewhere",),
     "A test keeps every file short": ("tests/house/*::no_python_file_outgrows_one_idea",),
-    "How it is built explains it": (
+    "How it is built explains the design": (
         "tests/house/*::pointers_into_the_code_lead_somewhere",
         "tests/house/*::every_folder_is_described_once",
     ),
@@ -288,7 +288,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
 }
 
 MEASURED = {
-    "After 1,000 steps of 20 million parameters the loss is 0.085 % from BF16's": (
+    "After 1,000 steps of a model of 20 million parameters the loss differs from BF16's by 0.085 %": (
         "The figure itself takes long: `make audit` measures it, and [FP8](fp8.md#audit) has the result. "
         "The tests run the same audit for 60 steps."
     ),

@@ -1,4 +1,4 @@
-"""The real imports of the package, read from its source: what the rules of the house and the drawing of it rest on."""
+"""The real imports of the package, read from its source, for the rules of the house and the drawing of the floors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         "launcher": f"slurm audit verify training report plan configs {' '.join(LOWER)}",
     }.items()
 }
-"""Folders that a folder may import, besides itself and the contracts at the root."""
+"""Folders that each folder may import, in addition to itself and the contracts at the root."""
 
 AT_THE_ROOT = frozenset({"settings.py", "phases.py", "weight_gradients.py", "local_parameter.py", "seeds.py"})
 """Small contracts between folders, for all of them."""
@@ -122,7 +122,7 @@ def _file_of(name: str, files: Mapping[str, Path]) -> Path | None:
 
 
 def circles(graph: Graph) -> list[list[Path]]:
-    """Groups of files each of which imports, directly or not, every other of its group."""
+    """Groups of files in which every file imports every other, directly or not."""
     below: dict[Path, set[Path]] = {}
     for path in graph:
         seen: set[Path] = set()

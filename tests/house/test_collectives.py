@@ -1,4 +1,4 @@
-"""Collectives that may not be used, because gloo can die of them: see `tests/gather.py`."""
+"""Collectives that may not be used, because gloo can crash in them: see `tests/gather.py`."""
 
 from __future__ import annotations
 

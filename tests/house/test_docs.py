@@ -109,7 +109,7 @@ def test_commands_parse_and_what_they_set_exists(pages: dict[str, str], parse: P
         if len(words) == 1:  # a command's name in running text
             continue
         args = parse(words)
-        if not hasattr(args, "config"):  # about a run that there is
+        if not hasattr(args, "config"):  # about an existing run
             continue
         assert {override.partition("=")[0] for override in args.overrides} <= KEYS, words
         if args.config in shipped():
@@ -164,7 +164,7 @@ def test_changelog_says_where_modules_moved(root: Path, pages: dict[str, str]) -
     for _, new in rows:
         folder = ""
         for path in re.findall(r"`([\w/*]+\.py)`", new):
-            folder = path.rpartition("/")[0] or folder  # a bare name lies beside the one before it
+            folder = path.rpartition("/")[0] or folder  # a bare name is in the folder of the one before it
             name = path.rpartition("/")[2]
             assert any((root / folder).glob(name)), f"{folder}/{name}"
 

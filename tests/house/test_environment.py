@@ -1,4 +1,4 @@
-"""Environment variables: only `launcher/` reads them, and everything else gets values passed."""
+"""Environment variables: only `launcher/` reads them, and all other folders receive values as arguments."""
 
 from __future__ import annotations
 

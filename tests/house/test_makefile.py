@@ -30,7 +30,7 @@ def make(tmp_path: Path, root: Path) -> Make:
     def run(*arguments: str, version: tuple[int, int] = (3, 11), gpu: bool = False) -> subprocess.CompletedProcess[str]:
         python = write_script(tmp_path / "python", STAND_IN.format(real=sys.executable, version=(*version, 0)))
         write_script(tmp_path / "bin" / "nvidia-smi", f"#!/bin/sh\nexit {0 if gpu else 1}\n")
-        # MAKEFLAGS would hand down what the make that runs these tests was given.
+        # MAKEFLAGS would pass on the options of the make that runs these tests.
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         environ["PATH"] = f"{tmp_path / 'bin'}:{environ['PATH']}"
         command = ["make", "train", f"PYTHON={python}", *arguments]

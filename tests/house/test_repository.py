@@ -15,7 +15,7 @@ MAX_LINES_OUTSIDE = 450  # of tests, benchmarks and examples
 MAX_FILES = 20  # of a folder, without those below it
 MAX_SHARE = 16  # percent of the product's lines in one top folder
 PLACES = "|".join(["root", "work", "home", "Users", "mnt"])
-# A folder of somebody's machine: what follows a word or a dot is a part of a longer path or an address.
+# A folder of one machine. After a word or a dot it would be part of a longer path or of an address.
 MACHINE_PATH = re.compile(rf"(?<![\w.}}/-])/(?:{PLACES})/\w")
 LEFT_BY_A_MERGE = re.compile(r"^(?:<{7}|>{7}|\|{7}) ", re.MULTILINE)
 

@@ -34,7 +34,7 @@ def test_stages_keep_their_own_costs() -> None:
 
 
 def test_a_pair_saves_no_more_than_its_shorter_half() -> None:
-    """Actions that another program slowed down while they ran alone would make pairs seem to take no time."""
+    """Pairs would seem to take no time if another program slowed down the actions that ran alone."""
     schedule = find_schedule("dualpipe")(2, 8)
     timeline = simulate(schedule, Costs.uniform(2, 10.0, 10.0, 10.0, 25.0))
     quick = tuple(

@@ -47,7 +47,7 @@ def settings(text: Path) -> list[str]:
 
     Routing is a decision. Two scores that differ by less than the rounding of a layout's sums may be ordered either
     way, and everything differs from there on. So experts are spread wider than in a real run (larger initial weights)
-    and kept in use (faster bias). The moments are FP32: rounding them to BF16 now and then turns a difference in the
+    and kept in use (faster bias). The moments are FP32: rounding them to BF16 sometimes turns a difference in the
     last bit of FP32 into one in the last bit of BF16, which is 65,536 times as large.
     """
     return [

@@ -118,7 +118,7 @@ def test_a_checkpoint_without_an_average_starts_one_from_its_weights_and_says_so
     assert said == [f"WARNING: {path} has no average of the weights: it begins with the weights of this step"]
 
 
-def test_an_average_that_is_not_asked_for_is_left_behind(
+def test_an_average_that_is_not_configured_is_left_behind(
     pool: Pool, text: Path, unbroken: tuple[list[dict[str, Tensor]], Path]
 ) -> None:
     without = tiny(text, *AVERAGED, "optim.ema_decay=null")

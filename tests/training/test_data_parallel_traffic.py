@@ -106,7 +106,7 @@ def test_each_block_waits_for_its_own_weights(pool: Pool, text: Path) -> None:
 
 
 class Held:
-    """An all-gather that is not launched before it is waited for, and after `before`."""
+    """All-gather that is launched only when it is waited for, after a call of `before`."""
 
     def __init__(self, before: Callable[[], None], launch: Callable[[], Collective]) -> None:
         self._before, self._launch = before, launch

@@ -65,7 +65,7 @@ def test_deepep_that_cannot_carry_the_run_is_refused_with_what_works() -> None:
     assert dispatch_faults(config(), Layout(2, ep=2)) == []
 
 
-def test_a_run_that_asks_for_deepep_in_vain_does_not_start(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_set_to_deepep_where_it_cannot_work_does_not_start(capfd: pytest.CaptureFixture[str]) -> None:
     asked = ["precision.recipe=bf16", "comm.dispatcher=deepep", "run.device=cpu"]
     assert main(["train", "tiny", *(word for override in asked for word in ("--set", override))]) == 2
     assert "comm.dispatcher is deepep" in capfd.readouterr().err

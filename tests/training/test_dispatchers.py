@@ -1,4 +1,4 @@
-"""Training over nodes and with an FP8 wire: the maths stays the single process's."""
+"""Training over nodes and with an FP8 wire: results follow the single process's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_two_hops_follow_the_single_process(
         assert all(torch.equal(copies[0], copy) for copy in copies), f"copies of {name} drifted apart"
 
 
-def test_experts_on_several_nodes_are_reached_in_two_hops_unless_told_otherwise(pool: Pool, text: Path) -> None:
+def test_experts_on_several_nodes_are_reached_in_two_hops_unless_set_otherwise(pool: Pool, text: Path) -> None:
     def which(worker: Worker, *overrides: str) -> tuple[str, int]:
         trainer = make_trainer(tiny(text, *overrides), 2, 2)
         dispatcher = trainer.model.dispatcher
@@ -95,7 +95,7 @@ AT_ONCE = "batch.micro_sequences=8"
 
 
 def test_an_fp8_wire_changes_no_bit_of_fp8_training(pool: Pool, text: Path) -> None:
-    """With powers of two as scales, quantising received BF16 rows gives the codes that would travel in FP8."""
+    """With powers of two as scales, quantising received BF16 rows gives the codes that an FP8 wire would send."""
     wire, plain = (
         pool.run(train, 1, tiny(text, *FP8, AT_ONCE, f"comm.wire={wire}"), 1, STEPS)[0] for wire in ("auto", "bf16")
     )

@@ -1,4 +1,4 @@
-"""Experts that change ranks during a run: nothing else changes, whatever state they have and in any layout."""
+"""Experts that change ranks during a run: nothing else changes, with any state and in any layout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from counterflow.training.trainer import Trainer
 
 # Everything that is kept of an expert, in all its formats, and routing that is uneven enough for experts to move.
 # The norm of gradients is a sum over the ranks' parts: where experts change ranks, its last bit of FP64 may change, and
-# with it what clipping makes of the gradients. So nothing is clipped.
+# with it the clipped gradients. So nothing is clipped.
 KEPT = ("optim.ema_decay=0.8", "optim.moments=bf16", "balance.bias_update_speed=0", "optim.clip_norm=null")
 SMALL = ("model.num_hidden_layers=2", "train.evaluate_sequences=8", *KEPT)
 MOVING = ("parallel.expert_placement.every=1", "parallel.expert_placement.gain=0")
@@ -51,7 +51,7 @@ class Seen:
     ranks: list[Tensor] = field(default_factory=list)
     """`[L, E]` rank of each expert in each step."""
     sent: list[int] = field(default_factory=list)
-    """Bytes by which experts moved before each step, as the traffic meters of all ranks have it."""
+    """Bytes sent to move experts before each step, counted by the traffic meters of all ranks."""
     validation: dict[str, float] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
     """Weights, moments and averages: whole tensors, of which this rank holds at least a part."""
@@ -67,7 +67,7 @@ def run(
     save: Path | None = None,
     per_node: int = 8,
 ) -> Seen:
-    """Three steps, or those after a checkpoint; one is written after step 2."""
+    """Train three steps, or those after a checkpoint; a checkpoint is written after step 2."""
     seen = Seen()
     handler = logging.Handler()
     handler.emit = lambda record: seen.said.append(record.getMessage())  # type: ignore[method-assign]

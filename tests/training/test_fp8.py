@@ -1,9 +1,9 @@
-"""FP8 in every layout and schedule: the maths is the single process's, restarts are exact, infinities are found.
+"""FP8 in every layout and schedule: results are the single process's, restarts are exact, infinities are found.
 
-With power-of-two scales a value is rounded alike in whatever tile it lies, so it does not matter that an expert's
+With power-of-two scales a value is rounded alike in every tile, so it does not matter that an expert's
 tokens share tiles with other tokens in other layouts. What is not quantised is FP32 here, so that differences are
-those of the order of sums. Now and then such a difference moves a value to the next of the sixteen that E4M3 has in a
-power of two: one product of many thousands in a sum.
+those of the order of sums. Sometimes such a difference moves a value to the next E4M3 value, in one product of the many
+thousands in a sum.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_layouts_schedules_and_recompute_follow_the_single_process(
 
 
 def test_v3s_fp32_scales_let_the_layout_show(pool: Pool, text: Path, alone: Curve) -> None:
-    """Why powers of two are the default: with V3's scales an expert's gradient depends on who shares its tiles."""
+    """Powers of two are the default, because with V3's scales a gradient depends on the tokens that share its tiles."""
     config = tiny(text, *FP8, "precision.scales=v3")
     one, several = pool.run(train, 1, config, 1, 1)[0], pool.run(train, 2, config, 2, 1)
     found = {name: gradient for rank in several for name, gradient in rank.gradients.items()}

@@ -18,7 +18,7 @@ from counterflow.tests.training.harness import LAYOUTS, make_trainer, tiny, whol
 from counterflow.training.trainer import Trainer
 
 EVERY = pytest.mark.parametrize(("world", "ep"), LAYOUTS, ids=[f"ep{ep}-edp{w // ep}" for w, ep in LAYOUTS])
-# World size, ep and sequences of a micro-batch: a global batch of 8 sequences is 1 to 8 micro-batches a rank.
+# World size, ep and sequences of a micro-batch: a global batch of 8 sequences is 1 to 8 micro-batches per rank.
 SPLITS = [
     (1, 1, 8),
     (4, 4, 2),
@@ -55,7 +55,7 @@ def merge(ranks: list[dict[str, dict[str, Tensor]]]) -> dict[str, dict[str, Tens
 
 @pytest.fixture(scope="module")
 def alone(pool: Pool, text: Path) -> dict[str, dict[str, Tensor]]:
-    """Gradients of each loss by itself in a single process, one sequence a micro-batch."""
+    """Gradients of each loss by itself in a single process, with one sequence per micro-batch."""
     return merge(pool.run(_gradients_alone, 1, tiny(text), 1))
 
 
@@ -77,7 +77,7 @@ def test_each_loss_reaches_what_it_should(alone: dict[str, dict[str, Tensor]]) -
     reached = {loss: {name for name, g in gradients.items() if g.abs().max() > 0} for loss, gradients in alone.items()}
     everything = set(alone["mtp"])
     of_mtp = {name for name in everything if name.startswith("mtp.")}
-    # The last norm and what follows routing in the last block are out of the balance losses' reach.
+    # The balance losses reach neither the last norm nor anything after routing in the last block.
     assert reached["mtp"] == everything
     assert reached["next token"] == everything - of_mtp
     routers = {name for name in everything if name.endswith(".gate")}

@@ -1,4 +1,4 @@
-"""The layout never changes the maths: FP32, 20 steps of one fixed global batch, against a single process."""
+"""The layout never changes the result: FP32, 20 steps of one fixed global batch, against a single process."""
 
 from __future__ import annotations
 

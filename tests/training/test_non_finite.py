@@ -1,4 +1,4 @@
-"""A planted NaN is named in the step it appears: rank, layer and tensor. No weight moves, and training can go on.
+"""A planted NaN is named in the step it appears: rank, layer and tensor. No weight moves, and training can continue.
 
 Ranks 0 to 3 as ep 2 x edp 2, two micro-batches each.
 """
@@ -25,7 +25,7 @@ from counterflow.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Plant:
-    """Number of a module's output, or of its gradient, that is made not finite on one rank in one micro-batch."""
+    """Number in a module's output, or in its gradient, that is made NaN or infinite on one rank in one micro-batch."""
 
     rank: int
     module: str
@@ -67,7 +67,7 @@ def planted(trainer: Trainer, plant: Plant) -> Iterator[None]:
     def spoil_part(tensor: Tensor) -> Tensor:
         if not plant.backward:
             return spoil(tensor, plant.value)
-        tensor = tensor.clone()  # a view of its own in the graph, whose gradient nobody else sees
+        tensor = tensor.clone()  # a view of its own in the graph, whose gradient is used nowhere else
         tensor.register_hook(lambda gradient: spoil(gradient, plant.value))
         return tensor
 
@@ -218,6 +218,6 @@ def _blamed(worker: Worker, config: Config, plants: list[Plant]) -> list[bool]:
 
 
 def test_only_the_rank_where_it_began_takes_the_blame(pool: Pool, text: Path) -> None:
-    """Experts' outputs travel, so with ep 2 both ranks have numbers that are not finite."""
+    """Experts' outputs are sent, so with ep 2 both ranks have numbers that are not finite."""
     plants = [Plant(0, "layers.1.mlp.experts", False), Plant(1, "layers.2.mlp.experts", True)]
     assert pool.run(_blamed, 2, tiny(text), plants) == [[False, True], [True, False]]

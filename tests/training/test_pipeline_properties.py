@@ -78,7 +78,7 @@ def alone(pool: Pool, text: Path) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(("world", "ep", "schedule", "pp", "micro"), SPLITS)
-def test_gradient_of_each_loss_alone_does_not_know_the_pipeline(
+def test_gradient_of_each_loss_alone_does_not_depend_on_the_pipeline(
     pool: Pool, text: Path, alone: dict[str, dict[str, Tensor]], world: int, ep: int, schedule: str, pp: int, micro: int
 ) -> None:
     config = pipeline(text, schedule, pp, f"batch.micro_sequences={micro}")
@@ -133,7 +133,7 @@ def test_models_of_every_shape_train_alike_in_a_pipeline(pool: Pool, text: Path,
     "schedule",
     ["dualpipe", "zb1p", *(pytest.param(name, marks=pytest.mark.long) for name in ("dualpipev", "interleaved"))],
 )
-def test_fewer_micro_batches_than_the_pipeline_wants_change_nothing(pool: Pool, text: Path, schedule: str) -> None:
+def test_fewer_micro_batches_than_the_pipeline_needs_change_nothing(pool: Pool, text: Path, schedule: str) -> None:
     """V3's batch ramp starts with 24 micro-batches for 16 ranks."""
     batch = "batch.global_sequences=3"
     layers = "model.num_hidden_layers=8"
@@ -279,7 +279,7 @@ def test_a_nan_that_comes_with_the_data_is_named_whatever_is_run_again(
 @pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.long), "zb1p", "dualpipe"])
 def test_a_planted_nan_is_named_with_rank_micro_batch_and_tensor(pool: Pool, text: Path, schedule: str) -> None:
     """Rank 0 and 1 as pp 2; DualPipe runs micro-batches 0 to 3 from rank 0 and 4 to 7 from rank 1."""
-    # Both ranks of DualPipe see each stage in four micro-batches; under the others a rank sees its own in eight.
+    # With DualPipe each rank runs a stage for four micro-batches; with the others a rank runs its own for eight.
     plants = [("layers.3.mlp", 1, False, 2), ("layers.0.attention", 0, True, 1), ("mtp.1.block.attention", 1, True, 3)]
     if schedule != "dualpipe":
         plants = [(module, rank, backward, 0) for module, rank, backward, _ in plants]
@@ -315,7 +315,7 @@ def fail_in_steps(trainer: Trainer, failing: Failing) -> None:
 
 
 def _failing(worker: Worker, config: Config, folder: Path) -> tuple[str, float]:
-    """Each rank's error in the second step, in which rank 1 hangs, and after how many seconds it came."""
+    """Each rank's error in the second step, in which rank 1 hangs, and the seconds until the error."""
     trainer = make_trainer(config, worker.world_size, 1)
     trainer.step()
     if worker.rank == 1:
@@ -362,7 +362,7 @@ def _step_twice(worker: Worker, config: Config, ep: int, after: int) -> None:
     if worker.rank == 1:
         fail_in_steps(trainer, Failing(_die, after))
     elif after == 0:
-        time.sleep(1.0)  # so that the others meet a peer that is gone already
+        time.sleep(1.0)  # so that the peer has ended before this rank waits for it
     trainer.step()
 
 

@@ -1,4 +1,4 @@
-"""The schedule never changes the maths: 8 layers, FP32, MTP, every schedule and layout against a single process.
+"""The schedule never changes the result: 8 layers, FP32, MTP, every schedule and layout against a single process.
 
 Three steps; every schedule in one layout in `make test`, in all layouts in `make test-all`. Twenty in `make layouts`.
 """

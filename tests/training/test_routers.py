@@ -25,7 +25,7 @@ ROUTERS = {
     "V3 with drops": (*LOSSES, *DROPS),
 }
 DEEP = ("model.num_hidden_layers=4",)
-# World size, ep, sequences of a micro-batch, and what is set beside.
+# World size, ep, sequences of a micro-batch, and further settings.
 LAYOUTS: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
     "ep2-edp2": (4, 2, 2, ()),
     "ep4-edp2": (8, 4, 1, ("memory.recompute=v3",)),

@@ -75,7 +75,7 @@ def test_a_run_moved_aside_is_still_locked(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that was just killed may take a moment to go."""
+    """A run that was just killed may take a moment to end."""
     first = locked(tmp_path / "mine")
     first.__enter__()
     naps: list[float] = []
@@ -91,7 +91,7 @@ def test_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def _verdict(worker: Worker, config: Config, odd_rank: int, changes: dict[str, Any]) -> str:
-    """Message of a rank when one rank sees something else."""
+    """Message of a rank when one rank has another text or checkpoint."""
     run_plan = prepare_run(config, worker.world_size, worker.world_size, Path(config.run.dir) / "cache")
     if worker.rank == odd_rank:
         digest = changes.get("digest", run_plan.data.digest)

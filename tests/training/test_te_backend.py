@@ -1,7 +1,7 @@
 """Training on the Transformer Engine backend: a fake that computes as our emulation does, against that emulation.
 
-Everything around the products is the real thing: pipelines that put weight gradients off, buckets that are reduced
-when the last gradient has arrived, dispatch with aligned rows, recomputation, the optimizer's update and checkpoints.
+Everything around the products is real: pipelines that defer weight gradients, buckets that are reduced when the last
+gradient has arrived, dispatch with aligned rows, recomputation, the optimizer's update and checkpoints.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def test_training_has_the_bits_of_emulation(layout: Any, pool: Pool, text: Path)
         assert seen["calls"]["FusedAdam.step"] > 0 and seen["calls"]["DotProductAttention.forward"] > 0
         if ep == 2:
             assert seen["early"] > 0
-        # Of the forwards of a step's micro-batches, and those of the evaluation, the first of a step quantises.
+        # Among the forwards of a step's micro-batches, and those of the evaluation, only the first quantises weights.
         assert seen["calls"]["weight quantised"] < seen["calls"]["Linear.forward"]
 
 

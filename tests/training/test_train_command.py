@@ -87,7 +87,7 @@ class Launcher:
         path = steps[max(steps)]
         index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in index.items()}
-        with warnings.catch_warnings(action="ignore"):  # of a process without a group, which this one is
+        with warnings.catch_warnings(action="ignore"):  # warnings about a process without a group, as this one is
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
         return max(steps), tensors
 

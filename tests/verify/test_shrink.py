@@ -108,7 +108,7 @@ def test_v3s_ramp_is_run_at_both_ends() -> None:
     shrunk = shrink(loaded(V3))
     batch = shrunk.config.batch
     sizes = [batch.sequences_at(0), batch.sequences_at(batch.sequences_at(0) * batch.sequence_length)]
-    # 24 and 120 micro-batches for 16 ranks: 1.5 a rank, and more than the steady state needs.
+    # 24 and 120 micro-batches for 16 ranks: 1.5 per rank, and more than the steady state needs.
     assert [shrunk.config.batch.microbatches(size, shrunk.layout.dp) for size in sizes] == [3, 6]
 
 

@@ -1,4 +1,4 @@
-"""`counterflow verify`: a sound run agrees, a planted fault is found and named, ties are told from faults."""
+"""`counterflow verify`: a sound run agrees, a planted fault is found and named, ties are distinguished from faults."""
 
 from __future__ import annotations
 

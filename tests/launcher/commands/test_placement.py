@@ -109,7 +109,7 @@ def test_the_table_fits_a_terminal(run_dir: Path, capsys: pytest.CaptureFixture[
     ]
     assert lines[3].split("  ") == ["layer", "in order", "placed", "experts with replicas", "most of one"]
     assert [line.split()[0] for line in lines[4:]] == ["2", "3", "mtp.0", "mean"]
-    # Groups 0 and 2 share a node, 60 of 100 tokens, and expert 0 gets the two places that are over there: a rank gets
+    # Groups 0 and 2 share a node, 60 of 100 tokens, and expert 0 gets the two places left there: a rank gets
     # 40/3 + 40/3 + 5, the mean is 25. On the other node two experts of 10 have two places each.
     assert lines[4].split() == ["2", "2.00", "1.27", "3", "3"]
 
