@@ -26,6 +26,7 @@ import torch
 
 from counterflow.benchmarks.others import TRANSFORMERS, torchtitan_step, transformers_step
 from counterflow.comm.flat import FlatDispatcher
+from counterflow.fp8.number_formats import DTYPES
 from counterflow.fp8.products import Products
 from counterflow.fp8.recipe import Recipe
 from counterflow.model.config import ModelConfig
@@ -55,7 +56,6 @@ ARCHITECTURE = {
     "max_position_embeddings": 512,
 }
 BATCH, LENGTH = 4, 512
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 

@@ -27,6 +27,9 @@ from torch import Tensor
 from ..settings import UsageError
 from .tensor_formats import FormatName
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Types of tensors in high precision, by their names in the configuration."""
+
 
 @dataclass(frozen=True)
 class Format:

@@ -13,6 +13,7 @@ from ..comm.p2p import PipelineChannels
 from ..comm.routed import RoutedDispatcher
 from ..configs.config import Config
 from ..fp8.linear import GroupedLinear, Linear
+from ..fp8.number_formats import DTYPES
 from ..fp8.recipe import Recipe
 from ..local_parameter import LocalParameter
 from ..model.feed_forward import MixtureOfExperts
@@ -24,7 +25,6 @@ from ..parallel.executor import Executor
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
 from ..parallel.optimizer.adamw import adamw
-from ..parallel.optimizer.bucket import DTYPES
 from ..parallel.optimizer.fused_adamw import FusedAdamW
 from ..parallel.optimizer.sharded import ShardedOptimizer
 from ..parallel.overlap_orders import find_order

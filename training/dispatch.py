@@ -42,7 +42,7 @@ def dispatcher_name(config: Config, layout: Layout, device_type: str = "cpu") ->
 def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
     """Traffic of the run that DeepEP would have to carry."""
     from ..comm.deepep.library import Job
-    from ..parallel.optimizer.bucket import DTYPES
+    from ..fp8.number_formats import DTYPES
 
     batch, model = config.batch, config.model
     return Job(

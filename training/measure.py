@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ..comm.dispatcher import Dispatched, Pending
 from ..configs.config import Config
 from ..fp8.linear import Linear
+from ..fp8.number_formats import DTYPES
 from ..model.block import DecoderBlock, DenseBlock, MoEBlock
 from ..model.counts import count_parameters
 from ..model.kernels import EmbeddingFunction, Kernels
 from ..model.loss import LOGITS_BYTES, cross_entropy_sum
 from ..model.rope import rotary_factors
-from ..parallel.optimizer.bucket import DTYPES
 from ..settings import UsageError
 from .backend import choose_recipe
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from ..configs.config import Config
+from ..fp8.number_formats import DTYPES
 from ..fp8.products import Products
 from ..model.counts import FLOP_CONVENTION, count_parameters
 from ..parallel.groups import Groups
-from ..parallel.optimizer.bucket import DTYPES
 from ..report.hardware import Peak, peak_tflops
 from ..report.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
 from ..report.progress import ProgressDisplay

@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from ..configs.config import Config
 from ..data.loader import Loader
+from ..fp8.number_formats import DTYPES
 from ..model.kernels import Kernels
 from ..model.naming import initialise, local_parameters
 from ..model.router import Router
 from ..model.transformer import Transformer
 from ..parallel.groups import Groups
-from ..parallel.optimizer.bucket import DTYPES
 from ..plan.steps import Progress, steps_from
 from ..training.dispatch import make_dispatcher
 from ..training.objective import dropping_of

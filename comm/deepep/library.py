@@ -94,7 +94,7 @@ def read_library(module: ModuleType) -> Library:
     generations = tuple(generation for generation, name in CLASSES.items() if hasattr(module, name))
     if not generations:
         raise UsageError(f"the installed deep_ep has neither {CLASSES['elastic']} nor {CLASSES['legacy']}; {INSTEAD}")
-    return Library(module, _version(module), generations)
+    return Library(module, _installed_version(module), generations)
 
 
 def deepep_available() -> bool:
@@ -183,7 +183,7 @@ def _has_config(library: Library, ranks: int) -> bool:
     return True
 
 
-def _version(module: ModuleType) -> str:
+def _installed_version(module: ModuleType) -> str:
     """Version of the module, or of its package: version 1 has no attribute for it."""
     try:
         return getattr(module, "__version__", None) or importlib.metadata.version("deep_ep")

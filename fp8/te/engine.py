@@ -159,7 +159,7 @@ class _Module:
                 part.main_grad = buffer  # type: ignore[attr-defined]
                 setattr(self.te, f"weight{index}", part)
         self._quantised: dict[str, Any] | None = getattr(self.te, "_fp8_workspaces", None)
-        self._version = weight._version
+        self._seen_version = weight._version
 
     def forward(self, rows: Tensor, counts: Sequence[int] | None, keep_original: bool) -> Tensor:
         """`keep_original` saves the input as it is for the weight's gradient, not the library's FP8 of it."""
@@ -183,9 +183,9 @@ class _Module:
         """
         if self._quantised is None or not torch.is_grad_enabled():
             return None
-        if self.weight._version != self._version:
+        if self.weight._version != self._seen_version:
             self._quantised.clear()
-            self._version = self.weight._version
+            self._seen_version = self.weight._version
         return False
 
     def backward_dw(self) -> None:

@@ -97,9 +97,7 @@ def check_same_run(plan: RunPlan, process: Process) -> None:
         "last step": plan.total_steps,
     }
     if process.device.type == "cpu" and plan.config.precision.format == "bf16":  # ranks may run on different CPUs
-        basis["products of BF16 (set precision.cpu_products)"] = str(
-            Products.choose(plan.config.precision.cpu_products)
-        )
+        basis["products of BF16"] = str(Products.choose(plan.config.precision.cpu_products))
     by_rank: list[dict[str, Any]] = [{}] * process.world_size
     dist.all_gather_object(by_rank, basis)
     for rank, values in enumerate(by_rank):
@@ -107,7 +105,8 @@ def check_same_run(plan: RunPlan, process: Process) -> None:
             if value != by_rank[0][name]:
                 raise UsageError(
                     f"rank {rank} and rank 0 disagree on the {name}: {value} and {by_rank[0][name]}; "
-                    "give every machine the same config and text, and a run.dir on a disk that all of them share"
+                    "give every machine the same config and text, and a run.dir on a disk that all of them share; "
+                    "where CPUs differ, set precision.cpu_products"
                 )
 
 

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from ...fp8.number_formats import DTYPES
 from ...local_parameter import Replicas
 from ..config import OptimConfig
 from ..groups import Groups
 from .collectives import Collective, begin_all_gather, begin_reduce_scatter
 from .shards import Plan
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Bucket:

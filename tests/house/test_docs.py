@@ -76,7 +76,8 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
 def code_of(page: str) -> Iterator[str]:
     """Lines of a page's fenced blocks, without prompts, and its code in running text."""
     for _, block in FENCED.findall(page):
-        yield from (line.removeprefix("$ ") for line in block.splitlines())
+        joined = re.sub(r"\\\n *", "", block)  # a command that goes on below
+        yield from (line.removeprefix("$ ") for line in joined.splitlines())
     yield from CODE.findall(FENCED.sub("", page))
 
 
