@@ -152,10 +152,10 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> tuple[Watched, Kernels, Callabl
 
     attend = attention_module.causal_attention
 
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             watch(watched, name, tensor)
-        return attend(query, key, value)
+        return attend(query, key, value, **options)
 
     monkeypatch.setattr(attention_module, "causal_attention", attention)
     return watched, Kernels(**{**vars(plain), "rms_norm": norm, "swiglu": swiglu}), lambda: calls[0]
