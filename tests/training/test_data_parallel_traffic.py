@@ -43,7 +43,7 @@ CASES = [
     Case(2, ep=2),
     Case(4, ep=2, more=("precision.recipe=bf16", "memory.recompute=full")),
     pytest.param(Case(2, more=PIPELINE), marks=pytest.mark.long),  # both stages twice
-    Case(4, ep=2, more=(*PIPELINE, "precision.recipe=fp8")),
+    pytest.param(Case(4, ep=2, more=(*PIPELINE, "precision.recipe=fp8")), marks=pytest.mark.long),
     # One embedding on the first and the last rank.
     pytest.param(Case(4, more=("parallel.pp=2", "parallel.schedule=1f1b")), marks=pytest.mark.long),
     # Both ends of the model on one rank.

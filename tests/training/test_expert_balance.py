@@ -113,7 +113,7 @@ LAYOUTS = {
 }
 
 
-SHORT_LAYOUTS = ("ep4", "ep2-edp2-dualpipe")
+SHORT_LAYOUTS = ("ep2-edp2-dualpipe",)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_resumed_run_has_every_bit_of_the_unbroken_one(pool: Pool, unbroken: t
             assert [name for name in other if not torch.equal(one[name], other[name])] == []
 
 
-@pytest.mark.parametrize(("world", "ep"), [(1, 1), (4, 4), (4, 2)])
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), pytest.param(4, 4, marks=pytest.mark.long), (4, 2)])
 def test_another_layout_goes_on_from_moved_experts(
     pool: Pool, unbroken: tuple[Config, list[Seen], Path], world: int, ep: int
 ) -> None:

@@ -163,6 +163,7 @@ def test_two_pipelines_in_one_world_do_not_touch_each_other(pool: Pool, text: Pa
             assert all(torch.equal(found.weights[name], tensor) for name, tensor in wanted.weights.items())
 
 
+@pytest.mark.long(claim="tests/training/test_resume.py::test_in_another_layout_the_run_goes_on_within_rounding")
 def test_a_checkpoint_of_any_pipeline_goes_on_in_any_other(pool: Pool, text: Path, tmp_path: Path) -> None:
     """Every key once, with a checksum; the next steps follow the unbroken run, bit by bit in the same layout."""
     layouts = [("1f1b", 1, 1), ("dualpipe", 2, 2)]

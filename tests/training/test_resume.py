@@ -15,10 +15,10 @@ from counterflow.tests.training.harness import NUMBERS, Runs, make_trainer, rela
 # World size and ep of the writer and of the reader: more ranks, fewer, other experts together, one process.
 PAIRS = [((1, 1), (4, 2)), ((8, 4), (1, 1)), ((4, 2), (2, 1)), ((2, 2), (4, 4))]
 NAMES = [f"{a}-ranks-ep{b}-to-{c}-ranks-ep{d}" for (a, b), (c, d) in PAIRS]
-MARKED = [pytest.param(*pair, marks=pytest.mark.long) if {(8, 4), (2, 2)} & {*pair} else pair for pair in PAIRS]
+MARKED = [pair if pair == ((4, 2), (2, 1)) else pytest.param(*pair, marks=pytest.mark.long) for pair in PAIRS]
 
 
-@pytest.mark.parametrize(("world", "ep"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize(("world", "ep"), [pytest.param(1, 1, marks=pytest.mark.long), (4, 2)])
 def test_in_the_same_layout_every_bit_is_that_of_the_unbroken_run(runs: Runs, world: int, ep: int) -> None:
     resumed = runs.resumed(world, ep, runs.checkpoint(world, ep))
     for unbroken, found in zip(runs.curves(world, ep), resumed, strict=True):

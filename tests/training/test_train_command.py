@@ -142,6 +142,7 @@ def kill_everything(process: subprocess.Popen[str]) -> None:
     psutil.wait_procs(family, timeout=PATIENCE)
 
 
+@pytest.mark.long(claim="tests/training/test_resume.py::test_in_the_same_layout_every_bit_is_that_of_the_unbroken_run")
 def test_killed_at_any_step_and_gone_on_with_under_torchrun_every_bit_is_that_of_the_unbroken_run(
     launcher: Launcher, unbroken: dict[str, Any]
 ) -> None:

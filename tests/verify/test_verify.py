@@ -280,6 +280,7 @@ def test_bf16_is_verified_in_fp32_too(pool: Pool) -> None:
     assert TOLERANCES["fp32"].gradient < TOLERANCES["bf16"].gradient / 100
 
 
+@pytest.mark.long(claim="test_bf16_is_verified_in_fp32_too")
 def test_fp8_is_verified_with_all_else_in_fp32_too(pool: Pool) -> None:
     config = load_config(
         "tiny", ["parallel.pp=2", "parallel.ep=2", "parallel.dp=2", "precision.recipe=fp8", "memory.recompute=v3"]
