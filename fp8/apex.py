@@ -1,4 +1,4 @@
-"""Weight gradients of layers that are not quantised, added up in FP32 by the product itself: NVIDIA's apex.
+"""Weight gradients of layers that are not quantised, added up in FP32 by the product itself, with NVIDIA's apex.
 
 Without apex such a gradient is a product rounded to BF16, which the optimizer then adds to its FP32 sum. Only this
 kernel of apex is used: Transformer Engine has the rest. PyPI's `apex` is another package, which breaks when it is

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ClassConfig(Section):
-    """Format of the tensors of a class. Keys that are not given stay as the recipe has them."""
+    """Format of the tensors of a class. Keys that are not given stay as in the recipe."""
 
     format: Literal["high", "e4m3", "e5m2", "e5m6"] | None = key(
         None, "number format; high is not quantised, e5m6 (twelve bits) is for caches"
@@ -101,7 +101,7 @@ class PrecisionConfig(Section):
                 yield Clash(("backend", *keys), f"te does not go with this: {fault}")
 
     def te_faults(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Faults of this section for Transformer Engine on any GPU: the keys that ask for them, and why."""
+        """Faults of this section for Transformer Engine on any GPU: the keys that cause them, and the reasons."""
         from .te.limits import faults
 
         if self.format == "fp32":

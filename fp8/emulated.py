@@ -1,11 +1,11 @@
 """The three products of a linear layer in a quantising recipe, with their operands as DeepSeek-V3 makes them.
 
-    forward    y  = x w^T    x quantised in 1 x 128, kept so for W; w in 128 x 128
+    forward    y  = x w^T    x quantised in 1 x 128 and kept in this form for W; w in 128 x 128
     I          dx = dy w     dy quantised in 1 x 128
     W          dw = dy^T x   dy quantised in 128 x 1; x read back, dequantised and quantised in 128 x 1 (V3 §3.5.2)
 
-Transformer Engine quantises the 128 x 1 copy of x in the forward, from x itself. With power-of-two scales the two
-differ only in values that are 2^15 times smaller than the largest of either tile.
+Transformer Engine quantises the 128 x 1 copy of x in the forward, from x itself. With power-of-two scales
+the two copies differ only in values that are 2^15 times smaller than the largest value of either tile.
 
 T tokens, R rows, E experts, K inputs, N outputs.
 """
@@ -27,7 +27,7 @@ from .recipe import LinearRecipe, Quantizer
 
 
 def keep(recipe: LinearRecipe | None, x: Tensor) -> Kept | None:
-    """x `[..., K]` as the cache of a layer with this recipe; None if there is none."""
+    """x `[..., K]` as the cache of a layer with this recipe; None for a recipe without a cache."""
     if recipe is None or recipe.cache is None or not recipe.quantises:
         return None
     if recipe.cache.format is None:
@@ -68,8 +68,8 @@ class QuantizedWeight:
 class QuantizedFunction(torch.autograd.Function):
     """A linear layer, grouped where there are offsets.
 
-    `codes` are the quantised form in which x arrived, if any. `incoming`, called in the backward, gives that of the
-    gradient. x and the gradient are their dequantised values, so neither is quantised again.
+    `codes` are the quantised form in which x arrived, if any. `incoming`, called in the backward, gives the quantised
+    form of the gradient. x and the gradient hold the dequantised values, so neither is quantised again.
     """
 
     @staticmethod
@@ -136,7 +136,7 @@ class QuantizedFunction(torch.autograd.Function):
 
 
 def _as_fprop_saw_it(quantizer: Quantizer, x: Tensor) -> Kept:
-    """Keep x itself: another part makes it again, or the backward does not need it, or it is not quantised."""
+    """Keep x itself, where another part makes x again, the backward does not need x, or x is not quantised."""
     return Kept((x.detach(),), lambda x: quantizer.values(x.flatten(0, -2), 1))
 
 

@@ -6,14 +6,14 @@
 | dgrad | dy `[T, N]` (1, 128), w `[N, K]` (128, 128) | dx = dy w `[T, K]` |
 | wgrad | dy `[T, N]` (128, 1), x `[T, K]` (128, 1) | dw = dy^T x `[N, K]` |
 
-Scales change every 128 elements along the contraction, so any operand may have tiles of (128, 128) instead, and none
-may have tiles across it. T tokens, K inputs, N outputs. Grouped, w and dw are stacks `[E, N, K]` and `offsets` `[E]`
-int32 are the ends of the experts' rows.
+Scales must change only every 128 elements along the contraction, so any operand may have tiles of (128, 128) instead,
+and no operand may have tiles of 128 across the contraction. T tokens, K inputs, N outputs. Grouped, w and dw are stacks
+`[E, N, K]` and `offsets` `[E]` int32 are the ends of the experts' rows.
 
-Two ways to compute them. `promoted` is the definition: for every 128 elements a partial sum of the unscaled values,
-exact and rounded once to FP32, then scaled and added to the result in FP32, in ascending order (V3 §3.3.2). `fast` is
-one product of the dequantised values: in BF16 where all scales are powers of two, since they are then exact in BF16,
-else in FP32. Its results differ from the definition's by how FP32 sums are ordered.
+The products are computed in one of two ways. `promoted` is the definition: for every 128 elements a partial sum of the
+unscaled values, exact and rounded once to FP32, then scaled and added to the result in FP32, in ascending order (V3
+§3.3.2). `fast` is one product of the dequantised values: in BF16 where all scales are powers of two, since the values
+are then exact in BF16, else in FP32. Its results differ from those of `promoted` only by the order of FP32 sums.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ Operand = BlockQuantized | Tensor  # a tensor holds values already dequantised o
 
 @dataclass(frozen=True)
 class Accumulator:
-    """Model of a tensor core's sums: `step` products at once, aligned to the largest and cut off.
+    """Model of a tensor core's sums: `step` products at once, aligned to the largest one and truncated.
 
     The exponents of the products and of the running sum are compared; all are truncated towards zero to
-    `fraction_bits` binary places of the largest, added exactly, and the sum is truncated to as many places of its own.
+    `fraction_bits` binary places of the largest, added exactly, and the sum is truncated to as many places, counted
+    from its own exponent.
     """
 
     fraction_bits: int
@@ -62,7 +63,7 @@ def fprop(
     accumulator: Accumulator | None = None,
     products: Products | None = None,
 ) -> Tensor:
-    """`x w^T`, `[T, N]`. `accumulator` is for `promoted`: the partial sums as a tensor core adds them, not exact.
+    """`x w^T`, `[T, N]`. `accumulator` is for `promoted`: partial sums are then those of a tensor core, not exact.
 
     Raises UsageError for shapes or tiles that do not go together.
     """
@@ -125,9 +126,9 @@ def promoted(
 ) -> Tensor:
     """`a b^T` `[M, N]` of a `[M, K]` and b `[N, K]`, both with tiles along K, promoted to FP32 every 128 elements.
 
-    A partial sum p becomes `y = fma(p * first, second, y)`. As in Transformer Engine's reference, the scale of a comes
-    first, but that of b where only a's tiles are square; where both are, their product is second and first is 1. With
-    power-of-two scales the order does not matter.
+    A partial sum p becomes `y = fma(p * first, second, y)`. As in Transformer Engine's reference, `first` is the scale
+    of a, or the scale of b where only a's tiles are square. Where the tiles of both are square, `second` is the product
+    of the scales and `first` is 1. With power-of-two scales the order does not matter.
     """
     for operand in (a, b):
         _check(operand, 1)
@@ -152,23 +153,23 @@ def promoted(
 
 
 def accumulate(a: BlockQuantized, b: BlockQuantized, accumulator: Accumulator) -> Tensor:
-    """`a b^T` `[M, N]` FP32 of unscaled values, a `[M, K]` and b `[N, K]`, as a tensor core adds it up over all of K.
+    """`a b^T` `[M, N]` FP32 of unscaled values, a `[M, K]` and b `[N, K]`, summed over all of K as by a tensor core.
 
-    Takes memory for M x N x step values.
+    The computation takes memory for M x N x step values.
     """
     left, right = (decode(q.data, FORMATS[q.fmt], q.width) for q in (a, b))
     return _accumulate(left, right, accumulator, (FORMATS[a.fmt].min_exponent, FORMATS[b.fmt].min_exponent))
 
 
 def _accumulate(a: Tensor, b: Tensor, accumulator: Accumulator, least: tuple[int, int]) -> Tensor:
-    """`least` are the exponents of the formats' smallest normal numbers: subnormal ones are aligned as those are."""
+    """`least` are the exponents of the formats' smallest normal numbers, which subnormal numbers are aligned to."""
     bits = accumulator.fraction_bits
     exponent_a, exponent_b = _exponent(a, least[0]), _exponent(b, least[1])
     total = a.new_zeros(a.shape[0], b.shape[0])
     for start in range(0, a.shape[1], accumulator.step):
         part = slice(start, start + accumulator.step)
         largest = (exponent_a[:, None, part] + exponent_b[None, :, part]).amax(-1)
-        # An exponent field of at least 1 keeps the spacing a normal number; all-zero steps have any.
+        # An exponent field of at least 1 keeps the spacing a normal number; for all-zero steps any spacing will do.
         spacing = _power(torch.maximum(largest, _exponent(total)).clamp_min(-100) - bits)
         products = a[:, None, part] * b[None, :, part]
         units = (products / spacing.unsqueeze(-1)).trunc_().sum(-1) + (total / spacing).trunc_()
@@ -179,16 +180,16 @@ def _accumulate(a: Tensor, b: Tensor, accumulator: Accumulator, least: tuple[int
 
 
 def _row_scales(q: BlockQuantized, tile: int) -> Tensor:
-    """The scales of one tile along K, one a row."""
+    """The scales of one tile along K, one per row."""
     scale = q.scale[:, tile]
     return scale if q.tile[0] == 1 else scale.repeat_interleave(SIDE)[: q.shape[0]]
 
 
-_ZERO_EXPONENT = -(2**20)  # of a zero: smaller than any, and sums of two do not overflow
+_ZERO_EXPONENT = -(2**20)  # of a zero: smaller than any other exponent, and sums of two do not overflow
 
 
 def _exponent(values: Tensor, least: int = -126) -> Tensor:
-    """floor(log2 |value|) of normal FP32 numbers as int32, at least `least` but for zeros."""
+    """floor(log2 |value|) of normal FP32 numbers as int32, at least `least` except for zeros."""
     field = (values.view(torch.int32) >> 23) & 0xFF
     return torch.where(values == 0, _ZERO_EXPONENT, (field - 127).clamp_min_(least))
 
@@ -200,7 +201,7 @@ def _power(exponent: Tensor) -> Tensor:
 def _fast(
     left: Tensor, right: Tensor, offsets: Tensor | None, out_dtype: torch.dtype, products: Products | None
 ) -> Tensor:
-    """`left right`, grouped by rows of left and right's stack, or by the contraction where right is a matrix."""
+    """`left right`, grouped by rows of left where right is a stack, or by the contraction where right is a matrix."""
     if left.dtype != right.dtype or (out_dtype == torch.float32 and left.dtype != out_dtype):
         left, right = left.float(), right.float()  # a BF16 product would round its result to BF16
     inner = right.shape[-2]
@@ -224,7 +225,7 @@ def _encoded(*operands: Operand) -> tuple[BlockQuantized, BlockQuantized]:
 
 
 def _check(operand: BlockQuantized, contracted: int) -> None:
-    """Raises UsageError unless scales change only every 128 elements along that dimension of the matrix."""
+    """Raise UsageError unless scales change only every 128 elements along dimension `contracted` of the matrix."""
     if operand.tile[contracted] != SIDE:
         raise UsageError(
             f"tiles of {operand.tile} cannot be contracted along {('rows', 'columns')[contracted]} of a matrix "
@@ -247,7 +248,7 @@ def _groups(
 ) -> list[tuple[BlockQuantized, BlockQuantized]]:
     """Each group's rows of left, and its rows or its matrix of right."""
     ends = tuple(offsets.tolist())
-    if left.tile[0] == 1:  # whose tiles do not care for groups
+    if left.tile[0] == 1:  # tiles of one row are the same with any groups
         left = replace(left, ends=ends)
     elif left.ends != ends:
         _check_groups((left,), offsets)

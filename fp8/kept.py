@@ -10,16 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Kept:
-    """Tensors that stay for the backward, and a function that restores from them the tensor they stand for.
+    """Tensors that stay for the backward, and a function that restores the original tensor from them.
 
-    `restore` holds no tensors. They are passed to it, so that autograd's hooks on saved tensors can drop them.
+    `restore` holds no tensors. It gets them as arguments, so that autograd's hooks on saved tensors can drop them.
     """
 
     tensors: tuple[Tensor, ...]
     restore: Callable[..., Tensor]
 
     def and_then(self, more: tuple[Tensor, ...], compute: Callable[..., Tensor]) -> Kept:
-        """Tensors that restore `compute(restored, *more)`; `more` is kept as well."""
+        """Tensors that restore to `compute(restored, *more)`; `more` is kept as well."""
         count = len(self.tensors)
         restore = self.restore
         return Kept((*self.tensors, *more), lambda *all: compute(restore(*all[:count]), *all[count:]))

@@ -1,6 +1,6 @@
-"""Linear layers. Models use these and never name a number format: a layer computes in the formats of its recipe.
+"""Linear layers. Models use these layers and never name a number format: a layer computes in the formats of its recipe.
 
-Their backward can leave the gradient of the weight (W) for later; pipelines fill their gaps with this work.
+The backward of a layer can leave the gradient of the weight (W) for later; pipelines fill their gaps with this work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class _Layer(nn.Module):
     """State that a plain and a grouped linear layer share.
 
     `weight_queue` takes the gradient of the weight while it defers; None always computes the gradient at once.
-    `gradients` adds up gradients where a product itself does so, and passes none to autograd; None passes them always.
+    `gradients` adds up the gradients that a product adds to a sum itself, so that autograd gets none; with None
+    autograd gets every gradient.
     """
 
     def __init__(self, shape: tuple[int, ...], recipe: LinearRecipe | None, num_groups: int | None) -> None:
@@ -44,7 +45,7 @@ class _Layer(nn.Module):
                 self._engine = recipe.backend.linear(recipe, num_groups)
 
     def keep(self, x: Tensor) -> Kept | None:
-        """x as the recipe caches it for W, where that is another tensor than the layer's input; None elsewhere."""
+        """x as the recipe caches it for W, where the cache is another tensor than the layer's input; None elsewhere."""
         return keep(self.recipe, x)
 
     def _compute(
@@ -56,7 +57,7 @@ class _Layer(nn.Module):
         codes: BlockQuantized | None = None,
         incoming: Callable[[], BlockQuantized | None] | None = None,
     ) -> Tensor:
-        """The layer without a backend: in the format of its operands, or with emulated quantisation."""
+        """Result of the layer without a backend: in the format of its operands, or with emulated quantisation."""
         later = _later(self.weight_queue, self.weight)
         if self._quantized is None:
             sink = self.gradients if offsets is None else None
@@ -75,7 +76,7 @@ class Linear(_Layer):
     """`y = x W^T` without bias: x `[..., in]`, weight `[out, in]`, y `[..., out]`."""
 
     def __init__(self, in_features: int, out_features: int, recipe: LinearRecipe | None = None) -> None:
-        """`recipe` None computes in the format of weight and input."""
+        """With `recipe` None the layer computes in the format of weight and input."""
         super().__init__((out_features, in_features), recipe, None)
 
     def forward(self, x: Tensor, kept: Kept | None = None, rebuilt: bool = False) -> Tensor:
@@ -109,8 +110,8 @@ class GroupedLinear(_Layer):
         codes: BlockQuantized | None = None,
         incoming: Callable[[], BlockQuantized | None] | None = None,
     ) -> Tensor:
-        """`codes` are the quantised form in which x arrived, if any. `incoming`, called in the backward, gives that of
-        the gradient. Neither is then quantised again, unless a backend does so, to the same values.
+        """`codes` are the quantised form in which x arrived, if any. `incoming`, called in the backward, gives the
+        quantised form of the gradient. Neither is then quantised again, unless a backend does so, to the same values.
         """
         if self._engine is None:
             return self._compute(x, offsets, kept, False, codes, incoming)
@@ -134,7 +135,7 @@ class _LinearFunction(torch.autograd.Function):
         gradients: GradientSink | None,
     ) -> Tensor:
         ctx.save_for_backward(x, *(() if offsets is None else (offsets,)))
-        ctx.weight, ctx.products, ctx.later = weight, products, later  # the weight itself: hooks need not see it
+        ctx.weight, ctx.products, ctx.later = weight, products, later  # no saved tensor: hooks need not see the weight
         ctx.queue, ctx.gradients = queue, gradients
         return products.multiply(x, weight.mT, offsets)
 

@@ -1,13 +1,13 @@
-"""Quantised rows in one buffer, as dispatch sends them: payload, then scales, one message a row.
+"""Quantised rows in one buffer, as dispatch sends them: payload, then scales, one message per row.
 
 | bytes of a row of H values | hold |
 | --- | --- |
 | 0 to H | E4M3 codes |
 | up to a multiple of 16 | zeros |
-| 4 C(H) more | FP32 scales, one a tile of 128, in the machine's byte order |
+| 4 C(H) more | FP32 scales, one per tile of 128, in the machine's byte order |
 | up to a multiple of 16 | zeros |
 
-So rows, codes and scales are aligned for copies of 16 bytes. V3's H of 7168 needs no padding: 7,392 bytes a row.
+So rows, codes and scales are aligned for copies of 16 bytes. V3's H of 7168 needs no padding: 7,392 bytes per row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ALIGNMENT = 16  # bytes
 
 
 def scale_start(width: int) -> int:
-    """The byte of a message where its scales begin."""
+    """Offset in bytes of the scales in a message."""
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 
@@ -47,9 +47,9 @@ def pack_message(quantized: BlockQuantized) -> Tensor:
 
 
 def unpack_message(message: Tensor, width: int, pow2_scales: bool = True) -> BlockQuantized:
-    """Messages uint8 `[R, message_bytes(width)]` as a matrix `[R, width]` in tiles of (1, 128): views, nothing moves.
+    """Messages uint8 `[R, message_bytes(width)]` as a matrix `[R, width]` in tiles of (1, 128): views, without a copy.
 
-    `pow2_scales` says what the sender quantised with. Raises UsageError for another type or size.
+    `pow2_scales` says whether the sender's scales are powers of two. Raises UsageError for another type or size.
     """
     if message.dtype != torch.uint8 or message.dim() != 2 or message.shape[1] != message_bytes(width):
         raise UsageError(

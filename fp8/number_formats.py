@@ -1,20 +1,20 @@
-"""The number formats of FP8 training: how values are rounded, how they lie in memory, and scales of eight bits.
+"""Number formats of FP8 training: rounding of values, their layout in memory, and scales of eight bits.
 
-| format | sign, exponent, mantissa | bias | largest | one of a kind |
+| format | sign, exponent, mantissa | bias | largest | special values |
 | --- | --- | --- | --- | --- |
 | E4M3 | 1, 4, 3 | 7 | 448 | no infinity; NaN is 0x7F and 0xFF (OCP's OFP8, torch.float8_e4m3fn) |
 | E5M2 | 1, 5, 2 | 15 | 57344 | infinity and NaN as in IEEE 754 (torch.float8_e5m2) |
 | E5M6 | 1, 5, 6 | 15 | 65024 | infinity and NaN as in IEEE 754; twelve bits |
 | UE8M0 | 0, 8, 0 | 127 | 2^127 | scales only; code c is 2^(c-127), 0xFF is NaN |
 
-E5M6 is DeepSeek-V3's format for the output of attention (V3 §3.3.3), and its layout is not published. Ours is what
-E5M2 is: the leading bits of FP16, here twelve. A row of K values takes K bytes with each value's upper eight bits
+E5M6 is DeepSeek-V3's format for the output of attention (V3 §3.3.3), and its layout is not published. Ours, like
+E5M2, is the leading bits of FP16, here twelve. A row of K values takes K bytes with each value's upper eight bits
 (its E5M2, truncated), then ceil(K/2) bytes with the lower four bits: byte j has value j's in its lower half and value
 ceil(K/2)+j's in its upper half, zero where there is none. Both parts are contiguous, so they vectorise.
 
-Rounding is to the nearest, ties to even; what is too large, infinities included, becomes the largest finite value of
-its sign, as the conversions of NVIDIA's GPUs with SATFINITE do. PyTorch 2.13's cast on a CPU does so for E4M3 but not
-for E5M2, and its cast from E4M3 takes 3 ns a value, where `decode` takes 0.4.
+Rounding is to the nearest, ties to even. A value that is too large, infinities included, becomes the largest finite
+value of its sign, as in the conversions of NVIDIA's GPUs with SATFINITE. PyTorch 2.13's cast on a CPU does so for
+E4M3 but not for E5M2, and its cast from E4M3 takes 3 ns per value, compared with 0.4 for `decode`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Format:
-    """A floating-point format: `max` is its largest finite value, `min_exponent` that of its smallest normal one."""
+    """A floating-point format: `max` is the largest value, `min_exponent` the exponent of the smallest normal one."""
 
     name: FormatName
     mantissa_bits: int
@@ -86,10 +86,10 @@ def decode(data: Tensor, fmt: Format, width: int) -> Tensor:
 
 
 def decode_scaled(data: Tensor, fmt: Format) -> tuple[Tensor, float]:
-    """The values of E4M3 or E5M2 divided by a power of two, and that power: the cheapest exact form.
+    """The values of E4M3 or E5M2 divided by a power of two, and this power: the cheapest exact form.
 
-    On a CPU the values are FP16, since E4M3's bits, moved to the right places, are those of an FP16 number 256 times
-    smaller, subnormals included.
+    On a CPU the values are FP16, since E4M3's bits, moved to the right places, are the bits of an FP16 number 256
+    times smaller, subnormals included.
     """
     assert fmt.name != "e5m6"
     if data.device.type != "cpu":
@@ -97,7 +97,7 @@ def decode_scaled(data: Tensor, fmt: Format) -> tuple[Tensor, float]:
     codes = data.view(torch.int8)
     if fmt.name == "e5m2":
         return (codes.to(torch.int16) << 8).view(torch.float16), 1.0
-    if data.numel() and bool(((codes & 0x7F).amax() == 0x7F).item()):  # a NaN, which FP16 writes otherwise
+    if data.numel() and bool(((codes & 0x7F).amax() == 0x7F).item()):  # a NaN, which has other bits in FP16
         return data.float(), 1.0
     # The sign was copied into bits 7 to 15: shifted, bit 15 is the sign, and bit 14 must go.
     return (codes.to(torch.int16) << 7).bitwise_and_(~0x4000).view(torch.float16), 256.0
@@ -116,7 +116,7 @@ def pack_e5m6(values: Tensor) -> Tensor:
 
 
 def unpack_e5m6(packed: Tensor, width: int) -> Tensor:
-    """The FP16 values `[..., width]` of what `pack_e5m6` made."""
+    """The FP16 values `[..., width]` of a result of `pack_e5m6`."""
     half = (width + 1) // 2
     bits = packed[..., :width].to(torch.int16) << 8
     low = packed[..., width:].to(torch.int16)
@@ -135,7 +135,7 @@ def are_powers_of_two(scale: Tensor) -> Tensor:
 def encode_ue8m0(scale: Tensor) -> Tensor:
     """FP32 scales that are powers of two, as uint8 of the same shape: a quarter of the bytes for the wire.
 
-    Raises UsageError for any other scale: rounding it would change the values that it belongs to.
+    Raises UsageError for any other scale: rounding it would change the values of its tile.
     """
     fits = are_powers_of_two(scale)
     if not bool(fits.all()):

@@ -1,11 +1,11 @@
-"""Matrix products of a model, and how a CPU computes those of BF16 operands.
+"""Matrix products of a model, and the way in which a CPU multiplies BF16 operands.
 
 A CPU without BF16 instructions (x86 before Sapphire Rapids and Zen 4, ARM before ARMv8.6) multiplies BF16 far slower
 than FP32: at a fourth of its speed with AVX-512, and at a third to a fiftieth with AVX2. There the operands are widened
 to FP32, which is exact, multiplied in FP32, and the result is rounded to BF16 once. A native product also sums in FP32
-and rounds once, so the two differ in the order of the sum alone.
+and rounds once, so the two products differ in the order of the sum alone.
 
-Products of other formats, and those of other devices, are PyTorch's in either case.
+Products of other formats, and products on other devices, are always PyTorch's.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Products:
     def multiply(self, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
         """`a b` of a `[..., M, K]` and b `[..., K, N]`, in their format.
 
-        With `offsets` `[E]`, the ends of groups, either a `[R, K]` has groups of rows, one per matrix of b
-        `[E, K, N]`, and the result is `[R, N]`; or the contraction has them, a `[M, R]` and b `[R, N]`, and the result
-        is `[E, M, N]`.
+        `offsets` `[E]` are the ends of groups. Either the rows of a `[R, K]` are grouped, one group per matrix of b
+        `[E, K, N]`, and the result is `[R, N]`; or the contraction of a `[M, R]` and b `[R, N]` is grouped, and the
+        result is `[E, M, N]`.
         """
         if offsets is not None:
             return self._grouped(a, b, offsets)
@@ -87,7 +87,7 @@ class Products:
         if not self.widens(a):
             return F.grouped_mm(a, b, offs=offsets)
         groups = [slice(start, stop) for start, stop in pairwise((0, *offsets.tolist()))]
-        # A group at a time: no FP32 copy of all experts, and that of one stays in the cache.
+        # One group at a time: there is no FP32 copy of all experts, and the copy of one expert stays in the cache.
         if b.dim() == 3:
             rows = a.new_empty(a.shape[0], b.shape[-1])
             for index, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""Quantise a matrix to FP8 with one scale a tile, bit for bit as Transformer Engine's block quantiser does.
+"""Quantise a matrix to FP8 with one scale per tile, bit for bit as Transformer Engine's block quantiser does.
 
 For each tile, in FP32 (Transformer Engine 2.20: common/recipe/recipe_common.cuh, quantize_transpose_*_blockwise.cu):
 
@@ -7,7 +7,7 @@ For each tile, in FP32 (Transformer Engine 2.20: common/recipe/recipe_common.cuh
 3. With power-of-two scales the multiplier's mantissa is cleared. That rounds it down, so nothing saturates.
 4. amax zero or infinite: multiplier = 1. A NaN takes no part in amax.
 5. data = x * multiplier, rounded to nearest even and saturated. NaN stays NaN.
-6. scale = 1 / multiplier, rounded once: what dequantises. It can be an FP32 subnormal (amax below 2.6e-36), so
+6. scale = 1 / multiplier, rounded once; it dequantises. The scale can be an FP32 subnormal (amax below 2.6e-36), so
    nothing here works with `torch.set_flush_denormal(True)`.
 
 Shapes: M rows, K columns, C = ceil(K/128), R = ceil(M/128). Tiles of (1, 128) have scales `[M, C]`, (128, 1) `[R, K]`,
@@ -28,23 +28,25 @@ from .number_formats import FORMATS, Format, decode_scaled, find_format, pack_e5
 from .tensor_formats import FormatName, Tile
 from .tiles import Piece, check_tile, pieces, scale_shape
 
-# Rounding in place adds up to 2^22 times a value, which is up to 2^16 times its scale, and takes the exponent field for
-# the exponent down to 2^-14 of the scale: with scales between these it stays clear of both ends of FP32.
+# Rounding in place adds up to 2^22 times a value, and a value is up to 2^16 times its scale. It reads the exponent
+# field as the exponent down to 2^-14 of the scale. With scales between these two bounds it stays clear of both ends of
+# FP32.
 _SAFE_LOW, _SAFE_HIGH = 2.0**-100, 2.0**90
 _EXPONENT = 0x7F800000  # of FP32
 
 
 class FP8RangeError(ValueError):
-    """An input of quantisation holds infinities or NaN, and the caller asked to know."""
+    """Infinities or NaN in an input of quantisation, raised where the caller set `checked`."""
 
 
 @dataclass(frozen=True)
 class BlockQuantized:
-    """A matrix `[M, K]` or a stack of them `[E, M, K]` in a low-precision format, with one scale a tile.
+    """A matrix `[M, K]` or a stack of them `[E, M, K]` in a low-precision format, with one scale per tile.
 
-    `data` holds the encoded values in the shape of the matrix (E5M6: `[..., K + ceil(K/2)]` bytes, see `formats`) and
-    `scale` the FP32 multipliers that dequantise (`[M, C]`, `[R, K]` or `[R, C]`, see this module; with an E in front
-    for a stack). `ends` are the row ends of the groups where tiles begin again, or None; tiles of one row ignore them.
+    `data` holds the encoded values in the shape of the matrix (E5M6: `[..., K + ceil(K/2)]` bytes, see
+    `number_formats`) and `scale` the FP32 multipliers that dequantise (`[M, C]`, `[R, K]` or `[R, C]`, see this module;
+    with an E in front for a stack). `ends` are the row ends of the groups where tiles begin again, or None; tiles of
+    one row ignore them.
     """
 
     data: Tensor
@@ -57,7 +59,7 @@ class BlockQuantized:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the matrix, whatever its data take."""
+        """Shape of the matrix, whatever the shape of `data`."""
         return torch.Size((*self.data.shape[:-1], self.width))
 
     @property
@@ -68,8 +70,9 @@ class BlockQuantized:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values, `[M, K]` or `[E, M, K]`: FP32 products of data and scale, rounded to `dtype`.
 
-        By default BF16 with power-of-two scales, where it is exact (no format has more than seven significant bits),
-        and FP32 otherwise. BF16 has no values below 2^-133: tiles with scales below 2^-113 can lose their smallest.
+        The default `dtype` is BF16 with power-of-two scales, where BF16 is exact (no format has more than seven
+        significant bits), and FP32 otherwise. BF16 has no values below 2^-133: tiles with scales below 2^-113 can lose
+        their smallest.
         """
         dtype = dtype or (torch.bfloat16 if self.pow2_scales else torch.float32)
         if self.ends is None and not self.data.is_contiguous() and self.data.mT.is_contiguous():
@@ -82,7 +85,7 @@ class BlockQuantized:
         return values
 
     def transpose(self) -> BlockQuantized:
-        """The transposed matrix, exactly: a view whose tiles are transposed, too. Not for E5M6 or groups of rows."""
+        """The exact transposed matrix: a view whose tiles are transposed, too. Not for E5M6 or groups of rows."""
         if self.fmt == "e5m6" or self.ends is not None:
             what = "E5M6 packs values along rows" if self.fmt == "e5m6" else "its rows are in groups"
             raise UsageError(f"this matrix has no transposed view, because {what}: take requantize or dequantize")
@@ -98,7 +101,7 @@ class BlockQuantized:
         pow2_scales: bool | None = None,
         offsets: Tensor | Sequence[int] | None = None,
     ) -> BlockQuantized:
-        """Dequantise and quantise in other tiles: how V3 turns cached activations for the weight's gradient (§3.5.2).
+        """Dequantise and quantise in other tiles, as V3 does with cached activations for W (§3.5.2).
 
         With power-of-two scales on both sides a value changes only where its new tile's step is coarser than its own.
         The kind of scales stays unless it is given; `offsets` as in `quantize`.
@@ -107,7 +110,7 @@ class BlockQuantized:
         return quantize(self.dequantize(), tile, fmt, kind, offsets=offsets)
 
     def without_tensors(self) -> Callable[[Tensor, Tensor], BlockQuantized]:
-        """A function that makes this matrix from its data and scale, for callers that keep the two elsewhere."""
+        """A function that makes this matrix from its data and scale, for callers that keep both elsewhere."""
         tile, fmt, width, pow2, ends = self.tile, self.fmt, self.width, self.pow2_scales, self.ends
         return lambda data, scale: BlockQuantized(data, scale, tile, fmt, width, pow2, ends)
 
@@ -147,7 +150,7 @@ def quantize(
     eps: float = 0.0,
     offsets: Tensor | Sequence[int] | None = None,
 ) -> BlockQuantized:
-    """Quantise x `[M, K]` or a stack `[E, M, K]`, BF16 or FP32; the rules and the shapes are this module's.
+    """Quantise x `[M, K]` or a stack `[E, M, K]`, BF16 or FP32; rules and shapes are in the docstring of this module.
 
     `offsets` `[E]` are the ends of groups of rows, as in `GroupedLinear`: tiles of 128 rows begin again with each
     group, so no tile belongs to two experts. `eps` is the least amax (Transformer Engine's amax_epsilon;
@@ -167,7 +170,7 @@ def quantize_with_values(
     eps: float = 0.0,
     offsets: Tensor | Sequence[int] | None = None,
 ) -> tuple[BlockQuantized, Tensor]:
-    """`quantize` and, in the same pass, what its result dequantises to by default: to keep and to compute with."""
+    """Result of `quantize`, to keep, and its dequantised values, to compute with, from the same pass."""
     values = torch.empty(x.shape, dtype=torch.bfloat16 if pow2_scales else torch.float32, device=x.device)
     return _quantize(x, _rule(tile, fmt, pow2_scales, checked, eps), offsets, values), values
 
@@ -216,7 +219,7 @@ def _quantize(x: Tensor, rule: _Rule, offsets: Tensor | Sequence[int] | None, va
         scaled = _product(tiles, multiplier)
         if packs:
             scaled = round_to(scaled, rule.fmt)
-        elif not finite:  # nothing else comes out larger than rounds to the maximum
+        elif not finite:  # all other values round to at most the maximum
             scaled.clamp_(-rule.fmt.max, rule.fmt.max)
         codes.copy_(scaled)
         if flat is not None:
@@ -235,9 +238,9 @@ def _quantize(x: Tensor, rule: _Rule, offsets: Tensor | Sequence[int] | None, va
 
 
 def _largest(tiles: Tensor, rule: _Rule, piece: Piece) -> tuple[Tensor, bool]:
-    """Each tile's amax without NaN, FP32 `[tiles down, 1, tiles across, 1]`, and whether all elements are finite.
+    """The amax of each tile without NaN, FP32 `[tiles down, 1, tiles across, 1]`, and whether all elements are finite.
 
-    Without their sign, the bits of floating-point numbers order as the numbers do, and integers compare faster.
+    Without their sign, the bits of floating-point numbers have the order of the numbers, and integers compare faster.
     """
     bits, infinity = (
         (tiles.view(torch.int16) & 0x7FFF, 0x7F80) if tiles.dtype == torch.bfloat16
@@ -271,7 +274,7 @@ def _scales(amax: Tensor, rule: _Rule, dtype: torch.dtype) -> tuple[Tensor, Tens
     """Multiplier and its inverse of each tile."""
     if rule.eps > 0:
         amax = amax.clamp_min(rule.eps)
-    # Not `rule.fmt.max / amax`: that is a product with the reciprocal, and rounds twice.
+    # Not `rule.fmt.max / amax`: torch multiplies by the reciprocal there, which rounds twice.
     multiplier = (amax.new_full((), rule.fmt.max) / amax).clamp_max_(torch.finfo(dtype).max)
     if rule.pow2_scales:
         multiplier = (multiplier.view(torch.int32) & _EXPONENT).view(torch.float32)
@@ -280,7 +283,7 @@ def _scales(amax: Tensor, rule: _Rule, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def _product(tiles: Tensor, multiplier: Tensor) -> Tensor:
-    """In FP32. To convert first takes three quarters of the time of a product of two types."""
+    """Product in FP32. Converting first takes three quarters of the time of a product of two types."""
     return tiles * multiplier if tiles.dtype == torch.float32 else tiles.float().mul_(multiplier)
 
 
@@ -292,8 +295,8 @@ def _are_safe(scale: Tensor) -> bool:
 def _round_in_place(tiles: Tensor, scale: Tensor, fmt: Format, out: Tensor) -> None:
     """Round values to multiples of the steps that their tile's power-of-two scale allows, without applying it.
 
-    A value's step is that of its own power of two, or of the format's smallest normal number times the scale.
-    Near 1.5 * 2^23 steps FP32 is spaced by one step: adding that much and subtracting it rounds to nearest even.
+    A value's step is the step at its own power of two, or at the format's smallest normal number times the scale.
+    Near 1.5 * 2^23 steps FP32 is spaced by one step: adding this number and subtracting it rounds to nearest even.
     """
     wide = tiles.to(torch.float32, copy=True)
     power = (wide.view(torch.int32) & _EXPONENT).view(torch.float32)
@@ -307,7 +310,7 @@ def _decode(codes: Tensor, scale: Tensor, fmt: Format, out: Tensor) -> None:
     values, factor = (codes, 1.0) if codes.dtype == torch.float16 else decode_scaled(codes, fmt)
     wide = values.float()  # always a copy: no code is FP32
     if factor != 1.0:
-        # Both are exact, but for the largest scales the second overflows.
+        # Both ways are exact, but `scale * factor` overflows for the largest scales.
         if bool((scale.max() < 2.0**119).item()):
             scale = scale * factor
         else:
@@ -320,7 +323,7 @@ def _rule(tile: Tile, fmt: FormatName, pow2_scales: bool, checked: bool, eps: fl
 
 
 def _matrix(x: Tensor, offsets: Tensor | Sequence[int] | None) -> tuple[Tensor, tuple[int, ...] | None]:
-    """x with all rows below each other, and the groups' ends."""
+    """x as one matrix of all rows, and the ends of its groups."""
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise UsageError(f"cannot quantise {x.dtype}: give BF16 or FP32")
     if x.dim() not in (2, 3):

@@ -1,7 +1,7 @@
 """Recipes: the formats of a model's linear layers, and the backend that computes their products.
 
-The classes of tensors and their formats are in `tensor_formats`. What a backend such as Transformer Engine offers is
-stated here as Protocols, so a backend imports this module and this module imports no backend.
+The classes of tensors and their formats are in `tensor_formats`. The Protocols here state the functions of a backend
+such as Transformer Engine, so a backend imports this module and this module imports no backend.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Backend(Protocol):
 
     @property
     def alignment(self) -> int:
-        """Divisor of the number of an expert's rows."""
+        """Number that divides the number of rows of every expert."""
 
     def linear(self, recipe: LinearRecipe, num_groups: int | None = None) -> LayerEngine:
         """Return the computation of a linear layer, or of `num_groups` experts."""
@@ -100,7 +100,7 @@ class Quantizer:
         if self.format is None:
             return x
         tile, fmt, pow2 = self.format.tile(contracted), self.format.fmt, self.format.pow2
-        offsets = offsets if tile[0] > 1 else None  # tiles of one row belong to one group anyhow
+        offsets = offsets if tile[0] > 1 else None  # tiles of one row are the same with any groups
         try:
             values = fake_quantize(x, tile, fmt, pow2, checked=True, offsets=offsets)
         except FP8RangeError:
@@ -194,7 +194,7 @@ class Recipe:
 
     @property
     def alignment(self) -> int:
-        """Divisor of the number of rows that reach each expert."""
+        """Number that divides the number of rows that reach each expert."""
         quantised = self.formats.get("experts_up.weight") or self.formats.get("experts_down.weight")
         return 1 if self.backend is None or not quantised else self.backend.alignment
 

@@ -1,4 +1,4 @@
-"""Tensors that autograd saves for the backward: how a hook recognises one."""
+"""Identity of the tensors that autograd saves for the backward, for hooks that must recognise one."""
 
 from __future__ import annotations
 

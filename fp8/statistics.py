@@ -49,13 +49,13 @@ class Sums:
 
     @property
     def row_error(self) -> float:
-        """Error of each row by itself, root mean square. A small token weighs as much as a large one, so the
-        losses of small tokens in the tiles of large ones show."""
+        """Root mean square of the errors of single rows. A small token has the same weight as a large one, so the
+        statistic shows the losses of small tokens in the tiles of large ones."""
         return math.sqrt(self.row_errors / self.rows) if self.rows else 0.0
 
     @property
     def underflow(self) -> float:
-        """Share of the values that are not zero which became zero."""
+        """Share of the nonzero values that became zero."""
         return self.zeroed / self.nonzero if self.nonzero else 0.0
 
     @property
@@ -78,8 +78,8 @@ class Statistics:
     """Observer for `Monitor` that adds up sums by class.
 
     A tensor is quantised for two products at most: with tiles along its rows for fprop and dgrad, and along its
-    columns for W. The two are kept apart, because the inputs of W have been quantised before: their second
-    loss is small and would hide the first.
+    columns for W. The two have separate sums, because the inputs of W have been quantised before: their
+    second loss is small and would hide the first.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Statistics:
         self, name: str, x: Tensor, values: Tensor, format: TensorFormat, contracted: int, offsets: Tensor | None
     ) -> None:
         """Add one quantisation; see `fp8.recipe.Observer`."""
-        weight = name.endswith(".weight")  # its product with dy contracts 0, and is no W
+        weight = name.endswith(".weight")  # its product with dy contracts dimension 0, and is dgrad, not W
         into = self.first if contracted or weight else self.for_weights
         into.setdefault(name, Sums()).add(measure(x, values, format, contracted, offsets))
 
@@ -101,7 +101,7 @@ class Statistics:
 def measure(x: Tensor, values: Tensor, format: TensorFormat, contracted: int, offsets: Tensor | None = None) -> Sums:
     """Sums over x `[M, K]` or a stack `[E, M, K]`, and over the dequantised `values` of the same shape.
 
-    Sums are in FP64. `contracted` and `offsets` say where its tiles lie, as in `Quantizer.values`.
+    Sums are in FP64. `contracted` and `offsets` give the tiles, as in `Quantizer.values`.
     """
     matrix, quantized = x.detach().flatten(0, -2), values.detach().flatten(0, -2)
     tile, biggest = format.tile(contracted), find_format(format.fmt).max
@@ -118,7 +118,7 @@ def measure(x: Tensor, values: Tensor, format: TensorFormat, contracted: int, of
         part = Sums(
             nonzero=int(nonzero.sum()),
             zeroed=int((nonzero & (rounded == 0)).sum()),
-            # What is below the largest is so by a sixteenth in E4M3, by a 128th in E5M6.
+            # Below the largest value, the next one is smaller by at least a sixteenth in E4M3, a 128th in E5M6.
             saturated=int((rounded.abs() * multiplier > biggest * (1 - 2.0**-12)).sum()),
             squares=float(exact.square().sum()),
             squared_error=float((rounded - exact).square().sum()),

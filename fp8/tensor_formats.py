@@ -1,6 +1,6 @@
 """Classes of tensors that training quantises, with one format per class.
 
-A class is a kind of linear layer and a role in it, `experts_down.gradient`. The kinds:
+A class is a kind of linear layer and a role in it, such as `experts_down.gradient`. The kinds:
 
     attention       projections to queries, keys and values, and to their latents
     attention_out   projection of the attention's output
@@ -20,9 +20,9 @@ in E5M6, SwiGLU's input in E4M3. Embedding, output head, MoE gating, normalisati
 class: they stay in high precision. V3 gives power-of-two scales to three classes alone: the inputs of the linear
 after the attention, activations before the MoE up-projections, and gradients before the MoE down-projections
 (`scales: v3`). Here powers of two are the default for all (`scales: pow2`), as in Transformer Engine and since
-DeepSeek-V3.1: a value is then rounded alike in whatever tile it lies, unless it is 2^15 times smaller than the tile's
-largest. So it does not matter which tokens share a tile, and layouts do not change the maths; dequantised values are
-exact in BF16; and Blackwell has no other scales.
+DeepSeek-V3.1: a value is then rounded alike in every tile, unless it is 2^15 times smaller than the tile's largest
+value. So it does not matter which tokens share a tile, and layouts do not change the result. Dequantised values are
+exact in BF16, and Blackwell has no other scales.
 """
 
 from __future__ import annotations

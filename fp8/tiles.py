@@ -1,7 +1,8 @@
 """Tiles of a matrix, and a walk over them in pieces that stay in a CPU's cache.
 
 A tile is (1, 128), (128, 1) or (128, 128) elements; the last one of a row or column may be partial. Rows come in
-segments (one by default), and tiles of 128 rows begin again with each: the experts of a grouped matrix share no tile.
+segments (one by default), and tiles of 128 rows begin again with each segment: the experts of a grouped matrix share no
+tile.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from ..settings import UsageError
 from .tensor_formats import SIDE, Tile
 
 TILES: tuple[Tile, ...] = ((1, SIDE), (SIDE, 1), (SIDE, SIDE))
-# For each thread: FP32 temporaries of 2 MiB. Smaller ones cost calls and barriers, larger ones leave the cache.
+# Elements per thread: FP32 temporaries of 2 MiB. Smaller ones cost calls and barriers, larger ones leave the cache.
 PIECE_ELEMENTS = 2**19
 
 
 class Piece(NamedTuple):
-    """Equal tiles side by side: the rows and columns they cover, and those of their scales."""
+    """Equal tiles next to each other: their rows and columns in the matrix, and in its scales."""
 
     rows: slice
     columns: slice
@@ -34,12 +35,12 @@ class Piece(NamedTuple):
         return matrix[self.rows, self.columns].unflatten(1, (-1, self.tile[1])).unflatten(0, (-1, self.tile[0]))
 
     def of_scales(self, scales: Tensor) -> Tensor:
-        """The scales of this piece as `[tiles down, 1, tiles across, 1]`, a view: they multiply what `of` gives."""
+        """The scales of this piece as `[tiles down, 1, tiles across, 1]`, a view that fits the result of `of`."""
         return scales[self.scale_rows, self.scale_columns, None].unsqueeze(1)
 
 
 def check_tile(tile: Tile) -> Tile:
-    """Raises UsageError for a tile that is none of the three."""
+    """Return the tile. Raises UsageError for a tile that is none of the three."""
     if tuple(tile) not in TILES:
         raise UsageError(f"a tile of {tuple(tile)} is not supported: take (1, 128), (128, 1) or (128, 128)")
     return tile[0], tile[1]
@@ -53,9 +54,10 @@ def scale_shape(rows: Sequence[int], columns: int, tile: Tile) -> tuple[int, int
 def pieces(rows: Sequence[int], columns: int, tile: Tile, device: torch.device) -> Iterator[Piece]:
     """The pieces that cover a matrix with segments of these rows, top to bottom.
 
-    On a CPU they have about PIECE_ELEMENTS elements a thread, elsewhere all that they can. Empty segments have none.
+    On a CPU a piece has about PIECE_ELEMENTS elements per thread, elsewhere as many as possible. Empty segments have no
+    pieces.
     """
-    if tile[0] == 1:  # tiles of one row do not care where segments end
+    if tile[0] == 1:  # tiles of one row are the same wherever segments end
         rows = (sum(rows),)
     whole = device.type != "cpu"
     most = PIECE_ELEMENTS * torch.get_num_threads()
