@@ -4,12 +4,13 @@
     sudo .venv/bin/python -P benchmarks/comm.py --mbit 200 --train
 
 A side is a dispatcher and a wire, such as two-hop-fp8. A step of the layer is dispatch and combine, forward and
-backward, of the same tokens with almost no computation in between. With --train it is a training step of a small model.
-Every side runs in every round, in turn. A time is the slowest rank's, the table shows medians, and ratios are to the
-first side, round by round.
+backward, of the same tokens with almost no computation in between. With --train a step is a training step of a small
+model. Every side runs in every round, in turn. A time is the slowest rank's, the table shows medians, and ratios are to
+the first side, round by round.
 
 With --mbit the two nodes are network namespaces joined by a link of that rate, and the kernel's own count of bytes is
-printed next to the meter's. Without it, all ranks share this machine, and times are the host's work, not a network's.
+printed next to the meter's. Without --mbit all ranks share this machine, and times are the host's work, not a
+network's.
 Namespaces need root and iproute2.
 """
 

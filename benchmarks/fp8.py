@@ -1,4 +1,4 @@
-"""Compare a training step in FP8 with the same step in BF16, in one process, in turn, and the memory of each.
+"""Compare time and memory of a training step in FP8 with the same step in BF16, in one process, in turn.
 
     python benchmarks/fp8.py [--rounds 7] [--threads 2] [--batch 4] [--clock wall] [--profile FILE]
 
@@ -8,8 +8,8 @@ ratio shows the cost of quantising. Scales are powers of two (the default) or as
 products on a CPU are FP32.
 
 Bytes are those of live tensors between forward and backward. "linear layers and SwiGLU" are the tensors that their
-autograd nodes hold, each once, with nothing recomputed; the rest of a pass is the residual stream, queries, keys and
-values or the latents they come from, the router, and the head's loss, which are BF16 or FP32 in both recipes.
+autograd nodes hold, each once, with nothing recomputed. The rest of a pass is the residual stream, queries, keys and
+values (or their latents), the router, and the head's loss, which are BF16 or FP32 in both recipes.
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ def step_of(precision: PrecisionConfig, batch: int = BATCH) -> Callable[[], None
 
 
 def held(architecture: dict[str, Any], precision: PrecisionConfig, recompute: RecomputePolicy) -> tuple[int, int]:
-    """Bytes that a pass holds between forward and backward: all, and those of linear layers and SwiGLU."""
+    """Bytes that a pass holds between forward and backward: in total, and for linear layers and SwiGLU."""
     model, tokens = build(architecture, precision, recompute), tokens_of(architecture, 2)
     model(tokens)  # rotary tables and quantised weights are made once and stay
     with Allocations() as allocations:
         output = model(tokens)
     total = allocations.bytes_alive()
-    if recompute != "none":  # to look at what is rebuilt would rebuild it
+    if recompute != "none":  # looking at a rebuilt tensor would rebuild it
         return total, 0
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {

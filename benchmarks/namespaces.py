@@ -28,8 +28,8 @@ from counterflow.settings import UsageError
 
 INTERFACE = "wire"
 ADDRESSES = ("10.0.0.1", "10.0.0.2")
-# Bytes that an idle link may send at once before its rate applies: few compared with a transfer, but more than it could
-# send in the time by which the kernel's timer is late, or the link would never reach its rate.
+# Bytes that an idle link may send at once before its rate applies: few compared with a transfer, but more than the
+# link sends in the time by which the kernel's timer is late. With fewer the link would never reach its rate.
 BURST_BYTES = 16 * 1024
 # Bytes that may wait for the link: more than a socket keeps in flight, so that nothing is dropped.
 QUEUE_BYTES = 16 * 2**20

@@ -39,8 +39,8 @@ def transformers_step(
 def torchtitan_step(architecture: dict[str, Any], tokens: Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """Forward and backward of torchtitan's `DeepSeekV3Model`, with SDPA for its attention.
 
-    Checked with 0.3.0. Its own masked attentions need a compiler or a GPU. Raises ImportError where it, or a package
-    that it imports, is missing.
+    Checked with 0.3.0. torchtitan's own masked attentions need a compiler or a GPU. Raises ImportError where
+    torchtitan, or a package that it imports, is missing.
     """
     from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
     from torchtitan.models.common.attention import ScaledDotProductAttention

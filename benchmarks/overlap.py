@@ -8,7 +8,7 @@ tensors over the link. Computation is emulated by waiting, as a GPU leaves its h
 at small widths, and each of their parts (attention, shared expert, routed experts; forward, backward for input,
 backward for weights) also waits for its share of the time in DeepSeek's published trace. With --matmul the parts
 multiply matrices instead, on the cores that also move the packets. With --two-hop tokens travel by the two-hop
-dispatcher, with an FP8 wire; the processes are nodes of one rank, so that the second hop sends nothing but has to be
+dispatcher, with an FP8 wire; the processes are nodes of one rank, so the second hop sends nothing but has to be
 launched.
 
     exposed = (T_pair - T_compute) / T_communication,    T_communication = T_blocking - T_compute
@@ -146,7 +146,7 @@ class _PaceFunction(torch.autograd.Function):
 
 
 class EvenRouter(Router):
-    """Router that sends every expert equally many tokens, and half of each rank's rows to the other rank."""
+    """Router that sends the same number of tokens to every expert, and half of each rank's rows to the other rank."""
 
     def select(self, scores: Tensor) -> Tensor:
         first, step = torch.arange(scores.shape[0]).unsqueeze(1), EXPERTS // TOP_K

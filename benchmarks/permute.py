@@ -4,7 +4,7 @@
 
 Forward and backward run in BF16 without experts in between, gate weights included. "bf16 adds" lets index_add round
 after every addition, "fp32 adds" sums in FP32 and rounds once, as ours does. All sides run in turn in one process. A
-line has their medians, and the median and quartiles of the rounds' ratios to ours.
+line shows the medians of all sides, and the median and quartiles of the rounds' ratios to ours.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -P benchmarks/pipeline.py [--rounds 5] [--unit 0.1] [--microbatches 20]
 
-Four processes over gloo. A stage computes on an emulated device: its host waits for it, as for a GPU. F, I and W take a
-unit of 0.1 s each, an overlapped pair 2.5 units; activations and gradients of 256 KiB really pass between the
+Four processes over gloo. A stage computes on an emulated device: its host waits for the device, as for a GPU. F, I and
+W take a unit of 0.1 s each, an overlapped pair 2.5 units; activations and gradients of 256 KiB really pass between the
 processes. All schedules of both sides run in turn in the same processes, in the opposite order every other round. A
 step is measured from the first rank's start to the last rank's end. Its ratio is to the simulated step of the same
 order, with free communication.
@@ -68,7 +68,7 @@ def torch_runner(name: str, num_microbatches: int, rank: int, device: Device) ->
     stages = [pipelining.PipelineStage(module, stage, last_stage + 1, CPU) for stage, module in modules.items()]
     settings = {"n_microbatches": num_microbatches, "loss_fn": lambda output, _: output.mean(), "scale_grads": False}
     if len(stages) == 1:
-        # Its order is a loop: P - r forwards, then a backward and a forward in turn, which is ours.
+        # Its order is a loop: P - r forwards, then a backward and a forward in turn, the same as our order.
         runs = pipelining.Schedule1F1B(stages[0], **settings)
     else:
         runs = pipelining.schedules.ScheduleDualPipeV(stages, **settings)

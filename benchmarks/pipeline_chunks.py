@@ -1,7 +1,7 @@
 """Stages that sleep instead of computing, for the pipeline executor and for torch.distributed.pipelining.
 
-Transfers between them and gradients are real; only the time of computation is emulated. It is counted in units, whose
-length a `Device` defines: F, I and W take one each, and a pair of an F and a B two and a half.
+Transfers between stages, and gradients, are real; only the time of computation is emulated. Time is counted in units,
+whose length a `Device` defines: F, I and W take one unit each, and a pair of an F and a B 2.5 units.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Device:
         self.free_at = max(self.free_at, self.now()) + duration * self.unit
 
     def transfer(self, duration: float) -> float:
-        """Transfer once all earlier work has ended, beside later computation; returns the time of its end."""
+        """Transfer once all earlier work has ended, in parallel with later computation; return the time of the end."""
         return max(self.free_at, self.now()) + duration * self.unit
 
     def wait_for(self, point: float) -> None:
@@ -187,7 +187,7 @@ class SleepingModule(nn.Module):
     """A stage for torch.distributed.pipelining, as a plain module whose backward can be split in I and W.
 
     torch runs the parts of a pair one after the other, although a model could overlap them. To give its pairs the same
-    cost the F of a pair takes less. To torch's advantage, the B's input need not be there before that F.
+    cost, the F of a pair takes less. The B's input need not be there before this F, which is to torch's advantage.
     """
 
     def __init__(self, device: Device) -> None:
@@ -204,7 +204,7 @@ class SleepingModule(nn.Module):
         self.next_microbatch += 1
         if not x.requires_grad:  # the pipeline's input, but the first stage's I takes its time too
             x = x.detach().requires_grad_()
-        # The sum separates the paths to the input and to the weight, so that each backward can run alone.
+        # The sum separates the paths to the input and to the weight, so that the backward of each can run alone.
         x = _SleepInBackward.apply(x, self.device, BACKWARD_INPUT)
         x = x + _SleepInBackward.apply(self.bias, self.device, BACKWARD_WEIGHT)
         self.device.synchronize()

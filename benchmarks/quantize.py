@@ -1,11 +1,11 @@
-"""Block quantisation on a CPU: ours beside a plain vectorised one, and beside copying as many bytes.
+"""Block quantisation on a CPU: ours compared with a plain vectorised one, and with copying as many bytes.
 
     python -P benchmarks/quantize.py [--threads 2] [--rounds 20]
 
-BF16 and E4M3 with power-of-two scales. "plain" takes whole tensors through PyTorch's own operations and casts, to the
-same bits. "copy" is `Tensor.copy_` of as many bytes as the operation must read and write (three a number, or four for
-fake-quantising): the memory's limit. All sides run in turn in one process; a line gives medians and the median, with
-quartiles, of the rounds' ratios to ours.
+Numbers are BF16, and are quantised to E4M3 with power-of-two scales. "plain" runs PyTorch's own operations and casts
+on whole tensors, with the same bits as the result. "copy" is `Tensor.copy_` of as many bytes as the operation must read
+and write (three per number, or four for fake-quantising): the memory's limit. All sides run in turn in one process. A
+line shows the medians of all sides, and the median and quartiles of the rounds' ratios to ours.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TILES: tuple[Tile, ...] = ((1, 128), (128, 1), (128, 128))
 
 
 def plain_quantize(x: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Sides are multiples of the tile's. Scales are shaped to broadcast."""
+    """Codes and scales of x, whose sides are multiples of the tile's. Scales are shaped to broadcast."""
     tiles = x.float().unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0]))
     amax = tiles.abs().amax((1, 3), keepdim=True)
     multiplier = (torch.tensor(448.0) / amax).clamp(max=torch.finfo(x.dtype).max)
@@ -44,7 +44,7 @@ def plain_dequantize(data: Tensor, scale: Tensor, tile: Tile) -> Tensor:
 
 
 def operations(x: Tensor, tile: Tile) -> dict[str, tuple[Side, Side, Side]]:
-    """Ours, the plain one and the copy of each."""
+    """Our operation, the plain one and the copy, by name of the operation."""
     ours, (data, scale) = quantize(x, tile), plain_quantize(x, tile)
     assert torch.equal(data.view(torch.uint8), ours.data.view(torch.uint8))
     assert torch.equal(plain_dequantize(data, scale, tile), ours.dequantize())
@@ -76,7 +76,7 @@ def seconds(side: Side) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from giving memory back: page faults of fresh memory, equal on all sides, drown the difference."""
+    """Stop glibc from returning memory: page faults of new memory, equal on all sides, would hide the difference."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

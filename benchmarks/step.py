@@ -1,4 +1,4 @@
-"""Time forward and backward of one micro-batch, and the same of other implementations, in one process, in turn.
+"""Time forward and backward of one micro-batch, ours and other implementations', in one process, in turn.
 
     python benchmarks/step.py [--rounds 7] [--threads 2] [--precision bf16] [--compile] [--profile FILE]
 
@@ -128,7 +128,7 @@ def main() -> None:
         peaks.append(peak_flops(dtype, clock))
         for name, step in list(sides.items())[:: 1 if turn % 2 else -1]:
             if args.clock == "wall":
-                step()  # not timed: the side before has left the heap and the caches as suits itself
+                step()  # not timed: heap and caches are still in the state of the side before
             seconds[name].append(timed(step, clock))
     report(seconds, statistics.median(peaks), args.batch, args.length)
 

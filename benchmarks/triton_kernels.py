@@ -1,12 +1,12 @@
-"""The fused FP8 kernels on a GPU: each beside the torch operations that it fuses, and beside copying as many bytes.
+"""Fused FP8 kernels on a GPU, compared with the torch operations that each fuses, and with copying as many bytes.
 
     python -P benchmarks/triton_kernels.py [--rows 8192] [--rounds 30] [--no-compile]
 
-DeepSeek-V3's widths: hidden 7168, inner 2048, eight experts a GPU, top 8. "eager" is the unfused sequence as torch
-runs it, "compiled" the same fused by torch.compile. "copy" moves as many bytes as the operation must read and write:
-the memory's limit. All sides run in turn in one process, in an order that turns around every round, on inputs larger
-than the L2 cache; a line gives medians and the median, with quartiles, of the rounds' ratios to ours. Before anything
-is timed, results are compared. Needs a GPU of compute capability 9.0 or above.
+DeepSeek-V3's widths: hidden 7168, inner 2048, eight experts per GPU, top 8. "eager" is the unfused sequence as torch
+runs it, "compiled" the same sequence fused by torch.compile. "copy" moves as many bytes as the operation must read and
+write: the memory's limit. All sides run in turn in one process, in the opposite order every other round, on inputs
+larger than the L2 cache. A line shows the medians of all sides, and the median and quartiles of the rounds' ratios to
+ours. Results are compared before the timing. Needs a GPU of compute capability 9.0 or above.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Codes = tuple[Tensor, Tensor]  # codes and scales
 
 
 def quantize(x: Tensor) -> Codes:
-    """In tiles of (1, 128), with power-of-two scales."""
+    """Codes and scales of x in tiles of (1, 128), with power-of-two scales."""
     tiles = x.float().unflatten(1, (-1, 128))
     amax = tiles.abs().amax(2, keepdim=True)
     multiplier = ((448.0 / amax).clamp(max=3.3895313892515355e38).view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -42,7 +42,7 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def quantize_columns(x: Tensor) -> Codes:
-    """In tiles of (128, 1): codes transposed, scales `[tiles, columns]`. Tiles are even: groups are of 128 rows."""
+    """Transposed codes, and scales `[tiles, columns]`, in tiles of (128, 1). All tiles have 128 rows of one group."""
     codes, scales = quantize(x.t().contiguous())
     return codes, scales.t()
 
@@ -63,7 +63,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Ten
 
 @dataclass(frozen=True)
 class Case:
-    """`plain` takes what `fused` took and gives tensors to compare with those of `compare`."""
+    """A kernel and its unfused sequence, with the same arguments. `compare` gives the kernel's tensors to compare."""
 
     name: str
     fused: Callable[[], object]
@@ -201,7 +201,7 @@ def random(*shape: int) -> Tensor:
 
 
 def compare(case: Case) -> None:
-    """Stops with a message where results differ by more than exp's last bits and the order of sums explain."""
+    """Stop with a message where results differ by more than exp's last bits and the order of sums explain."""
     for ours, theirs in zip(case.compare(), as_bytes(case.plain(*case.arguments)), strict=True):
         assert ours.shape == theirs.shape, f"{case.name}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
         if ours.dtype == torch.uint8:
@@ -209,7 +209,7 @@ def compare(case: Case) -> None:
             limit = 1e-3 if "SwiGLU" in case.name else 0.0
             if share > limit:
                 sys.exit(f"{case.name}: {share:.2%} of the codes differ from the unfused operations'")
-        elif "SwiGLU" in case.name and ours.dim() == 2:  # scales: an amax may round otherwise
+        elif "SwiGLU" in case.name and ours.dim() == 2:  # scales: an amax may round differently
             share = (ours != theirs).float().mean().item()
             if share > 1e-3:
                 sys.exit(f"{case.name}: {share:.2%} of the scales differ from the unfused operations'")

@@ -33,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Format:
-    """A floating-point format: `max` is the largest value, `min_exponent` the exponent of the smallest normal one."""
+    """A floating-point format: `max` is the largest finite value, `min_exponent` belongs to the smallest normal."""
 
     name: FormatName
     mantissa_bits: int

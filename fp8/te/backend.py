@@ -34,7 +34,7 @@ class TransformerEngine:
 
     @property
     def alignment(self) -> int:
-        """Divisor of the number of an expert's rows."""
+        """Number that divides the number of rows of every expert."""
         return self.library.alignment
 
     def linear(self, recipe: LinearRecipe, num_groups: int | None = None) -> Engine:
@@ -45,8 +45,8 @@ class TransformerEngine:
         """Return causal attention of queries that are already scaled.
 
         Takes query and key `[B, A, S, qk_width]` and value `[B, A, S, v_width]` (A heads) and gives
-        `[B, A, S, v_width]`. All lie in memory as `[B, S, A, …]`, the layout that the library's kernels read: others
-        would be copied.
+        `[B, A, S, v_width]`. All lie in memory as `[B, S, A, …]`, the layout that the library's kernels read: other
+        layouts would be copied.
         """
 
         @cache
@@ -57,7 +57,7 @@ class TransformerEngine:
                 attention_dropout=0.0,
                 qkv_format="bshd",
                 attn_mask_type="causal",
-                softmax_scale=1.0,  # else it would be 1 / sqrt(qk_width), once more
+                softmax_scale=1.0,  # the default, 1 / sqrt(qk_width), would scale a second time
             )
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,19 +1,19 @@
 """A linear layer of ours computed by `te.Linear` or `te.GroupedLinear`.
 
-The library's module owns nothing: its weights are our parameter, or views of our stack of experts. So names, shapes
-and checkpoints are the same as with any other backend. Around the module:
+The library's module owns no weights: it uses our parameter, or views of our stack of experts. So names, shapes and
+checkpoints are the same as with any other backend. The engine uses the module in this way:
 
-- Weight gradients are accumulated in FP32 by the product itself (`fuse_wgrad_accumulation`), in the optimizer's
-  buffer, and never on the micro-batch's first pass only: `is_first_microbatch=True` would overwrite what is there.
+- The product itself accumulates weight gradients in FP32 (`fuse_wgrad_accumulation`), in the optimizer's buffer. No
+  call passes `is_first_microbatch=True`, which would overwrite the sum in the buffer.
   Autograd sees no gradient of the weight, so each added gradient is reported to the optimizer.
-- They are always computed apart (`delay_wgrad_compute`): at once, or when the pipeline drains its queue. One
-  `backward_dw` belongs to one backward. The library keeps its operands first in, first out, and the order of sums is
-  all that could differ if a schedule drained two micro-batches the other way round.
-- The quantised weight is made once a step, when the weight has changed (see `_Module.quantised_once`).
-- What the recipe caches in place of the layer's input is restored for the weight's gradient, which the library then
-  quantises along the tokens, as V3 does (§3.5.2). Without a cache it keeps FP8 of its own, made from the input itself;
-  of an input that is made again for the backward it keeps nothing (`save_original_input`).
-- Rows are padded with zeros to what the GPU takes; those of experts come padded, see `Recipe.alignment`.
+- Weight gradients are always computed separately (`delay_wgrad_compute`): at once, or when the pipeline drains its
+  queue. Each backward has one `backward_dw`. The library keeps its operands first in, first out. If a schedule drained
+  two micro-batches in the opposite order, only the order of sums would differ.
+- The quantised weight is made once per step, when the weight has changed (see `_Module.quantised_once`).
+- For the weight's gradient the layer's input is restored from the recipe's cache, and the library then quantises it
+  along the tokens, as V3 does (§3.5.2). Without a cache the library keeps its own FP8 copy, made from the input itself.
+  Where the input is made again for the backward, the library keeps no copy (`save_original_input`).
+- Rows are padded with zeros to a multiple that the GPU accepts. Rows of experts arrive padded, see `Recipe.alignment`.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Engine:
         rebuilt: bool = False,
         counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """y of x `[..., K]` and weight `[N, K]`, or of rows `[R, K]` and a stack `[E, N, K]` with E `counts` of rows.
+        """Return y of x `[..., K]` and weight `[N, K]`, or of rows `[R, K]` and a stack `[E, N, K]` with E `counts`.
 
-        `queue` takes the weight's gradient while it defers. Without a `sink` it goes to `weight.grad` as any other.
+        `queue` takes the weight's gradient while it defers. Without a `sink` it goes to `weight.grad` as usual.
         `kept` and `rebuilt` as in `Linear`. Raises UsageError for widths or types that the library does not take.
         """
         assert self.monitor.observer is None, "an observer does not see what the library quantises"
@@ -100,7 +100,7 @@ class Engine:
             module.report_gradient()
 
         rows = _AfterBackward.apply(rows, self._anchor, lambda: now_or_later(queue, weight_gradient))
-        if empty:  # no product, but a graph as of any other number of rows
+        if empty:  # no product, but the same autograd graph as with rows
             return rows[:, :1].expand(-1, module.shape[-2])
         if kept is None:
             return module.forward(rows, counts, keep_original=rebuilt)
@@ -113,7 +113,7 @@ class Engine:
         )
 
     def _module_for(self, weight: nn.Parameter, sink: GradientSink | None) -> _Module:
-        """Return the library's module, made at the first call: only then the weight has its final place and format."""
+        """Return the library's module, made at the first call: only then is the weight's memory and format final."""
         if self._module is None or self._module.weight is not weight or self._module.sink is not sink:
             self._module = _Module(self.library, self.recipe, weight, sink, self.num_groups)
         return self._module
@@ -152,17 +152,18 @@ class _Module:
             weight.main_grad = self.buffer  # type: ignore[attr-defined]
         else:
             self.te = library.pytorch.GroupedLinear(num_gemms=num_groups, **common)
-            # The environment can choose a product that wants counts on the device and 128 rows; 2.9 has no argument.
+            # The environment can choose a product that needs counts on the device and 128 rows; 2.9 has no argument for
+            # it.
             self.te.use_grouped_tensor = False
             for index, (matrix, buffer) in enumerate(zip(weight.detach(), self.buffer, strict=True)):
-                part = nn.Parameter(matrix, weight.requires_grad)  # of the stack's memory
+                part = nn.Parameter(matrix, weight.requires_grad)  # in the stack's memory
                 part.main_grad = buffer  # type: ignore[attr-defined]
                 setattr(self.te, f"weight{index}", part)
         self._quantised: dict[str, Any] | None = getattr(self.te, "_fp8_workspaces", None)
         self._seen_version = weight._version
 
     def forward(self, rows: Tensor, counts: Sequence[int] | None, keep_original: bool) -> Tensor:
-        """`keep_original` saves the input as it is for the weight's gradient, not the library's FP8 of it."""
+        """`keep_original` saves the input itself for the weight's gradient, not the library's FP8 copy."""
         if rows.shape[0] == 0:
             return rows.new_empty(0, self.shape[-2])
         self.te.save_original_input = keep_original
@@ -175,11 +176,11 @@ class _Module:
     def quantised_once(self) -> bool | None:
         """Value of `is_first_microbatch` for the next call.
 
-        False makes the library use its quantised weight, or quantise where it has none, and add to the gradient. True
-        would also overwrite the gradient. So instead of True, the quantised weight is dropped when ours has changed.
+        With False the library uses its quantised weight, or makes one where it has none, and adds to the gradient. True
+        would overwrite the gradient. So no call passes True; the quantised weight is dropped when ours has changed.
         Micro-batches in flight then share one quantised weight; with None each would hold its own until its backward.
-        Without a gradient to come the weight is quantised for fprop alone, and a later backward must not find this
-        copy: there the value is None. It is None too where a release keeps the quantised weights elsewhere.
+        Where no gradient will follow, the weight is quantised for fprop alone. A later backward must not use this copy,
+        so there the value is None. The value is also None where a release keeps the quantised weights elsewhere.
         """
         if self._quantised is None or not torch.is_grad_enabled():
             return None
@@ -189,7 +190,7 @@ class _Module:
         return False
 
     def backward_dw(self) -> None:
-        """Compute the oldest weight gradient that a backward has left."""
+        """Compute the oldest weight gradient that a backward has left to do."""
         with torch.no_grad():
             self.te.backward_dw()
 

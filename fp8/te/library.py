@@ -1,7 +1,7 @@
-"""NVIDIA's Transformer Engine as it is found on this machine, or the reason why it cannot be used.
+"""NVIDIA's Transformer Engine as installed on this machine, or the reason why it cannot be used.
 
 Versions are read without importing: without its compiled parts the package raises at the import, and PyPI's first
-wheel of that name is such a package. Whatever is refused runs on `precision.backend: emulated` instead.
+wheel of this name is such a package. Everything that is refused runs with `precision.backend: emulated`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HOPPER_ALIGNMENT, BLACKWELL_ALIGNMENT = 16, 32
 
 @dataclass(frozen=True)
 class Library:
-    """Transformer Engine's modules, imported, and the GPU they are for."""
+    """Imported modules of Transformer Engine, and the GPU on which they compute."""
 
     pytorch: ModuleType
     """`transformer_engine.pytorch`"""
@@ -41,17 +41,17 @@ class Library:
 
     @property
     def microscaling(self) -> bool:
-        """Whether it multiplies in MXFP8, as Blackwell does: block scaling is emulated with it there."""
+        """Whether the GPU multiplies in MXFP8, as Blackwell does: block scaling is then emulated with MXFP8."""
         return self.capability >= (10, 0)
 
     @property
     def alignment(self) -> int:
-        """Widths are a multiple of it, and so are rows, for they are the contraction of the weight's gradient."""
+        """Number that divides all widths, and the rows too, because the weight's gradient contracts rows."""
         return BLACKWELL_ALIGNMENT if self.microscaling else HOPPER_ALIGNMENT
 
 
 def find_version() -> str | None:
-    """The installed version; None without it. Imports nothing."""
+    """The installed version; None without the package. Imports nothing."""
     try:
         return importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
@@ -59,7 +59,7 @@ def find_version() -> str | None:
 
 
 def version_fault() -> str | None:
-    """Fault of the installed version; None without one. Imports nothing."""
+    """Fault of the installed version; None without a fault. Imports nothing."""
     found, oldest = find_version(), ".".join(map(str, OLDEST))
     if found is None:
         return (
@@ -73,7 +73,7 @@ def version_fault() -> str | None:
 
 
 def load(device: torch.device) -> Library:
-    """Transformer Engine for FP8 on `device`; raises UsageError with the version or the architecture in the way."""
+    """Transformer Engine for FP8 on `device`; raises UsageError that names an unsupported version or architecture."""
     fault = version_fault()
     if fault is not None:
         raise UsageError(f"{fault}; {INSTEAD}")
@@ -96,7 +96,7 @@ def load(device: torch.device) -> Library:
 
 
 def architecture_fault(library: Library) -> str | None:
-    """Why the GPU or its CUDA cannot do fine-grained FP8; None if they can."""
+    """Reason why the GPU or its CUDA cannot compute fine-grained FP8; None if they can."""
     major, minor = library.capability
     gpu = f"this GPU has compute capability {major}.{minor}"
     if library.capability < (9, 0):

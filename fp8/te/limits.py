@@ -1,7 +1,7 @@
 """Limits of Transformer Engine: formats that it cannot compute, with the reason. Read without torch.
 
-On Hopper its tiles are what the formats say. On Blackwell tiles are 1 x 32 for every operand, because the tensor cores
-there know no others, so only V3's own tiles are accepted.
+On Hopper the library's tiles are those of the formats. On Blackwell tiles are 1 x 32 for every operand, because the
+tensor cores there support no others, so only V3's own tiles are accepted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PRODUCTS = ("input", "weight", "gradient")
 
 
 def fault(kind: Kind, formats: Formats, microscaling: bool = False) -> str | None:
-    """Fault of this kind's formats for Transformer Engine: the class, and the formats that would do; None without one.
+    """Fault of this kind's formats for Transformer Engine: the class, and supported formats; None without a fault.
 
     A kind with all three operands in high precision never reaches the library.
     """

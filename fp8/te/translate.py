@@ -30,8 +30,8 @@ def make(library: Library, recipe: LinearRecipe) -> Any:
         w_block_scaling_dim=1 + of["weight"].square,
         grad_block_scaling_dim=1 + of["gradient"].square,
     )
-    # These are no fields: as keywords they would be dropped without a word, and their defaults follow a variable of
-    # the environment as it was when the library was imported.
+    # These are no fields: as keywords they would be dropped without a warning, and their defaults follow an
+    # environment variable as it was when the library was imported.
     for name, role in (("fp8_quant_fwd_inp", "input"), ("fp8_quant_fwd_weight", "weight")):
         setattr(made, name, module.QParams(power_2_scale=of[role].pow2, amax_epsilon=0.0))
     made.fp8_quant_bwd_grad = module.QParams(power_2_scale=of["gradient"].pow2, amax_epsilon=0.0)
@@ -39,9 +39,9 @@ def make(library: Library, recipe: LinearRecipe) -> Any:
 
 
 def _checked(library: Library, cls: Any, **given: Any) -> Any:
-    """`cls(**given)`, after a look whether these are its fields: it takes any other keyword and forgets it.
+    """`cls(**given)`, after a check that all keywords are fields: the class ignores any other keyword.
 
-    What the environment says about the backward (NVTE_BACKWARD_OVERRIDE) is set aside, where the release asks it.
+    NVTE_BACKWARD_OVERRIDE, the environment's choice for the backward, is overridden in releases that read it.
     """
     known = {field.name for field in fields(cls)}
     missing = sorted(given.keys() - known)

@@ -1,9 +1,9 @@
-"""Fused kernels for what costs an FP8 step on a GPU as much as its grouped products: quantising, turning, permuting.
+"""Fused kernels for quantising, transposing and permuting: as costly in an FP8 step on a GPU as its grouped products.
 
 Plain functions of CUDA tensors, in Triton, for compute capability 9.0 and above. Importing this package imports no
-Triton. They mean what `fp8/quantize.py`, `model/kernels.py` and `comm/permute.py`
-compute, to the last bit but for SwiGLU's exp (see `swiglu_kernels`) and the sign of a NaN, which is lost.
-Shapes: T tokens, K choices a token, H hidden, R rows, I inner width of a feed-forward; C(n) = ceil(n / 128).
+Triton. Results are those of `fp8/quantize.py`, `model/kernels.py` and `comm/permute.py` to the last bit, except for
+SwiGLU's exp (see `swiglu_kernels`) and the sign of a NaN, which is lost.
+Shapes: T tokens, K choices per token, H hidden, R rows, I inner width of a feed-forward; C(n) = ceil(n / 128).
 
 | function | reads | writes |
 | --- | --- | --- |
@@ -15,9 +15,9 @@ Shapes: T tokens, K choices a token, H hidden, R rows, I inner width of a feed-f
 | `quantize_for_dispatch` | tokens | each token's codes and scales in its rows of one buffer |
 | `combine`, `combine_backward` | rows | sums of a token's rows, weighted or not |
 
-"Transposed": the codes of a matrix `[M, N]` lie in memory as `[N, M]`, as the products that contract its rows want
-them. They come as a BlockQuantized of shape `[M, N]` whose `data` is a view; `data.mT` is contiguous. Tiles of 128 rows
-begin anew with each of `groups` (`group_rows`).
+"Transposed": the codes of a matrix `[M, N]` lie in memory as `[N, M]`, the layout for products that contract its rows.
+They are returned as a BlockQuantized of shape `[M, N]` whose `data` is a view; `data.mT` is contiguous. Tiles of 128
+rows begin again with each of `groups` (`group_rows`).
 """
 
 from ..message import message_bytes, unpack_message

@@ -1,4 +1,4 @@
-"""Launches of kernels as plain objects, groups of rows, and checks of what callers hand in. Needs no Triton."""
+"""Launches of kernels as plain objects, groups of rows, and checks of arguments. Needs no Triton."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ..tensor_formats import SIDE
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel on the device of its first tensor: what runs it is also what compiles it ahead of time."""
+    """One launch of a kernel on the device of its first tensor; the same object serves to compile it ahead of time."""
 
     kernel: Any
     programs: int
     arguments: tuple[Tensor | int, ...]
-    constants: dict[str, Any]  # known when it is compiled
+    constants: dict[str, Any]  # known when the kernel is compiled
     num_warps: int
-    most_registers: int | None = None  # a thread; None leaves it to the compiler
+    most_registers: int | None = None  # per thread; None leaves the number to the compiler
 
     @property
     def options(self) -> dict[str, Any]:
-        """The compiler's. Products and sums stay apart, so that no value depends on what it would fuse."""
+        """Options of the compiler. Products and sums are not fused, so no value depends on the compiler's choice."""
         return {"num_warps": self.num_warps, "maxnreg": self.most_registers, "enable_fp_fusion": False}
 
     def run(self) -> None:
-        """Nothing at all for no programs. Raises UsageError for tensors on a CPU, where only the interpreter runs."""
+        """Run the kernel, unless it has no programs. Raises UsageError for CPU tensors without Triton's interpreter."""
         if self.programs == 0:
             return
         device = next(argument.device for argument in self.arguments if isinstance(argument, Tensor))
@@ -53,7 +53,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Groups of rows in which tiles of 128 rows begin anew, with their tiles on the device.
+    """Groups of rows in which tiles of 128 rows begin again, with the table of tiles on the device.
 
     `ends` are the groups' row ends; `table` int32 `[tiles, 2]` has each tile's first row and the end of its rows.
     """
@@ -65,7 +65,8 @@ class RowGroups:
 def group_rows(ends: Sequence[int] | Tensor, device: torch.device | str) -> RowGroups:
     """Groups that end at these rows, to be made once and used for all matrices with these rows.
 
-    `ends` rise from 0 or more. A tensor on a GPU is waited for. Raises UsageError for ends that fall.
+    `ends` are in ascending order and not negative. With a tensor on a GPU the host waits for it. Raises UsageError for
+    ends in another order.
     """
     ends = tuple(int(end) for end in (ends.tolist() if isinstance(ends, Tensor) else ends))
     starts = (0, *ends[:-1])
@@ -100,7 +101,7 @@ def alignment(groups: RowGroups | None) -> int:
 
 
 def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> Tensor:
-    """The tensor, contiguous in memory as it must be. None in `shape` is any size.
+    """The tensor, once its type, shape and contiguous layout are checked. None in `shape` is any size.
 
     Raises UsageError, with the numbers, for another type, shape or layout.
     """
@@ -129,7 +130,7 @@ def check_rows_quantized(name: str, matrix: BlockQuantized) -> BlockQuantized:
 
 
 def same_device(**tensors: Tensor | None) -> torch.device:
-    """The device of all. Raises UsageError where they are on several."""
+    """The device of all tensors. Raises UsageError where they are on several devices."""
     places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(places.values())) > 1:
         raise UsageError("tensors on several devices: " + ", ".join(f"{name} on {at}" for name, at in places.items()))

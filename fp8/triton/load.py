@@ -1,4 +1,4 @@
-"""Triton, which is optional: loaded with the modules that hold kernels, and those only when a kernel is wanted."""
+"""Import of Triton, which is optional: the modules of kernels import it, and are imported when a kernel is called."""
 
 from __future__ import annotations
 

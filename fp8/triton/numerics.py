@@ -1,15 +1,15 @@
 """Numerics that the kernels share: the scales of `fp8/quantize.py`, and tiles of values written as codes.
 
-Scales need correctly rounded divisions, which Triton's `/` is not, and FP32 subnormals, which stay as they are
-because nothing here is compiled with a flush to zero. The conversions to E4M3 round to nearest even and saturate
+Scales need correctly rounded divisions, so Triton's `/` will not do. They also need FP32 subnormals, which stay as they
+are because nothing here is compiled with a flush to zero. The conversions to E4M3 round to nearest even and saturate
 (cvt.rn.satfinite), and all NaN become the same one, 0x7F.
 
-Maxima are those that ignore a NaN. Others would do, but a kernel with NaN-propagating ones that also stores FP8 codes
-to transposed addresses is miscompiled by the ptxas of CUDA 12.8 and 12.9 (triton-lang/triton issue 11111).
+Maxima ignore NaN. Maxima that propagate NaN would also do, but the ptxas of CUDA 12.8 and 12.9 miscompiles a kernel
+that has them and also stores FP8 codes to transposed addresses (triton-lang/triton issue 11111).
 """
 
 # mypy: ignore-errors
-# Kernels are Triton, which only looks like Python: their arguments have no types to check.
+# Kernels are in Triton's language, not in Python: their arguments have no types to check.
 from __future__ import annotations
 
 from .load import load_triton
@@ -28,9 +28,10 @@ def scales_of(amax, pow2: tl.constexpr, largest: tl.constexpr):
     """Multipliers of tiles with these maxima, and the scales that dequantise them. NaN counts as no maximum.
 
     `largest` is the finite maximum of the input's type. Powers of two are made without a division: 448 is 1.75 * 2^8,
-    so 448 / (m 2^e) with m in [1, 2) lies between 2^(8-e) and its double where m is at most 1.75, and one below else.
+    so 448 / (m 2^e) with m in [1, 2) lies between 2^(8-e) and its double where m is at most 1.75, else one binade
+    below.
     """
-    plain = ~(amax > 0.0) | (amax == INFINITY)  # a tile of NaN alone has NaN for its maximum
+    plain = ~(amax > 0.0) | (amax == INFINITY)  # the maximum of a tile of NaN alone is NaN
     if pow2:
         bits = amax.to(tl.int32, bitcast=True)
         field = 262 - (bits >> 23) - ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
@@ -58,7 +59,7 @@ def store_rows(
     pow2: tl.constexpr,
     largest: tl.constexpr,
 ):
-    """Quantise FP32 values `[rows, 128]`, one tile a row: codes `[., width]`, scales `[., tiles]` at `tile`.
+    """Quantise FP32 values `[rows, 128]`, one tile per row: codes `[., width]`, scales `[., tiles]` at `tile`.
 
     Values outside are zero.
     """
@@ -84,9 +85,9 @@ def store_columns(
     pow2: tl.constexpr,
     largest: tl.constexpr,
 ):
-    """Quantise FP32 values `[128, columns]`, one tile a column, transposed: codes `[width, height]`.
+    """Quantise FP32 values `[128, columns]`, one tile per column, transposed: codes `[width, height]`.
 
-    Scales are `[., width]`, those of these tiles at row `tile`. Values outside are zero.
+    Scales are `[., width]`; the scales of these tiles are written at row `tile`. Values outside are zero.
     """
     multiplier, scale = scales_of(tl.max(tl.abs(values), axis=0), pow2, largest)
     tl.store(scales + tile.to(tl.int64) * width + column, scale, mask=column_inside)
@@ -98,9 +99,9 @@ def store_columns(
 
 @triton.jit
 def bounds_of_tile(table, rows, tile, groups: tl.constexpr):
-    """The first row of a tile down and the end of its at most 128 rows, int32.
+    """The first row of tile number `tile`, counted down, and the end of its at most 128 rows, int32.
 
-    `groups`: 0 for none; else from `table` `[tiles, 2]` of first rows and ends, which `groups` divides.
+    `groups` is 0 without groups. Otherwise it divides the first rows and ends in `table` `[tiles, 2]`.
     """
     if groups > 0:
         first = tl.multiple_of(tl.load(table + 2 * tile), groups)

@@ -1,4 +1,4 @@
-"""The functions callers use: they check, allocate and launch, importing kernels, and with them Triton, only then."""
+"""Public functions of the fused kernels: each checks, allocates and launches, and imports Triton only when called."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def swiglu_quantize_columns(
 ) -> BlockQuantized:
     """The values of `swiglu_quantize` in tiles of (128, 1), transposed: the input of W of the linear that follows.
 
-    Recomputed from gate and up, so that they need not be kept (V3 §3.2.3). Arguments and errors as there.
+    Recomputed from gate and up, so that the values need not be kept (V3 §3.2.3). Arguments and errors as in
+    `swiglu_quantize`.
     """
     given = _check_gate_up(gate_up, weights)
     block = 64
@@ -84,7 +85,7 @@ def swiglu_backward_quantize(
 
     Returns:
         The gradient of gate and up `[R, 2I]`, rounded to BF16 and quantised in tiles of (1, 128); the same in tiles
-        of (128, 1), transposed; and that of the weights FP32 `[R]`, or None.
+        of (128, 1), transposed; and the gradient of the weights FP32 `[R]`, or None.
     """
     given = _check_gate_up(gate_up, weights)
     rows, inner = given.rows, given.inner
@@ -94,7 +95,7 @@ def swiglu_backward_quantize(
     across = inner // SIDE if inner % SIDE == 0 else tiles
     codes, scales = _empty_rows(rows, 2 * inner, given.device)
     codes_t, scales_t = _empty_columns(rows, 2 * inner, down, given.device)
-    # Summed in a fixed order afterwards: a fraction of a percent of the bytes, and no order of atomics.
+    # Parts are summed in a fixed order afterwards, without atomics; they are a fraction of a percent of the bytes.
     parts = torch.empty(rows, across if weights is not None else 0, dtype=torch.float32, device=given.device)
     results = (_table(groups, codes), codes, scales, codes_t, scales_t, parts)
     from .swiglu_kernels import swiglu_backward
@@ -105,7 +106,7 @@ def swiglu_backward_quantize(
         (grad, *given.pointers, *results, rows, inner, given.cache_tiles, tiles, across),
         {**given.constants, "groups": alignment(groups), "pow2": pow2_scales, "block": 16},
         num_warps=8 if given.constants["even"] else 16,
-        most_registers=128,  # left alone, the assembler spills to fit in more programs
+        most_registers=128,  # without a limit the assembler spills registers so that more programs fit
     ).run()
     return (
         BlockQuantized(codes, scales, _ROWS, "e4m3", 2 * inner, pow2_scales),
@@ -126,7 +127,7 @@ def quantize_both(
     down, across = tiles_down(rows, groups), -(-width // SIDE)
     codes, scales = _empty_rows(rows, width, x.device)
     codes_t, scales_t = _empty_columns(rows, width, down, x.device)
-    # Where 16 codes do not lie side by side, every one has an address of its own in registers.
+    # Where 16 codes are not contiguous, every code has its own address in registers.
     block = 16 if rows % 16 or width % 16 or alignment(groups) == 1 else 32
     from .transpose_kernels import quantize_both as kernel
 
@@ -177,7 +178,7 @@ def quantize_for_dispatch(x: Tensor, row_of_slot: Tensor, num_rows: int, pow2_sc
             twice (`ExpertOrder.row_of_slot`); negative where there is none. Rows that no slot names are not written.
 
     Returns:
-        uint8 `[num_rows, message_bytes(H)]`: `message` has the layout, `unpack_message` reads it.
+        uint8 `[num_rows, message_bytes(H)]`: the layout is in `fp8/message.py`, and `unpack_message` reads it.
 
     Raises:
         UsageError: another shape, type or layout, or no Triton.
@@ -205,10 +206,10 @@ def quantize_for_dispatch(x: Tensor, row_of_slot: Tensor, num_rows: int, pow2_sc
 
 
 def combine(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
-    """For each token the sum of its rows, times their weights where there are some: BF16 `[T, H]`.
+    """Sum of each token's rows, times their weights where there are weights: BF16 `[T, H]`.
 
-    The order is that of `comm.permute.Choice`: an FP32 accumulator starts at +0 and adds slot after slot; a
-    weight's product is rounded to FP32 before; the total is rounded once.
+    The order is that of `comm.permute.Choice`: an FP32 accumulator starts at +0 and adds slot after slot. The
+    product with a weight is rounded to FP32 before it is added, and the total is rounded once.
 
     Args:
         rows: BF16 `[R, H]`.
@@ -241,7 +242,7 @@ def combine(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) ->
 
 
 def combine_backward(grad: Tensor, rows: Tensor, weights: Tensor, slot_of_row: Tensor) -> tuple[Tensor, Tensor]:
-    """The backward of the weighted `combine`; that of the plain sum is a gather of `grad` by token.
+    """The backward of the weighted `combine`; the backward of the plain sum is a gather of `grad` by token.
 
     Args:
         grad: BF16 `[T, H]`; `rows` and `weights` as in `combine`.
@@ -275,7 +276,7 @@ class _GateUp(NamedTuple):
     rows: int
     inner: int  # I
     cache_tiles: int  # tiles across of cached codes
-    pointers: tuple[Tensor, Tensor, Tensor]  # values or codes, their scales, weights; any tensor where there are none
+    pointers: tuple[Tensor, Tensor, Tensor]  # values or codes, scales, weights; any tensor in place of a missing one
     constants: dict[str, Any]
 
     @property

@@ -1,7 +1,7 @@
-"""Rows on their way to the experts, quantised, and back, summed. Every number has one writer: the order is fixed."""
+"""Kernels that quantise rows for the experts, and sum rows from them. Each number has one writer, in a fixed order."""
 
 # mypy: ignore-errors
-# Kernels are Triton, which only looks like Python: their arguments have no types to check.
+# Kernels are in Triton's language, not in Python: their arguments have no types to check.
 from __future__ import annotations
 
 from .load import load_triton
@@ -25,7 +25,7 @@ def quantize_to_rows(
     pow2: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program quantises `block` tiles of a token of x `[., width]` once and writes them to its rows of the message.
+    """Quantise `block` tiles of a token of x `[., width]` per program, once, and write them to its rows of the message.
 
     `message` `[., row_bytes]` uint8 and `message_scales` `[., row_bytes / 4]` FP32 are the same memory; scales begin
     at FP32 number `scale_start` of a row. Slots with a negative row are skipped.
@@ -57,7 +57,7 @@ def combine(
     weighted: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program adds `block` columns of a token's rows in FP32, from +0 on in the order of its slots."""
+    """Add `block` columns of a token's rows per program, in FP32, starting at +0, in the order of its slots."""
     part, token = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
     column = part * block + tl.arange(0, block)
     inside = column < width
@@ -86,7 +86,7 @@ def combine_backward(
     top_k: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program makes a row of `grad_rows` and the dot product of its token's gradient with it: its slot's weight's."""
+    """Make a row of `grad_rows` per program, and its slot's weight gradient: a dot product of row and gradient."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_of_row + row).to(tl.int64)
     wanted = slot >= 0

@@ -1,12 +1,13 @@
 """SwiGLU times the gate weight, and its backward, each with the quantisation of its result in the same pass.
 
-A value is rounded to BF16 before it is quantised, as the unfused kernels do: both give the same codes, but for the
-last bits of exp and of the division in sigmoid. PTX's ex2.approx and div.full are within 2 ulp each and the argument
-of ex2 is rounded once: sigmoid(x) is off by at most (5 + |x|) 2^-23 of itself, PyTorch's by about 2 ulp.
+A value is rounded to BF16 before it is quantised, as the unfused kernels do: both give the same codes, except for
+the last bits of exp and of the division in sigmoid. PTX's ex2.approx and div.full are within 2 ulp each and the
+argument of ex2 is rounded once. So the relative error of sigmoid(x) is at most (5 + |x|) 2^-23; PyTorch's is about 2
+ulp.
 """
 
 # mypy: ignore-errors
-# Kernels are Triton, which only looks like Python: their arguments have no types to check.
+# Kernels are in Triton's language, not in Python: their arguments have no types to check.
 from __future__ import annotations
 
 from .load import load_triton
@@ -40,7 +41,7 @@ def _load(
 ):
     """FP32 `[rows, 128]` of a BF16 matrix `[., width]`, or of codes and scales `[., tiles]`; zeros outside.
 
-    `even`: the 128 columns are one tile. Else they may lie in two.
+    With `even` the 128 columns are one tile. Otherwise they may lie in two.
     """
     inside = row_inside[:, None] & column_inside[None, :]
     wide = tl.load(values + row[:, None].to(tl.int64) * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -101,7 +102,7 @@ def swiglu_rows(
     pow2: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program makes `block` rows of one tile across: codes `[rows, inner]`, scales `[rows, tiles]`."""
+    """Make `block` rows of one tile across per program: codes `[rows, inner]`, scales `[rows, tiles]`."""
     tile = tl.program_id(0) % tiles
     row = tl.program_id(0) // tiles * block + tl.arange(0, block)
     column = tile * SIDE + tl.arange(0, SIDE)
@@ -134,7 +135,7 @@ def swiglu_columns(
     pow2: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program makes `block` columns of one tile down: codes `[inner, rows]`, scales `[tiles down, inner]`.
+    """Make `block` columns of one tile down per program: codes `[inner, rows]`, scales `[tiles down, inner]`.
 
     `block` divides 128, and `across` of them are as wide as `inner`.
     """
@@ -169,7 +170,7 @@ def _gradients(
     even: tl.constexpr,
     weighted: tl.constexpr,
 ):
-    """Gradients of gate and up, rounded to BF16, as FP32, and the terms of the weights'."""
+    """Gradients of gate and up, rounded to BF16, as FP32, and the terms of the weights' gradients."""
     width = 2 * inner
     gate = _load(gate_up, cache_scales, row, row_inside, column, column_inside, width, cache_tiles, cached, even)
     up = _load(gate_up, cache_scales, row, row_inside, column + inner, column_inside, width, cache_tiles, cached, even)
@@ -188,9 +189,10 @@ def _gradients(
 
 @triton.jit
 def _place(wide, inner, even: tl.constexpr):
-    """For columns of the gradient of gate and up: those of gate to read, and which are inside.
+    """Columns of gate to read for `wide` columns of the gradient of gate and up, and a mask of the columns inside.
 
-    `even`: gate's columns, and up's are made beside them; else both are among them, and `wide >= inner` are up's.
+    With `even`, `wide` are columns of gate, and up's gradient is made in the same pass. Otherwise `wide` may be columns
+    of both, and `wide >= inner` are up's.
     """
     if even:
         return wide, wide < inner
@@ -221,13 +223,13 @@ def swiglu_backward(
     pow2: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Gradients of gate and up in both tilings, and the parts `[rows, across]` of those of the weights.
+    """Gradients of gate and up in both tilings, and the parts `[rows, across]` of the weights' gradients.
 
     Codes `[rows, 2 inner]` with scales `[rows, tiles]`, and transposed codes `[2 inner, rows]` with scales
     `[tiles down, 2 inner]`. A program makes 128 rows of 128 columns: of gate and of up if 128 divides `inner`, else
-    of both side by side, since one tile holds some of each. It computes them twice, `block` rows at a time for the
-    one tiling and `block` columns for the other, as so many FP32 values do not fit into registers; what it reads the
-    second time is still in the cache.
+    of both side by side, since one tile holds some of each. A program computes the gradients twice, `block` rows at a
+    time for one tiling and `block` columns at a time for the other, since so many FP32 values do not fit into
+    registers. The second read is from the cache.
     """
     part, tile = tl.program_id(0) % across, tl.program_id(0) // across
     first, end = bounds_of_tile(table, rows, tile, groups)

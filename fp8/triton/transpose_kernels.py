@@ -1,7 +1,7 @@
 """A matrix quantised along rows and, from the same read, along columns and transposed."""
 
 # mypy: ignore-errors
-# Kernels are Triton, which only looks like Python: their arguments have no types to check.
+# Kernels are in Triton's language, not in Python: their arguments have no types to check.
 from __future__ import annotations
 
 from .load import load_triton
@@ -32,10 +32,10 @@ def quantize_both(
     pow2: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program makes 128 x 128 values of x `[rows, width]` BF16 in both tilings.
+    """Make 128 x 128 values of x `[rows, width]` BF16 in both tilings per program.
 
-    `block` rows at a time for the one and `block` columns for the other, so that many programs fit into the registers
-    of a multiprocessor; the second read is from its cache.
+    A program takes `block` rows at a time for one tiling and `block` columns at a time for the other, so that many
+    programs fit into the registers of a multiprocessor. The second read is from the cache.
     """
     part, tile = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     first, end = bounds_of_tile(table, rows, tile, groups)
@@ -76,7 +76,7 @@ def requantize_columns(
     pow2: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program dequantises 128 rows of `block` columns, with scales along rows, and quantises them along columns.
+    """Dequantise 128 rows of `block` columns per program, with scales along rows, and quantise them along columns.
 
     As in `fp8/quantize.py`, power-of-two scales give BF16 values and others FP32. `block` divides 128.
     """

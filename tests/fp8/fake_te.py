@@ -1,17 +1,18 @@
-"""Stands for `transformer_engine` on a CPU: its signatures, its rules and side effects, and our emulated products.
+"""Fake of `transformer_engine` on a CPU: its signatures, its rules and side effects, and our emulated products.
 
-It holds callers to what the library does (2.20.2, read in its source), above all where that surprises:
+The fake has the library's behaviour (2.20.2, read in its source), above all where it is surprising:
 
-- a call that either recorded release would not bind raises TypeError; recipes drop unknown keywords without a word
+- a call that either recorded release would not bind raises TypeError; recipes drop unknown keywords without a warning
 - operands whose sizes the GPU would refuse raise ValueError
 - `is_first_microbatch` None quantises the weight every time, True makes and keeps it and OVERWRITES main_grad, False
-  uses what was kept; what was kept without gradients has no copy for dgrad
-- with `fuse_wgrad_accumulation` autograd gets no gradient, or an uninitialised one where `grad_added_to_main_grad` is
-- with `delay_wgrad_compute` operands wait first in, first out; Linear raises when none waits, GroupedLinear does not
+  uses the kept weight; a weight that was kept without gradients has no copy for dgrad
+- with `fuse_wgrad_accumulation` autograd gets no gradient, or an uninitialised one where the weight has
+  `grad_added_to_main_grad`
+- with `delay_wgrad_compute` operands wait first in, first out; where none waits Linear raises, GroupedLinear does not
 - x is quantised along the rows for the weight's gradient in the forward, from x itself, unless `save_original_input`
 
-`like_emulated` makes two things as our emulation has them, so that results can be compared bit by bit: x is quantised
-along the rows from what fprop saw, and a weight gradient is rounded to the weight's format before it is added.
+`like_emulated` does two things as in our emulation, so that results can be compared bit by bit: x is quantised along
+the rows from fprop's operand, and a weight gradient is rounded to the weight's format before it is added.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ _active: list[Any] = []
 
 
 def binds(name: str, skip: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function refuse the calls that one of the recorded releases would refuse.
+    """Make a function refuse the calls that one of the recorded releases would refuse.
 
-    `skip` arguments come before those that were recorded.
+    `skip` arguments come before the recorded ones.
     """
     signatures = [parse(release["callables"][name]) for release in RECORDED.values()]
 
@@ -138,7 +139,7 @@ def _values(role: str, x: Tensor, contracted: int, offsets: Tensor | None = None
 
 
 def _microscaled(x: Tensor, contracted: int, largest: float, fmt: str) -> Tensor:
-    """Tiles of 1 x 32 along the contraction, scales powers of two."""
+    """Dequantised values of x in tiles of 1 x 32 along the contraction, with power-of-two scales."""
     lines = x.mT if contracted == 0 else x
     tiles = lines.float().unflatten(-1, (-1, 32))
     amax = tiles.abs().amax(-1, keepdim=True)
@@ -165,7 +166,7 @@ class Autocast:
 
 
 class _Call:
-    """State of a product's autograd node besides tensors."""
+    """State of a product's autograd node, except for tensors."""
 
     def __init__(self, module: _Module, first: bool | None, counts: list[int] | None) -> None:
         self.module, self.first, self.recipe = module, first, _active[-1]
@@ -230,7 +231,7 @@ class _Module(nn.Module):
         return gemm.fprop(_values("input", x, 1), operands[0], offsets=call.offsets, out_dtype=x.dtype)
 
     def _quantised(self, weight: Tensor, first: bool | None) -> tuple[Tensor, Tensor | None]:
-        """For fprop and, where there will be a backward, for dgrad."""
+        """Quantised weight for fprop and, where there will be a backward, for dgrad."""
         if first is False and "weight" in self._fp8_workspaces:
             return self._fp8_workspaces["weight"]
         CALLS["weight quantised"] += 1
@@ -396,7 +397,7 @@ def _module(name: str, **members: Any) -> ModuleType:
 
 
 def library(capability: tuple[int, int] = (9, 0), version: str = libraries.CHECKED) -> Library:
-    """The fake as `load` would give it."""
+    """The fake in the form that `load` returns."""
     global _library
     _library = Library(
         _module(
@@ -427,7 +428,7 @@ _library = library()
 
 @contextlib.contextmanager
 def installed(emulated: bool = False, capability: tuple[int, int] = (9, 0)) -> Iterator[Library]:
-    """Within it, the launcher finds the fake on any device. `emulated` sets `like_emulated`."""
+    """Context in which a run finds the fake on any device. `emulated` sets `like_emulated`."""
     global like_emulated
     real, before, found = libraries.load, like_emulated, library(capability)
     libraries.load, like_emulated = (lambda device: found), emulated

@@ -1,6 +1,6 @@
 """Block quantisation in integer arithmetic: numbers are `significand * 2^exponent` in int64, and nothing is a float.
 
-Written from the rules in `fp8/quantize.py`, one after the other, without tensors or rounding by a processor.
+Follows the rules in `fp8/quantize.py` one after the other, without tensors or rounding by a processor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def bit_length(n: Ints) -> Ints:
 
 
 def round_even(x: Number, bits: int, least: int) -> Number:
-    """To `bits` bits of significand, and steps of at least 2^least."""
+    """x rounded to `bits` bits of significand, and to steps of at least 2^least."""
     drop = np.maximum(np.maximum(bit_length(x.significand) - bits, least - x.exponent), 0)
     drop = np.minimum(drop, 62)
     kept = x.significand >> drop
@@ -58,7 +58,7 @@ def unpack(bits: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], Number]:
 
 
 def pack(x: Number) -> NDArray[np.float32]:
-    """The FP32 number, which must hold it."""
+    """x as FP32, which must hold it exactly."""
     wide = np.ldexp(x.significand.astype(np.float64), x.exponent)
     narrow = wide.astype(np.float32)
     assert (narrow == wide).all()
@@ -66,12 +66,12 @@ def pack(x: Number) -> NDArray[np.float32]:
 
 
 class Quantized(NamedTuple):
-    values: NDArray[np.float64]  # what the codes stand for, before the scale; signed zeros
+    values: NDArray[np.float64]  # values of the codes, before the scale; signed zeros
     scale: NDArray[np.float32]
 
 
 def quantize_tiles(bits: NDArray[np.uint32], fmt: str, pow2: bool, input_bits: int) -> Quantized:
-    """Tiles `[tiles, elements]` of the bits of finite FP32 numbers that came from a type of `input_bits` bits."""
+    """Quantise tiles `[tiles, elements]`: bits of finite FP32 numbers, converted from a type of `input_bits` bits."""
     most, most_exponent, precision, least = FORMATS[fmt]
     sign, x = unpack(bits)
     _, amax = unpack((bits & 0x7FFFFFFF).max(1))

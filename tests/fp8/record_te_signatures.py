@@ -1,9 +1,10 @@
-"""Record what Transformer Engine's callables accept, from the published wheels, by reading their source.
+"""Record the signatures of Transformer Engine's callables, read from the source in the published wheels.
 
     python tests/fp8/record_te_signatures.py
 
-writes te_signatures.json beside this file: the oldest release that the package takes, and the one it was written for.
-Nothing of them is imported: their compiled parts need a GPU's libraries. Signatures are kept as source text.
+writes te_signatures.json next to this file, for two releases: the oldest one that Counterflow accepts, and the one that
+it was written for. No part of them is imported: their compiled parts need a GPU's libraries. Signatures are kept as
+source text.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _text(default: ast.expr | None) -> Any:
 
 
 def _find(path: Path, name: str) -> Any:
-    """The definition of a dotted name; the last one, as in Python."""
+    """The definition of a dotted name. The last definition counts, as in Python."""
     node: Any = ast.parse(path.read_text(encoding="utf-8"))
     for part in name.split("."):
         node = [child for child in node.body if getattr(child, "name", None) == part][-1]
@@ -126,7 +127,7 @@ def _signature(path: Path, name: str) -> str:
 
 
 def _fields(path: Path, name: str) -> dict[str, list[str]]:
-    """A dataclass: its fields, which it takes as keywords, and what it assigns besides, which it does not."""
+    """Fields of a dataclass, which are keywords, and other names that it assigns, which are not."""
     body = _find(path, name).body
     fields = [node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
     return {"fields": fields, "others": sorted(_assigned(_find(path, name)))}

@@ -1,4 +1,4 @@
-"""apex's one kernel: found by the name that only NVIDIA's has, and used for layers that are not quantised."""
+"""The kernel of NVIDIA's apex: found by a name that no other package has, and used for layers without quantisation."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Sums:
 
 
 def test_gradients_are_added_in_fp32_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put off or not. The kernel's own arithmetic is for a GPU to show."""
+    """The same with deferred weight gradients. The kernel's own arithmetic can only be tested on a GPU."""
     module = ModuleType(accumulate.MODULE)
     module.wgrad_gemm_accum_fp32 = lambda x, dy, total: total.add_(dy.float().T @ x.float())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, accumulate.MODULE, module)

@@ -1,4 +1,4 @@
-"""FP8 matrix products against a loop over blocks in NumPy, and what tensor cores lose."""
+"""FP8 matrix products against a loop over blocks in NumPy, and the error of tensor cores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...], tuple[Any, ...
 
 
 def random(shape: tuple[int, ...], seed: int) -> Tensor:
-    """BF16 whose tiles have scales of their own."""
+    """Random BF16 numbers whose tiles have different scales."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * torch.randn(*shape[:-1], 1, generator=generator).exp()
     return (x * torch.randn(shape[-1], generator=generator).exp()).bfloat16()
@@ -88,8 +88,8 @@ def test_fp32_scales_only_add_fp32_rounding(name: str) -> None:
     for mode in ("promoted", "fast"):
         error = np.abs(product(a, b, mode=mode, out_dtype=torch.float32).numpy() - exact)
         assert (error <= 1e-5 * size).all()
-        # One accumulator per result, the least exact order that a CPU takes, rounds K growing partial sums. Each is off
-        # by 2^-24 / sqrt(3) of itself, root mean square, and the j-th is sqrt(j / K) of the result. Rounding the
+        # One accumulator per result, the least exact order on a CPU, rounds K growing partial sums. The relative error
+        # of each is 2^-24 / sqrt(3), root mean square, and the j-th sum is sqrt(j / K) of the result. Rounding the
         # operands adds less than another 2^-24. A promoted product has one rounded sum per tile.
         rounding = 2.0**-24 * (np.sqrt(left.shape[1] / 6) + 1)
         assert np.linalg.norm(error) < (3e-7 if mode == "promoted" else rounding) * np.linalg.norm(exact)

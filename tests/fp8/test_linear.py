@@ -1,4 +1,4 @@
-"""FP8 linear layers against the products written out with an independent quantiser, and what they keep meanwhile."""
+"""FP8 linear layers against products written out with an independent quantiser, and the tensors that they keep."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def quantized(x: Tensor, rows: int, columns: int, fmt: str = "e4m3", pow2: bool 
 
 
 def tensors(*sizes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """Random numbers, every row and column of another size, so that tiles have different scales."""
+    """Random numbers whose rows and columns all have different sizes, so that tiles have different scales."""
     generator = torch.Generator().manual_seed(3)
     made = []
     for size in sizes:
@@ -62,7 +62,7 @@ def run(
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Equal but for the order of FP32 sums, and one rounding to BF16."""
+    """Whether both are equal except for the order of FP32 sums, and one rounding to BF16."""
     error = (found.double() - expected).abs()
     return bool(
         (error <= expected.abs() * (2.0**-8 if dtype == torch.bfloat16 else 0) + 1e-5 * expected.norm() / 100).all()
@@ -79,7 +79,7 @@ def test_three_products_are_those_of_operands_quantised_along_the_contraction(dt
     x_rows, weight = quantized(x, 1, 128, pow2=pow2), quantized(w, 128, 128, pow2=pow2)
     assert close(y, x_rows @ weight.T, dtype)
     assert close(dx, quantized(dy, 1, 128, pow2=pow2) @ weight, dtype)
-    # W reads back what fprop kept, and quantises that along the tokens.
+    # W dequantises the tensor that fprop kept, and quantises it along the tokens.
     again = quantized(x_rows.float(), 128, 1, pow2=pow2)
     assert close(dw, quantized(dy, 128, 1, pow2=pow2).T @ again, dtype)
     assert not close(dw, dy.double().T @ x.double(), dtype), "unquantised products differ by more than the bound"

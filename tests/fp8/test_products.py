@@ -1,4 +1,4 @@
-"""Products of BF16 on CPUs, native or widened: the choice, the results, and that every product obeys it."""
+"""Products of BF16 on CPUs, native or widened: the choice, the results, and the same choice in every product."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def unscaled(q: BlockQuantized) -> Tensor:
 
 
 def check(x: Tensor, tile: tuple[int, int], pow2: bool, fmt: Any = "e4m3") -> None:
-    """Ours is the oracle's, to the bit; and the other two ways to the values give the same values."""
+    """Check that our result is the oracle's, to the bit, and that the two other functions give the same values."""
     q = quantize(x, tile, fmt, pow2)
     values, scale = oracle_quantize(x, tile, fmt, pow2)
     assert torch.equal(q.scale.view(torch.int32), scale.view(torch.int32))
@@ -133,7 +133,7 @@ def test_infinities_and_nan_follow_the_gpu_rule(tile: tuple[int, int], pow2: boo
     for i, j, rows, columns in tiles_of((256, 384), tile):
         part, codes = x[rows, columns].float(), q.data[rows, columns].float()
         known = part.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-        if known.isinf().any():  # scale 1, and what exceeds the format saturates
+        if known.isinf().any():  # scale 1, and values that exceed the format saturate
             assert q.scale[i, j] == 1
             assert torch.equal(codes, known.clamp(-448, 448).to(torch.float8_e4m3fn).float())
         else:  # NaN takes no part in the maximum, and stays
@@ -257,7 +257,7 @@ def test_empty_matrices_and_stacks_keep_their_shapes(shape: tuple[int, ...]) -> 
 
 
 def test_transposed_storage_of_groups_dequantises_alike() -> None:
-    """Columns for W as the fused kernels leave them: the memory of the transposed matrix, tiles of groups of rows."""
+    """Columns for W in the fused kernels' layout: the memory of the transposed matrix, tiles of groups of rows."""
     x = torch.randn(300, 200, generator=torch.Generator().manual_seed(5)).bfloat16()
     made = quantize(x, (128, 1), offsets=(90, 90, 300))
     turned = replace(made, data=made.data.mT.contiguous().mT)

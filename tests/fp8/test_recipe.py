@@ -1,4 +1,4 @@
-"""Classes that a recipe quantises: DeepSeek-V3's list, changes of a user, and refused changes."""
+"""Classes that a recipe quantises: DeepSeek-V3's list, a user's changes, and refused changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_v3s_formats_are_those_of_the_report() -> None:
 
 
 def test_embedding_head_router_norms_and_attention_are_not_quantised() -> None:
-    """Every class is met in a step, and everything that is quantised is an operand or a cache of a linear layer."""
+    """Every class occurs in a step, and every quantised tensor is an operand or a cache of a linear layer."""
     seen: dict[str, set[int]] = {}
     recipe = PrecisionConfig(recipe="fp8").make()
 

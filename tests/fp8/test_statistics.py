@@ -24,14 +24,14 @@ FORMATS = [
 
 
 def spread(rows: int, columns: int) -> Tensor:
-    """BF16 values over many binades, with zeros, a row of nothing else, and rows far below the others."""
+    """BF16 values over many binades, with zeros, a row of zeros alone, and rows far below the others."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(rows, columns, generator=generator)
     x *= torch.exp2(3 * torch.randn(rows, columns, generator=generator))
     x[::3] *= torch.exp2(-torch.arange(0, 3 * len(x[::3]), 3.0)).unsqueeze(1).clamp_min(2.0**-30)
     x[:, 5] = 0
     x[4] = 0
-    x[20, 7] = 448 * 2.0**12  # which is the largest code whatever its tile
+    x[20, 7] = 448 * 2.0**12  # the largest code in any tile
     return x.bfloat16()
 
 
@@ -48,7 +48,7 @@ def tiles_of(
 
 
 def count(x: NDArray, q: NDArray, format: TensorFormat, tiles: list[tuple[slice, slice]]) -> dict[str, float]:
-    """The statistics, from their definitions."""
+    """The statistics, computed from their definitions."""
     saturated = 0
     for place in tiles:
         amax = np.abs(x[place]).max()
@@ -77,7 +77,7 @@ def test_statistics_are_what_numpy_counts(format: TensorFormat, contracted: int,
     values = Quantizer("mtp.input", format, Monitor(observer=seen)).values(x, contracted, offsets)
     sums = (seen.first if contracted else seen.for_weights)["mtp.input"]
     exact, rounded = x.double().numpy(), values.double().numpy()
-    # Tiles of one row belong to one group anyhow.
+    # Tiles of one row are the same with any groups.
     expected = count(exact, rounded, format, tiles_of((300, 200), format, contracted, ends))
     assert {name: getattr(sums, name) for name in expected} == pytest.approx(expected, rel=1e-9)
     assert expected["saturation"] > 0 and sums.values == x.numel()
@@ -121,7 +121,8 @@ def test_every_role_of_a_layer_is_seen_where_it_is_quantised() -> None:
 @pytest.mark.parametrize("square", [False, True], ids=["1x128", "128x128"])
 def test_tokens_beside_an_outlier_are_lost_in_square_tiles(square: bool) -> None:
     """V3's negative result (appendix B.2): outliers of activation gradients come by token. Here one token of 64 has a
-    gradient 2^16 times as large as the others'. In tiles of 128 x 128 it takes the others' digits."""
+    gradient 2^16 times as large as the others'. In tiles of 128 x 128 this token costs the others their
+    precision."""
     generator, seen = torch.Generator().manual_seed(3), Statistics()
     formats = {"mtp.gradient": TensorFormat(square=square)}
     layer = Linear(256, 128, Recipe(formats, monitor=Monitor(observer=seen)).linear("mtp"))

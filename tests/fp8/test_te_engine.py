@@ -1,4 +1,4 @@
-"""Linear layers on the Transformer Engine backend, against the emulated ones: the adapter's whole flow on a fake."""
+"""Linear layers on the Transformer Engine backend, against emulated ones: the whole adapter on a fake library."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNTS = [32, 0, 96, 32]
 
 
 class Sums:
-    """An optimizer's part in it: FP32 buffers, and which gradients were told."""
+    """The optimizer's part in accumulation: FP32 buffers, and a record of the reported gradients."""
 
     def __init__(self) -> None:
         self.buffers: dict[nn.Parameter, Tensor] = {}
@@ -41,7 +41,7 @@ class Sums:
 
 @pytest.fixture(autouse=True)
 def as_emulated() -> Iterator[None]:
-    """All but one of these compare bits."""
+    """Make the fake compute as emulation does: all tests but one compare bits."""
     with fake_te.installed(emulated=True):
         yield
 
@@ -103,7 +103,7 @@ def test_backend_gives_the_bits_of_emulation(grouped: bool, classes: dict[str, A
 
 @both
 def test_as_the_library_computes_gradients_differ_by_one_rounding(grouped: bool) -> None:
-    """The library quantises x along the rows from x itself, and adds in FP32 what emulation rounds to BF16 first."""
+    """The library quantises x along the rows from x itself, and adds gradients in FP32; emulation rounds to BF16."""
     emulated, theirs = layers(grouped)
     x, dy = tensors((T, K), (T, N))
     with fake_te.installed(emulated=False):
@@ -153,7 +153,7 @@ def test_a_changed_weight_is_quantised_again(grouped: bool) -> None:
     x, dy = tensors((T, K), (T, N))
     run(theirs, x, dy)
     for layer in (emulated, theirs):
-        layer.weight.detach().mul_(1.5)  # as the optimizer does: not by .data, which would go unnoticed
+        layer.weight.detach().mul_(1.5)  # as the optimizer does; a change through .data would go unnoticed
     for expected, found in zip(run(emulated, x, dy), run(theirs, x, dy), strict=True):
         assert torch.equal(found, expected)
     assert fake_te.CALLS["weight quantised"] == 2
@@ -187,7 +187,7 @@ def test_deferred_gradients_wait_for_their_turn_and_are_told_then(grouped: bool)
             run(theirs, x, dy)
     buffer = sums.buffers[theirs.weight]
     assert not buffer.any() and sums.told == 0 and [len(work) for work in later] == [1, 1]
-    drain(later[1])  # a schedule may take them the other way round: the library adds the oldest, and both in the end
+    drain(later[1])  # a schedule may drain in the opposite order: the library adds the oldest first, in the end both
     assert sums.told == 1
     drain(later[0])
     assert sums.told == 2 and torch.equal(buffer, expected)
@@ -236,7 +236,7 @@ def test_rows_of_experts_that_are_not_aligned_are_a_bug() -> None:
 
 @pytest.mark.parametrize("kind", ["attention_out", "experts_down"])
 def test_a_cache_stands_for_the_input_in_the_weights_gradient(kind: Kind) -> None:
-    """V3's: E5M6 of the attention's output; SwiGLU's input, from which the input is made again."""
+    """V3's caches: E5M6 of the attention's output, and SwiGLU's input, from which the layer's input is made again."""
     grouped = kind == "experts_down"
     emulated, theirs = layers(grouped, kind)
     x, dy = tensors((T, K), (T, N))
@@ -251,7 +251,7 @@ def test_a_cache_stands_for_the_input_in_the_weights_gradient(kind: Kind) -> Non
 
 
 def test_an_input_that_is_made_again_is_not_kept() -> None:
-    """The library then saves the input's own memory, which recomputation finds and drops."""
+    """The library saves the input's own memory in this case; recomputation finds this memory and drops it."""
     _, layer = layers(grouped=False)
     (x,) = tensors((T, K))
     x.requires_grad_()
@@ -269,7 +269,7 @@ def test_an_input_that_is_made_again_is_not_kept() -> None:
 
 
 def test_the_librarys_queue_is_popped_once_a_backward() -> None:
-    """One time more and Linear raises; one time less and a later step would add an old gradient."""
+    """With one call more Linear would raise; with one call less a later step would add an old gradient."""
     _, layer = layers(grouped=False)
     layer.gradients = Sums()
     x, dy = tensors((T, K), (T, N))

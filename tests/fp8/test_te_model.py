@@ -1,4 +1,4 @@
-"""Transformer Engine besides linear layers: attention, the update, and hooks on its saved tensors."""
+"""Transformer Engine outside linear layers: attention, the update, and hooks on its saved tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from counterflow.tests.fp8 import fake_te
 
 
 def test_attention_scales_once_and_keeps_our_layout() -> None:
-    """Queries come scaled; the library would by default divide by the root of their width once more."""
+    """Queries are already scaled; by default the library would also divide by the root of their width."""
     attend = TransformerEngine(fake_te.library(), {}).attention(heads=3, qk_width=24, v_width=16)
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 3, 20, 24), (2, 3, 20, 24), (2, 3, 20, 16)]
@@ -59,7 +59,7 @@ def test_fused_adam_works_on_our_own_tensors(moments: torch.dtype) -> None:
 
 
 def test_fused_adam_goes_on_from_a_step_and_moments_that_were_loaded() -> None:
-    """Bias correction follows our count, not the library's own, as after a checkpoint."""
+    """Bias correction follows our count of steps, not the library's own, as after loading a checkpoint."""
     config, generator = OptimConfig(), torch.Generator().manual_seed(0)
     ours = [torch.rand(8, generator=generator) for _ in range(3)]
     theirs = [tensor.clone() for tensor in ours]

@@ -65,7 +65,7 @@ def test_every_name_we_use_was_recorded() -> None:
 
 
 def test_every_call_binds_in_the_oldest_release_and_in_the_one_it_was_written_for() -> None:
-    """The fake binds each call to the record of both; here all kinds of calls are made."""
+    """The fake binds each call to the record of both releases; this test makes every kind of call."""
     with fake_te.installed():
         for capability in ((9, 0), (10, 3)):
             library = fake_te.library(capability)
@@ -107,7 +107,7 @@ def test_a_call_with_a_wrong_keyword_is_seen() -> None:
 
 
 def test_recipes_are_made_of_fields_and_what_is_no_field_is_set_afterwards() -> None:
-    """An unknown keyword would be dropped without a word: this library's recipes are pydantic dataclasses."""
+    """An unknown keyword would be dropped without a warning: this library's recipes are pydantic dataclasses."""
     dropped = fake_te.Float8BlockScaling(fp8_quant_fwd_inp=fake_te.QParams(power_2_scale=True))  # type: ignore[call-arg]
     assert not dropped.fp8_quant_fwd_inp.power_2_scale
     library = fake_te.library()

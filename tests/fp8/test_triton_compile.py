@@ -1,4 +1,4 @@
-"""The fused Triton kernels, compiled ahead of time for Hopper and Blackwell: what their code is and needs."""
+"""The fused Triton kernels, compiled ahead of time for Hopper and Blackwell: their machine code and its registers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_nothing_propagates_nan(programs: list[Compiled]) -> None:
 
 @needs_triton
 def test_rows_and_columns_move_16_bytes_at_a_time(programs: list[Compiled]) -> None:
-    """Loads and stores are wide where 16 divides the sizes; 8 bytes of codes after 8 numbers of BF16."""
+    """Loads and stores are wide where 16 divides the sizes; 8 bytes of codes for 8 numbers of BF16."""
     for p in programs:
         if "uneven" not in p.case and "odd groups" not in p.case:
             assert "ld.global.v4.b32" in p.ptx, p.case
@@ -75,7 +75,7 @@ def test_rows_and_columns_move_16_bytes_at_a_time(programs: list[Compiled]) -> N
             assert "global.b8" not in p.ptx and "global.b16" not in p.ptx, p.case
 
 
-# What callers get wrong, found before Triton is wanted
+# Wrong arguments, found before Triton is imported
 
 
 def bf16(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The fused Triton kernels under Triton's interpreter, against what they fuse: `fp8/quantize.py` and plain torch."""
+"""The fused Triton kernels under Triton's interpreter, against `fp8/quantize.py` and plain torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GROUPS = {"even": None, "groups of 16": (16, 16, 176), "any groups": (0, 37, 169
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Callable[..., Any]]:
-    """Runs a public function by its name in a process whose Triton interprets."""
+    """Function that runs a public function by its name, in a process where Triton interprets kernels."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=triton_worker.prepare_interpreter) as pool:
         yield lambda name, *arguments, **named: pool.submit(
@@ -47,7 +47,7 @@ def run() -> Iterator[Callable[..., Any]]:
 
 
 def exp(x: Tensor) -> Tensor:
-    """NumPy's, which the interpreter uses."""
+    """NumPy's exp, which the interpreter uses."""
     with np.errstate(over="ignore"):
         return torch.from_numpy(np.exp(x.numpy()))
 
@@ -108,7 +108,7 @@ def test_requantised_codes_are_those_of_dequantised_values(run: Callable[..., An
 
 
 def as_given(gate_up: Tensor, cache: str) -> tuple[Tensor | BlockQuantized, Tensor]:
-    """Input of the kernel, and the values that it stands for."""
+    """Input of the kernel, and the dequantised values of this input."""
     if cache == "BF16":
         return gate_up, gate_up
     cached = quantize(gate_up, pow2_scales=cache == "powers of two")

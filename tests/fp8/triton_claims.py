@@ -1,4 +1,4 @@
-"""Inputs of the fused kernels and what they must make of them, in plain torch: under the interpreter and on a GPU."""
+"""Inputs and expected results of the fused kernels, in plain torch, for the interpreter and for a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def numbers(rows: int, columns: int, seed: int, special: bool = True) -> Tensor:
 
 
 def gates(rows: int, inner: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Gate and up `[rows, 2 inner]`, some gates far out, and weights."""
+    """Gate and up `[rows, 2 inner]`, where some gates are very large, and weights."""
     generator = torch.Generator().manual_seed(seed)
     gate_up = torch.randn(rows, 2 * inner, generator=generator)
     gate_up[:, :inner:3] *= 4
@@ -66,7 +66,7 @@ def swiglu_by(exp: Callable[[Tensor], Tensor], gate_up: Tensor, weights: Tensor 
 def swiglu_backward_by(
     exp: Callable[[Tensor], Tensor], grad: Tensor, gate_up: Tensor, weights: Tensor | None
 ) -> Tensor:
-    """The backward to gate and up, likewise."""
+    """The backward for gate and up, in the same way."""
     gate, up = gate_up.float().chunk(2, 1)
     sigmoid = 1 / (1 + exp(-gate))
     grad_up = grad.float() * (gate * sigmoid)
@@ -77,7 +77,7 @@ def swiglu_backward_by(
 
 
 def exact_swiglu(gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """In FP64, and how far FP32 may be off where sigmoid is off by at most (5 + |x|) ulp of itself."""
+    """SwiGLU in FP64, and a bound of the error in FP32 if that of sigmoid is at most (5 + |x|) ulp of itself."""
     gate, up = gate_up.double().chunk(2, 1)
     factor = up if weights is None else up * weights.double()[:, None]
     exact = gate * gate.sigmoid() * factor
@@ -99,9 +99,10 @@ def exact_swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None)
 
 
 def assert_within(q: BlockQuantized, exact: Tensor, margin: Tensor) -> None:
-    """Codes and scales, powers of two, are those of BF16 numbers nearest to values within the margin.
+    """Check that codes and power-of-two scales are those of values within the margin, rounded to BF16.
 
-    So a code may differ from the exact value's only where that is within the margin of a tie, of BF16 or of E4M3.
+    So a code may differ from the code of the exact value only where the exact value is within the margin of a tie of
+    BF16 or of E4M3.
     """
     assert q.pow2_scales
     low, high = (exact - margin).float().bfloat16().double(), (exact + margin).float().bfloat16().double()

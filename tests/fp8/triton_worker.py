@@ -51,7 +51,7 @@ E4M3_VALUES = code_values("e4m3").float().numpy()
 
 
 def convert_float(data: NDArray[Any], source: Any, target: Any, rounding: Any) -> NDArray[Any]:
-    """In place of the function of this name in triton/runtime/interpreter.py, which truncates or drops carries."""
+    """Replacement of the function of this name in triton/runtime/interpreter.py, which truncates or drops carries."""
     way = source.name, target.name
     if way == ("fp32", "bf16"):
         return bf16_of(data.view(np.uint32)).astype(np.uint16)
@@ -64,7 +64,7 @@ def convert_float(data: NDArray[Any], source: Any, target: Any, rounding: Any) -
 
 
 def prepare_interpreter() -> None:
-    """For a fresh process, before it imports Triton."""
+    """Prepare a new process for the interpreter, before it imports Triton."""
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     module: Any = importlib.import_module("triton.runtime.interpreter")
@@ -72,10 +72,10 @@ def prepare_interpreter() -> None:
     patch, done = module._patch_lang, set()
 
     def patch_once(function: Any) -> Any:
-        """Triton makes the language interpreted again at every call of every function: most of the time that takes."""
+        """Patch once. Triton patches its language at every call of every function, which takes most of the time."""
         if id(function.__globals__) not in done:
             done.add(id(function.__globals__))
-            patch(function)  # what it returns could undo it
+            patch(function)  # its result could undo the patch
         return module._LangPatchScope()
 
     module._patch_lang = patch_once
@@ -85,7 +85,7 @@ def prepare_interpreter() -> None:
 def interpreted(name: str, *arguments: Any, in_one_block: bool = False) -> Any:
     """A public function of `fp8.triton` by its name, under the interpreter.
 
-    `in_one_block` makes a tile in one piece: the interpreter takes as long for each piece, whatever its size.
+    `in_one_block` computes a tile in one piece: the interpreter's time per piece does not depend on the size.
     """
     run = Launch.run
     if in_one_block:
@@ -100,12 +100,12 @@ _TRITON_CAME_ALONG = "triton" in sys.modules
 
 
 def importing_ours_imported_triton() -> bool:
-    """Whether it was there when this process had imported `fp8.triton` and nothing else that could want it."""
+    """Whether Triton was imported after this process had imported `fp8.triton` and no other user of Triton."""
     return _TRITON_CAME_ALONG
 
 
 def prepare_compiler(cache: str) -> None:
-    """For a fresh process, before it imports Triton. An empty cache: what is found there is not compiled."""
+    """Prepare a new process to compile, before it imports Triton. `cache` is empty: cached kernels are not compiled."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = cache
     torch.set_num_threads(1)
@@ -113,16 +113,16 @@ def prepare_compiler(cache: str) -> None:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's code for one target, and what the assembler says of it."""
+    """A kernel's code for one target, and the assembler's report on it."""
 
     case: str
     kernel: str
     target: str
     warps: int
-    registers: int  # a thread
+    registers: int  # per thread
     spilled_bytes: int  # stores and loads
     stack_bytes: int
-    shared_bytes: int  # a program
+    shared_bytes: int  # per program
     ptx: str
 
 
@@ -135,7 +135,7 @@ def compiled(case: str, capability: int) -> list[Compiled]:
 
 
 def compile_launch(case: str, launch: Launch, capability: int) -> Compiled:
-    """Compile a kernel as a launch with these arguments does: divisibility by 16 is known, and so are ones."""
+    """Compile a kernel as a launch with these arguments does: specialised for ones and for divisibility by 16."""
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
     backend = importlib.import_module("triton.backends.compiler")
@@ -194,7 +194,7 @@ def _groups() -> fused.RowGroups:
     return fused.group_rows(range(1024, 8193, 1024), "meta")
 
 
-# V3: 8 experts a GPU, hidden 7168, inner 2048, top 8. 1040 is an inner width that 128 does not divide.
+# V3: 8 experts per GPU, hidden 7168, inner 2048, top 8. 1040 is an inner width that 128 does not divide.
 ROWS, HIDDEN, INNER, TOKENS, TOP_K = 8192, 7168, 2048, 4096, 8
 
 

@@ -1,6 +1,6 @@
-"""Transformer Engine itself, on a GPU it is for: what the fake of tests/fp8 promises, held against the real library.
+"""Transformer Engine itself, on a supported GPU: the behaviour of the fake in tests/fp8, checked on the real library.
 
-Nothing here has been run by whoever wrote it: there was no GPU. Quantisation is compared bit by bit. Products are
+The tests were written without a GPU and have not been run yet. Quantisation is compared bit by bit. Products are
 compared by norms: a Hopper tensor core adds with 14 bits, which is 1.3e-4 of a result (5e-4 leaves room), and rounding
 the result to BF16 adds up to 2^-9 = 2e-3.
 """
@@ -37,7 +37,7 @@ from counterflow.training.trainer import Trainer
 from counterflow.weight_gradients import WeightQueue, drain
 
 DEVICE = torch.device("cuda")
-T, K, N = 512, 576, 1536  # 576 is 4.5 tiles, as DeepSeek-V3's latents of keys and values
+T, K, N = 512, 576, 1536  # 576 is 4.5 tiles, the width of DeepSeek-V3's latents of keys and values
 COUNTS = [128, 0, 288, 96]
 PRODUCT, ROUNDED = 5e-4, 3e-3
 
@@ -238,7 +238,7 @@ def test_a_cache_stands_for_the_input(kind: Kind, hopper: Library) -> None:
     for layer in (emulated, theirs):
         kept = layer.keep(x)
         assert kept is not None
-        run(layer, x, dy, kept=kept.and_then((), lambda again: again * 2))  # so that it cannot be x itself
+        run(layer, x, dy, kept=kept.and_then((), lambda again: again * 2))  # so that the restored x differs from x
         gradients.append(layer.weight.grad)
     assert error(gradients[1], gradients[0]) < ROUNDED
 

@@ -1,6 +1,6 @@
-"""The fused Triton kernels on a GPU, at DeepSeek-V3's widths, against what they fuse computed on the CPU.
+"""The fused Triton kernels on a GPU, at DeepSeek-V3's widths, against the unfused operations on the CPU.
 
-Codes and scales are compared byte for byte: so a flush of subnormal scales, an approximate division or a miscompiled
+Codes and scales are compared byte for byte, so a flush of subnormal scales, an approximate division or a miscompiled
 transposed store shows.
 """
 
@@ -47,7 +47,7 @@ def on(where: str, value: Any) -> Any:
 
 
 def run(name: str, *arguments: Any) -> Any:
-    """On the GPU, twice: the same bits, brought back."""
+    """Result of a kernel on the GPU, copied to the CPU, after two runs that must give the same bits."""
     made, again = (getattr(fused, name)(*(on("cuda", value) for value in arguments)) for _ in range(2))
     parts, others = ((value if isinstance(value, tuple) else (value,)) for value in (made, again))
     back = [on("cpu", value) for value in parts]
