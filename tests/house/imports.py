@@ -10,15 +10,16 @@ from pathlib import Path
 
 OUTSIDE_THE_PACKAGE = {"tests", "benchmarks", "docs", "examples"}
 
-LOWER = ("fp8", "data", "comm", "model", "parallel", "checkpoint")
+LOWER = ("kernels", "fp8", "data", "comm", "model", "parallel", "checkpoint")
 MAY_IMPORT: dict[str, frozenset[str]] = {
     folder: frozenset(allowed.split())
     for folder, allowed in {
-        "fp8": "",
+        "kernels": "",
+        "fp8": "kernels",
         "data": "",
-        "comm": "fp8",
-        "model": "comm fp8",
-        "parallel": "comm fp8",
+        "comm": "fp8 kernels",
+        "model": "comm fp8 kernels",
+        "parallel": "comm fp8 kernels",
         "checkpoint": "model parallel",
         "configs": " ".join(LOWER),
         "plan": "configs model parallel",
@@ -26,8 +27,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         "training": f"report plan configs {' '.join(LOWER)}",
         "verify": f"training report plan configs {' '.join(LOWER)}",
         "audit": f"training report plan configs {' '.join(LOWER)}",
+        "dryrun": f"training report plan configs {' '.join(LOWER)}",
         "slurm": "configs",
-        "launcher": f"slurm audit verify training report plan configs {' '.join(LOWER)}",
+        "launcher": f"slurm dryrun audit verify training report plan configs {' '.join(LOWER)}",
     }.items()
 }
 """Folders that each folder may import, in addition to itself and the contracts at the root."""

@@ -1,0 +1,1 @@
+"""Steps of any rank on shapes alone"""

@@ -1,0 +1,32 @@
+"""Fused kernels as torch operations, each with one implementation per kind of device.
+
+An operation runs its Triton kernel on a GPU, its formula on a CPU, and makes results without values on the meta device.
+To whatever watches torch's dispatcher, such as a dry run, it is one operation: one kernel, its inputs and its results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "counterflow"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def fused(
+    schema: str, gpu: Callable[..., Any], formula: Callable[..., Any], shapes: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define the operation `schema`, such as `scale(Tensor x, float factor) -> Tensor`, and return it.
+
+    `gpu` launches a kernel and imports Triton only when it is called. `formula` computes the same values with torch's
+    operations. `shapes` makes empty results. All three take the arguments of the schema. Operations have no autograd:
+    the functions that call them write their backward out.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    for key, function in (("CUDA", gpu), ("CPU", formula), ("Meta", shapes)):
+        _LIBRARY.impl(name, function, key)
+    operation: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return operation
