@@ -1,10 +1,9 @@
-"""Launches of kernels as plain objects, groups of rows, and checks of arguments. Needs no Triton."""
+"""Groups of rows, and checks of arguments. Needs no Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,43 +11,6 @@ from torch import Tensor
 from ...settings import UsageError
 from ..quantize import BlockQuantized
 from ..tensor_formats import SIDE
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel on the device of its first tensor; the same object serves to compile it ahead of time."""
-
-    kernel: Any
-    programs: int
-    arguments: tuple[Tensor | int, ...]
-    constants: dict[str, Any]  # known when the kernel is compiled
-    num_warps: int
-    most_registers: int | None = None  # per thread; None leaves the number to the compiler
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the compiler. Products and sums are not fused, so no value depends on the compiler's choice."""
-        return {"num_warps": self.num_warps, "maxnreg": self.most_registers, "enable_fp_fusion": False}
-
-    def run(self) -> None:
-        """Run the kernel, unless it has no programs. Raises UsageError for CPU tensors without Triton's interpreter."""
-        if self.programs == 0:
-            return
-        device = next(argument.device for argument in self.arguments if isinstance(argument, Tensor))
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._start()
-            return
-        from triton import knobs
-
-        if not knobs.runtime.interpret:
-            raise UsageError(
-                f"these kernels run on a GPU and the tensors are on {device}: there, call counterflow.fp8.quantize"
-            )
-        self._start()
-
-    def _start(self) -> None:
-        self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options)
 
 
 @dataclass(frozen=True)

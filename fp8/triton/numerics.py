@@ -12,7 +12,7 @@ that has them and also stores FP8 codes to transposed addresses (triton-lang/tri
 # Kernels are in Triton's language, not in Python: their arguments have no types to check.
 from __future__ import annotations
 
-from .load import load_triton
+from ...kernels.launch import load_triton
 
 triton, tl = load_triton()
 

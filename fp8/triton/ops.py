@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.launch import Launch
 from ...settings import UsageError
 from ..message import message_bytes, scale_start
 from ..quantize import BlockQuantized
 from ..tensor_formats import SIDE
-from .launch import Launch, RowGroups, alignment, check, check_rows_quantized, same_device, tiles_down
+from .launch import RowGroups, alignment, check, check_rows_quantized, same_device, tiles_down
 
 _ROWS, _COLUMNS = (1, SIDE), (SIDE, 1)
 

@@ -4,7 +4,7 @@
 # Kernels are in Triton's language, not in Python: their arguments have no types to check.
 from __future__ import annotations
 
-from .load import load_triton
+from ...kernels.launch import load_triton
 from .numerics import LARGEST_BF16, SIDE, scales_of
 
 triton, tl = load_triton()

@@ -10,7 +10,7 @@ ulp.
 # Kernels are in Triton's language, not in Python: their arguments have no types to check.
 from __future__ import annotations
 
-from .load import load_triton
+from ...kernels.launch import load_triton
 from .numerics import LARGEST_BF16, SIDE, bounds_of_tile, store_columns, store_rows
 
 triton, tl = load_triton()

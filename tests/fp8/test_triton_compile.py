@@ -111,9 +111,7 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
 
 @needs_triton
 def test_tensors_on_a_cpu_are_sent_to_quantize() -> None:
-    with pytest.raises(
-        UsageError, match=r"on a GPU and the tensors are on cpu: there, call counterflow\.fp8\.quantize"
-    ):
+    with pytest.raises(UsageError, match=r"its tensors are on cpu: there, .* such as counterflow\.fp8\.quantize"):
         fused.quantize_both(bf16(4, 8))
 
 
@@ -124,7 +122,7 @@ def test_without_triton_the_message_says_what_to_install(monkeypatch: pytest.Mon
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "counterflow.fp8.triton.numerics", raising=False)
-    with pytest.raises(UsageError, match=r"pip install 'triton>=3.7'"):
+    with pytest.raises(UsageError, match=r"pip install triton"):
         fused.quantize_both(bf16(4, 8))
 
 

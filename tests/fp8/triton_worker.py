@@ -23,7 +23,7 @@ from torch import Tensor
 
 from counterflow.fp8 import triton as fused
 from counterflow.fp8.quantize import BlockQuantized
-from counterflow.fp8.triton.launch import Launch
+from counterflow.kernels.launch import Launch
 from counterflow.tests.fp8.tiling import code_values
 
 Bits = NDArray[np.uint32]
