@@ -30,3 +30,12 @@ def fused(
         _LIBRARY.impl(name, function, key)
     operation: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return operation
+
+
+def shapes_only(schema: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """Define an operation of another library's kernel, for dry runs: it exists on the meta device alone."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, shapes, "Meta")
+    operation: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return operation

@@ -99,7 +99,12 @@ class Engine:
                 module.backward_dw()
             module.report_gradient()
 
-        rows = _AfterBackward.apply(rows, self._anchor, lambda: now_or_later(queue, weight_gradient))
+        def after_backward() -> None:
+            if not empty and queue is not None and queue.deferring:
+                module.drop_used_codes()
+            now_or_later(queue, weight_gradient)
+
+        rows = _AfterBackward.apply(rows, self._anchor, after_backward)
         if empty:  # no product, but the same autograd graph as with rows
             return rows[:, :1].expand(-1, module.shape[-2])
         if kept is None:
@@ -193,6 +198,19 @@ class _Module:
         """Compute the oldest weight gradient that a backward has left to do."""
         with torch.no_grad():
             self.te.backward_dw()
+
+    def drop_used_codes(self) -> None:
+        """Drop the copy of the newest gradient that its dgrad has used: the library leaves both in its store.
+
+        Half of the gradient's bytes then wait for the weight's gradient. A release with another store keeps both.
+        """
+        waiting = getattr(getattr(getattr(self.te, "wgrad_store", None), "context", None), "queue", None)
+        if not waiting:
+            return
+        (_, gradients, *_), _ = waiting[-1]
+        for gradient in gradients if isinstance(gradients, list | tuple) else (gradients,):
+            if hasattr(gradient, "update_usage"):
+                gradient.update_usage(rowwise_usage=False, columnwise_usage=True)
 
     def report_gradient(self) -> None:
         """Report an added gradient to the optimizer, or give it to autograd."""

@@ -72,8 +72,14 @@ def version_fault() -> str | None:
     return None
 
 
+STAND_INS: dict[str, Library] = {}
+"""Libraries that take Transformer Engine's place on a type of device, such as the meta device of a dry run."""
+
+
 def load(device: torch.device) -> Library:
     """Transformer Engine for FP8 on `device`; raises UsageError that names an unsupported version or architecture."""
+    if device.type in STAND_INS:
+        return STAND_INS[device.type]
     fault = version_fault()
     if fault is not None:
         raise UsageError(f"{fault}; {INSTEAD}")
