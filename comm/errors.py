@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -11,12 +11,16 @@ class CommunicationError(RuntimeError):
 
 
 @contextmanager
-def comm_errors(transfer: str) -> Iterator[None]:
-    """Turn an error of gloo or NCCL inside the context into a CommunicationError that names `transfer`."""
+def comm_errors(transfer: str | Callable[[], str]) -> Iterator[None]:
+    """Turn an error of gloo or NCCL inside the context into a CommunicationError that names `transfer`.
+
+    A function in place of the name is called on failure only.
+    """
     try:
         yield
     except CommunicationError:
         raise
     except RuntimeError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" This is typically")[0]
-        raise CommunicationError(f"{transfer} failed: {reason}") from error
+        name = transfer if isinstance(transfer, str) else transfer()
+        raise CommunicationError(f"{name} failed: {reason}") from error

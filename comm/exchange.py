@@ -45,13 +45,13 @@ class Exchange:
         self._received, self._group = received, group
         if meter is not None:
             meter.all_to_all(purpose, send_splits, rows[:1].numel() * rows.element_size())
-        with comm_errors(self._description()):
+        with comm_errors(self._description):
             self._works = begin_all_to_all(received, self._sent, receive_splits, send_splits, group)
 
     def wait(self) -> Tensor:
         """Return the received rows `[sum(receive_splits), ...]`, ordered by source rank. Call once: no row is kept."""
         works, self._works = self._works, []
-        with comm_errors(self._description()) if works else nullcontext():
+        with comm_errors(self._description) if works else nullcontext():
             for work in works:
                 work.wait()
         received, self._received, self._sent = self._received, None, None

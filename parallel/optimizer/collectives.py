@@ -27,8 +27,10 @@ class Collective:
     On a GPU `wait` blocks the current stream, not the host. Waiting launches nothing, so the order of waits is free.
     """
 
-    def __init__(self, name: str, works: Sequence[dist.Work], sent: Tensor, result: Callable[[], Tensor]) -> None:
-        """`name` is for errors; `result` is called in `wait`, once `works` are done."""
+    def __init__(
+        self, name: Callable[[], str], works: Sequence[dist.Work], sent: Tensor, result: Callable[[], Tensor]
+    ) -> None:
+        """`name` is called for errors; `result` is called in `wait`, once `works` are done."""
         self._name, self._works = name, works
         self._sent, self._result = sent, result
 
@@ -49,7 +51,10 @@ def begin_reduce_scatter(pieces: Tensor, into: Tensor, group: dist.ProcessGroup,
 
     On CPUs FP32 pieces are exchanged too: gloo's reduce-scatter is an all-reduce inside and sends twice the bytes.
     """
-    name = f"the reduction of gradients over {_ranks(group)}"
+
+    def name() -> str:
+        return f"the reduction of gradients over {_ranks(group)}"
+
     shard = pieces.shape[1] * pieces.element_size()
     if pieces.dtype == torch.float32 and pieces.device.type != "cpu":
         meter.reduce_scatter("gradients", shard)
@@ -68,7 +73,10 @@ def begin_all_gather(shard: Tensor, group: dist.ProcessGroup, meter: GroupMeter)
     """Gather every rank's `shard` `[S]` on every rank, as `[R, S]`. `shard` must not change until the wait."""
     gathered = shard.new_empty(group.size(), shard.numel())
     meter.all_gather("weights", shard.nbytes)
-    name = f"the all-gather of weights over {_ranks(group)}"
+
+    def name() -> str:
+        return f"the all-gather of weights over {_ranks(group)}"
+
     with comm_errors(name):
         work = _all_gather(gathered.view(-1), shard, group=group, async_op=True)
     assert work is not None
