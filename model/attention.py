@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor, nn
 
 from ..fp8.linear import Linear
 from ..fp8.recipe import Recipe
 from .config import ModelConfig
-from .core_attention import causal_attention
+from .core_attention import attend
 from .kernels import AssembleFunction, Kernels
 from .norm import RMSNorm
 from .recompute import Keep, Saved
@@ -37,9 +35,8 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, kernels)
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), quantized)
         self.out = Linear(heads * config.v_head_dim, hidden, recipe.linear("attention_out"))
-        self._attend = recipe.attention(heads, config.qk_head_dim, config.v_head_dim) or partial(
-            causal_attention, products=recipe.products
-        )
+        self._library = recipe.attention(heads, config.qk_head_dim, config.v_head_dim)
+        self._products = recipe.products
 
     def forward(self, x: Tensor, rotary: Tensor, saved: Saved) -> Tensor:
         rebuilt = saved.rebuilds(x)
@@ -51,8 +48,8 @@ class LatentAttention(nn.Module):
         parts = self._up_project(query, key_value, rotary_key, rotary, saved)
         # The latents are kept, their norms and up-projections are not (V3 §3.2.3).
         saved.rebuild(parts, lambda: self._up_project(query, key_value, rotary_key, rotary, Keep()))
-        attended = self._attend(*parts).transpose(1, 2).flatten(2)
-        return self.out(attended, self.out.keep(attended))
+        attended, kept = attend(*parts, self.out.keep, self._library, self._products)
+        return self.out(attended, kept)
 
     def _up_project(
         self, query: Tensor, key_value: Tensor, rotary_key: Tensor, rotary: Tensor, saved: Saved

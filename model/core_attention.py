@@ -1,15 +1,16 @@
 """Causal attention, after the projections.
 
-On GPUs PyTorch's SDPA runs, unless the recipe's backend has a faster kernel. On CPUs SDPA's kernel runs far below the
-speed of matrix multiplication (measured: 78 ms forward and backward where the blocks below take 22 ms, BF16, 32 heads
-of 512 x 96). The same blockwise algorithm is therefore written with batched GEMMs there. The scores of only one block
-of queries exist at a time, and the backward computes them again from queries and keys. Nothing quadratic in the
+On GPUs the kernels of `fused_attention` run, unless they do not take the widths. On CPUs SDPA's kernel runs far below
+the speed of matrix multiplication (measured: 78 ms forward and backward where the blocks below take 22 ms, BF16, 32
+heads of 512 x 96). The same blockwise algorithm is therefore written with batched GEMMs there. The scores of only one
+block of queries exist at a time, and the backward computes them again from queries and keys. Nothing quadratic in the
 sequence length is saved. If BF16 products are widened, scores and probabilities are FP32 too, and only results are
 rounded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..fp8.kept import Kept
 from ..fp8.products import Products
+from ..fp8.recipe import Attention
+from .fused_attention import choose_kernel, fused_attention
 
 BLOCK = 128  # queries per block: scores of 32 heads x 128 x 512 in BF16 are 4 MiB and stay in the cache
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Callable[[Tensor], Kept | None],
+    library: Attention | None = None,
+    products: Products | None = None,
+) -> tuple[Tensor, Kept | None]:
+    """Result of `causal_attention` as `[B, S, A V]` (A heads), and what `keep` makes of it for the output projection.
+
+    Fused kernels of a GPU restore their result for the backward from what was kept. The recipe's `library` computes
+    attention where there is no fast kernel; it saves the result itself.
+    """
+    kernel = None if query.device.type == "cpu" else choose_kernel(query, key, value)
+    if kernel is not None and (kernel.fast or library is None):
+        return fused_attention(kernel, query, key, value, keep)
+    out = causal_attention(query, key, value, products) if library is None else library(query, key, value)
+    attended = out.transpose(1, 2).flatten(2)
+    return attended, keep(attended)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, products: Products | None = None) -> Tensor:

@@ -150,14 +150,14 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> tuple[Watched, Kernels, Callabl
         watch(watched, "swiglu", result)
         return result
 
-    attend = attention_module.causal_attention
+    attend = attention_module.attend
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Any]:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             watch(watched, name, tensor)
-        return attend(query, key, value, **options)
+        return attend(query, key, value, *options)
 
-    monkeypatch.setattr(attention_module, "causal_attention", attention)
+    monkeypatch.setattr(attention_module, "attend", attention)
     return watched, Kernels(**{**vars(plain), "rms_norm": norm, "swiglu": swiglu}), lambda: calls[0]
 
 
