@@ -64,6 +64,38 @@ class Slot:
         piece = shard[self.shard_start : self.shard_start + self.shard_numel]
         return piece.view(len(self.local.names), self.rows_per_rank, self.columns)
 
+    def pack(self, parameter: Tensor, shards: Tensor) -> None:
+        """Copy `parameter` `[G, N, C]` into its place in `shards` `[R, shard]`; padding rows become zero."""
+        whole, rest = self._split(parameter)
+        pieces = self._in_shards(shards)
+        ranks, left = len(whole), rest.shape[1]
+        pieces[:ranks] = whole
+        if ranks < self.ranks:
+            if left:
+                pieces[ranks, :, :left] = rest
+            pieces[ranks, :, left:].zero_()
+            pieces[ranks + 1 :].zero_()
+
+    def unpack(self, shards: Tensor, parameter: Tensor) -> None:
+        """Copy this parameter from its place in `shards` `[R, shard]` into `parameter` `[G, N, C]`."""
+        whole, rest = self._split(parameter)
+        pieces = self._in_shards(shards)
+        ranks, left = len(whole), rest.shape[1]
+        whole.copy_(pieces[:ranks])
+        if left:
+            rest.copy_(pieces[ranks, :, :left])
+
+    def _split(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of `[G, N, C]`: the rows of ranks without padding, `[ranks, G, rows_per_rank, C]`, and the rest."""
+        ranks = self.rows // self.rows_per_rank
+        rows = ranks * self.rows_per_rank
+        return parameter[:, :rows].unflatten(1, (ranks, self.rows_per_rank)).transpose(0, 1), parameter[:, rows:]
+
+    def _in_shards(self, shards: Tensor) -> Tensor:
+        """View of this parameter in the shards `[R, shard]` of all ranks, as `[R, G, rows_per_rank, C]`."""
+        pieces = shards[:, self.shard_start : self.shard_start + self.shard_numel]
+        return pieces.unflatten(1, (len(self.local.names), self.rows_per_rank, self.columns))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -88,21 +120,13 @@ class Plan:
     def to_shards(self, flat: Tensor, shards: Tensor) -> None:
         """Copy a bucket `[P]` into `[R, shard]`; padding rows become zero."""
         for slot in self.slots:
-            source = slot.in_bucket(flat)
-            for rank in range(self.ranks):
-                rows = slot.owned(rank)
-                target = slot.in_shard(shards[rank])
-                target[:, : len(rows)] = source[:, rows.start : rows.stop]
-                target[:, len(rows) :].zero_()
+            slot.pack(slot.in_bucket(flat), shards)
 
     def from_shards(self, shards: Tensor) -> None:
         """Copy `[R, shard]` into the parameters themselves."""
         for slot in self.slots:
             # Not `.data`, which keeps the parameter's version: holders of a quantised copy compare versions.
-            target = slot.local.parameter.detach().view(len(slot.local.names), slot.rows, slot.columns)
-            for rank in range(self.ranks):
-                rows = slot.owned(rank)
-                target[:, rows.start : rows.stop] = slot.in_shard(shards[rank])[:, : len(rows)]
+            slot.unpack(shards, slot.local.parameter.detach().view(len(slot.local.names), slot.rows, slot.columns))
 
 
 def plan_buckets(
