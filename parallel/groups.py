@@ -7,7 +7,7 @@ Groups exist in every layout, also where they have a single member.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -16,8 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.config import MaxCtas
 from ..comm.meter import Meter
-from .layout import Coordinates, Layout, holder_rounds
+from ..comm.nccl import communicator_options, refuse_equal_colours
+from .communicators import Communicator, Round, communicator_rounds
+from .layout import Coordinates, Layout
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Groups:
     """The grid itself, with dimensions `pp`, `edp` and `ep`."""
     dp_mesh: DeviceMesh
     """The ranks of this stage in one dimension, `dp`: edp and ep together."""
+    counts: dist.ProcessGroup = field(hash=False, compare=False)
+    """Ranks that exchange tokens, for the numbers of them: on a GPU a group of its own, on a CPU that of the tokens."""
     channels: Mapping[tuple[int, int], dist.ProcessGroup] = field(hash=False, compare=False)
     """Groups of two pipeline ranks, one of them this rank's, by source and target: for transfers in this direction."""
     shared: Mapping[tuple[str, tuple[int, ...]], DeviceMesh] = field(hash=False, compare=False)
@@ -49,43 +54,31 @@ class Groups:
         timeout: float = 600.0,
         holders: Iterable[tuple[int, ...]] = (),
         links: Iterable[tuple[int, int]] = (),
+        max_ctas: MaxCtas | None = None,
     ) -> Groups:
         """Make the groups; every rank of the grid calls this at the same point of its sequence of new groups.
 
         `ranks` are the global ranks of the grid, ascending, by default all of the world. `holders` are the sets of
         pipeline ranks that hold a parameter in common, `links` the pairs of pipeline ranks, lower first, that send to
         each other; both are the same on every rank. Each rank makes only its own groups, so the cost does not grow
-        with the number of groups.
+        with the number of groups. `max_ctas` caps NCCL's kernels. Raises UsageError where NCCL would mix up two groups.
         """
-        make = _Maker(layout, device_type, ranks, timeout)
+        make = _Maker(layout, device_type, ranks, timeout, max_ctas or MaxCtas())
         sets = list(holders)
         assert all(0 <= pp < layout.pp for held in sets for pp in held), (sets, layout)
-        world = make.group(range(layout.world_size), "world")
-        lists = {"pp": layout.pp_groups(), "edp": layout.edp_groups(), "ep": layout.ep_groups()}
-        along = [make.group(next(g for g in groups if make.rank in g), name) for name, groups in lists.items()]
+        made: dict[Hashable, dist.ProcessGroup] = {}
+        for each in communicator_rounds(layout, sets, links, counts=device_type != "cpu"):
+            own, group = make.group(each)
+            made[own.key] = group
         grid = torch.tensor(make.members).view(layout.pp, layout.edp, layout.ep)
+        along = [made[name] for name in ("pp", "edp", "ep")]
         mesh = DeviceMesh.from_group(along, device_type, mesh=grid, mesh_dim_names=("pp", "edp", "ep"))
-        here = layout.coordinates(make.rank).pp
-        dp_mesh = make.mesh("dp", (here,))
-        channels: dict[tuple[int, int], dist.ProcessGroup] = {}
-        for pairs in holder_rounds(links):
-            pair = next((pair for pair in pairs if here in pair), None)
-            for way in (1, -1):
-                if pair is not None:
-                    source, target = pair[::way]
-                    channels[source, target] = make.channel(source, target)
-                else:
-                    make.group([make.rank], "placeholder")  # see _Maker
-        shared: dict[tuple[str, tuple[int, ...]], DeviceMesh] = {}
-        for disjoint in holder_rounds(sets):
-            held = next((held for held in disjoint if here in held), None)
-            for kind in ("dp", "edp"):
-                if held is not None:
-                    shared[kind, held] = make.mesh(kind, held)
-                else:
-                    make.group([make.rank], "placeholder")  # see _Maker
+        pairs = [key for key in made if isinstance(key, tuple)]
+        channels = {pair: made[pair] for pair in pairs if not isinstance(pair[0], str)}
+        shared = {pair: make.mesh(pair[0], made[pair]) for pair in pairs if isinstance(pair[0], str)}
         meter = Meter({rank: layout.node(grid_rank) for grid_rank, rank in enumerate(make.members)})
-        return cls(layout, make.rank, world, mesh, dp_mesh, channels, shared, meter)
+        dp_mesh, counts = make.mesh("dp", made["dp"]), made.get("counts", made["ep"])
+        return cls(layout, make.rank, made["world"], mesh, dp_mesh, counts, channels, shared, meter)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -130,16 +123,13 @@ class Groups:
 
 
 class _Maker:
-    """Maker of groups of a grid's ranks. Every rank makes equally many groups.
+    """Maker of this rank's groups. Every rank makes equally many, see `Round`."""
 
-    Only the members of a group make it. Torch names a group after its members and the number of groups that the process
-    already has, so members with different numbers would wait for each other for ever. NCCL also splits the world's
-    communicator with all ranks taking part. Whenever some ranks make a group, each of the others therefore makes one
-    too, if need be a placeholder of one rank.
-    """
-
-    def __init__(self, layout: Layout, device_type: str, ranks: Sequence[int] | None, timeout: float) -> None:
+    def __init__(
+        self, layout: Layout, device_type: str, ranks: Sequence[int] | None, timeout: float, max_ctas: MaxCtas
+    ) -> None:
         self.layout, self.device_type, self.timeout = layout, device_type, timedelta(seconds=timeout)
+        self.max_ctas = max_ctas
         self.members = members = list(range(layout.world_size)) if ranks is None else list(ranks)
         """Global rank of each rank of the grid."""
         assert len(members) == layout.world_size, (members, layout)
@@ -148,22 +138,23 @@ class _Maker:
         assert ranks is None or device_type == "cpu", "a grid on a part of the world is for tests on CPUs"
         self.rank = members.index(dist.get_rank())
 
-    def group(self, local: Iterable[int], name: str) -> dist.ProcessGroup:
-        """Make a group of the grid's ranks `local`, this one among them."""
-        ranks = [self.members[rank] for rank in local]
-        made = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True, group_desc=name)
+    def group(self, each: Round) -> tuple[Communicator, dist.ProcessGroup]:
+        """Make this rank's group of a round."""
+        own = each.of(self.rank)
+        options = communicator_options(own.purpose, self.max_ctas, self.timeout)
+        if options is not None:
+            refuse_equal_colours([one.ranks for one in each.all(self.layout.world_size)])
+        made = dist.new_group(
+            [self.members[rank] for rank in own.ranks],
+            timeout=self.timeout,
+            pg_options=options,
+            use_local_synchronization=True,
+            group_desc=own.name,
+        )
         assert isinstance(made, dist.ProcessGroup)
-        return made
+        return own, made
 
-    def channel(self, source: int, target: int) -> dist.ProcessGroup:
-        """Make a group of the ranks of two pipeline ranks that have this one's edp and ep coordinates."""
-        _, edp, ep = self.layout.coordinates(self.rank)
-        ranks = sorted(self.layout.rank(pp, edp, ep) for pp in (source, target))
-        return self.group(ranks, f"from pipeline rank {source} to {target}")
-
-    def mesh(self, kind: str, holders: tuple[int, ...]) -> DeviceMesh:
-        """Make the mesh of the ranks that hold the same values as this one, in one dimension called `kind`."""
-        local = self.layout.replica_ranks(self.rank, kind, holders)
-        group = self.group(local, f"{kind} of pipeline ranks {holders}" if len(holders) > 1 else kind)
-        ranks = [self.members[rank] for rank in local]
+    def mesh(self, kind: str, group: dist.ProcessGroup) -> DeviceMesh:
+        """Make the mesh of the ranks of `group`, which hold the same values, in one dimension called `kind`."""
+        ranks = dist.get_process_group_ranks(group)
         return DeviceMesh.from_group(group, self.device_type, mesh=ranks, mesh_dim_names=(kind,))

@@ -121,7 +121,8 @@ def make_groups(config: Config, layout: Layout, device_type: str, ranks: Sequenc
     holders = {schedule.holders(stage) for stage in range(schedule.num_stages)}
     holders.add(embedding_holders(schedule, config.model.num_nextn_predict_layers > 0))
     links = sorted(links_of_run(config, layout))
-    return Groups.create(layout, device_type, ranks, config.parallel.timeout, sorted(holders), links)
+    timeout, caps = config.parallel.timeout, config.comm.max_ctas
+    return Groups.create(layout, device_type, ranks, timeout, sorted(holders), links, caps)
 
 
 def build_model(

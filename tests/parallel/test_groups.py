@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-from counterflow.parallel.groups import Groups
+from counterflow.comm.config import MaxCtas
+from counterflow.comm.nccl import refuse_equal_colours
+from counterflow.configs.load import load_config
+from counterflow.parallel.communicators import communicator_rounds
+from counterflow.parallel.groups import Groups, _Maker
 from counterflow.parallel.layout import Layout
+from counterflow.settings import UsageError
 from counterflow.tests.gather import gathered
 from counterflow.tests.pool import Pool, Worker
 
@@ -215,3 +223,72 @@ def _foreign_set(worker: Worker) -> str:
 def test_a_rank_has_no_group_of_a_set_it_is_not_in(pool: Pool) -> None:
     for rank, said in enumerate(pool.run(_foreign_set, 4)):
         assert said.startswith(f"pipeline rank {rank} has no dp group with holders")
+
+
+def test_groups_that_nccl_would_make_one_of_are_refused() -> None:
+    one, other = (15, 58, 124, 160), (23, 141, 162, 179)  # found by a search over random sets of four ranks
+    assert dist.distributed_c10d._process_group_color([*one]) == dist.distributed_c10d._process_group_color([*other])
+    with pytest.raises(UsageError, match=r"groups of ranks 15, 58, 124, 160 and 23, .* the same split colour"):
+        refuse_equal_colours([(0,), one, other])
+    refuse_equal_colours([(0,), one, (23, 141, 162, 180)])
+
+
+@pytest.mark.parametrize("config", ["deepseek-v3-671b", "deepseek-v3-16b"])
+def test_shipped_layouts_have_no_two_groups_of_one_colour(config: str) -> None:
+    loaded = load_config(config)
+    pp, ep = loaded.parallel.pp, loaded.parallel.ep
+    layout = Layout(2048 if pp > 1 else 64, pp, ep)
+    sets = [(rank, pp - 1 - rank) for rank in range(pp // 2)]
+    links = [(rank, rank + 1) for rank in range(pp - 1)]
+    rounds = list(communicator_rounds(layout, sets, links, counts=True))
+    for each in rounds:
+        refuse_equal_colours(one.ranks for one in each.all(layout.world_size))
+        members = sorted(rank for one in each.all(layout.world_size) for rank in one.ranks)
+        assert members == list(range(layout.world_size)), "every rank makes one group in every round"
+    assert sum(loaded.comm.max_ctas.model_dump()[each.of(layout.ep).purpose] for each in rounds) < 132
+
+
+class FakeOptions:
+    """Options of `ProcessGroupNCCL`, which a torch for CPUs lacks."""
+
+    def __init__(self, is_high_priority_stream: bool = False) -> None:
+        self.is_high_priority_stream, self._timeout = is_high_priority_stream, timedelta(0)
+        self.config = SimpleNamespace(max_ctas=-1)
+
+
+def test_nccl_gets_a_cap_and_a_stream_of_high_priority_by_the_use_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, Any]] = []
+
+    def new_group(ranks: list[int], **keys: Any) -> dist.ProcessGroup:
+        made.append((keys["group_desc"], keys["pg_options"]))
+        return dist.ProcessGroup(dist.HashStore(), 0, len(ranks))
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=FakeOptions), raising=False)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    layout, caps = Layout(8, 2, 2), MaxCtas(experts=4, gradients=6, pipeline=1)
+    maker = _Maker(layout, "cuda", None, 30.0, caps)
+    for each in communicator_rounds(layout, [(0, 1)], [(0, 1)], counts=True):
+        maker.group(each)
+    assert all(options.is_high_priority_stream and options._timeout == timedelta(seconds=30) for _, options in made)
+    assert {name: options.config.max_ctas for name, options in made} == {
+        "world": 1,
+        "pp": 1,
+        "edp": 6,
+        "ep": 4,
+        "counts": 1,
+        "dp": 6,
+        "from pipeline rank 0 to 1": 1,
+        "from pipeline rank 1 to 0": 1,
+        "dp of pipeline ranks (0, 1)": 6,
+        "edp of pipeline ranks (0, 1)": 6,
+    }
+
+
+def test_torch_has_these_options() -> None:
+    stub = (Path(torch.__file__).parent / "_C" / "_distributed_c10d.pyi").read_text()
+    nccl = stub[stub.index("class ProcessGroupNCCL") :]
+    assert "max_ctas: int" in nccl and "config: ProcessGroupNCCL.NCCLConfig" in nccl
+    assert "def __init__(self, is_high_priority_stream: bool = False)" in nccl
+    assert "pg_options" in inspect.signature(dist.new_group).parameters
