@@ -33,7 +33,7 @@ class FlatRoute:
 
     def __init__(self, expert_ids: Tensor, dispatcher: FlatDispatcher) -> None:
         self._group, self._meter, self._wire = dispatcher.group, dispatcher.meter, dispatcher.options.wire
-        self._alignment = dispatcher.options.alignment
+        self._alignment, self._read_counts = dispatcher.options.alignment, dispatcher.read_counts
         self._size = 1 if self._group is None else self._group.size()
         self._num_local_experts = dispatcher.num_experts // self._size
         self.order = order_by_expert(expert_ids, dispatcher.num_experts)
@@ -47,7 +47,7 @@ class FlatRoute:
         sent, received = self.order.rows_per_expert.view(shape), self._counts.wait().view(shape)
         self._counts = None
         dropped = self.order.dropped.expand(1, shape[1])
-        on_host = torch.cat((sent, received, dropped)).tolist()  # the only wait for the device
+        on_host = self._read_counts(torch.cat((sent, received, dropped)))
         sent_on_host, received_on_host = on_host[: shape[0]], on_host[shape[0] : -1]
         self._send_splits = [sum(row) for row in sent_on_host]
         self._receive_splits = [sum(row) for row in received_on_host]

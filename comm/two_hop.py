@@ -154,7 +154,7 @@ class TwoHopRoute:
         dispatcher, members = self._dispatcher, self._dispatcher.members
         received = self._counts.wait().view(len(dispatcher.nodes.of), -1)
         self._counts = None
-        together = torch.cat((received.reshape(-1), self._per_node)).tolist()  # the only wait for the device
+        together = dispatcher.read_counts(torch.cat((received.reshape(-1), self._per_node)))
         width = received.shape[1]
         counts = [together[start : start + width] for start in range(0, received.numel(), width)]
         first = self._per_rank

@@ -24,6 +24,7 @@ from .gemm import Operand
 from .kept import Kept
 from .quantize import BlockQuantized
 from .recipe import LinearRecipe, Quantizer
+from .saved_tensors import memory_of
 
 
 def keep(recipe: LinearRecipe | None, x: Tensor) -> Kept | None:
@@ -54,7 +55,7 @@ class QuantizedWeight:
 
     def operand(self, weight: Tensor, contracted: int) -> Operand:
         """weight `[N, K]` or `[E, N, K]` for fprop, which contracts K (1), or for dgrad (0)."""
-        now = weight._version, weight.data_ptr()
+        now = weight._version, memory_of(weight)
         if now != self._of:
             self._of, self._operands = now, {}
         quantizer = self.recipe.weight

@@ -6,8 +6,11 @@ from torch import Tensor
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Address of the memory that a saved tensor lies in; 0 for a tensor that wraps others and has no memory itself."""
+    """Number of the memory that a tensor lies in; 0 for a tensor that wraps others and has no memory itself.
+
+    Views of one tensor share the number, tensors on the meta device too. It is free again once the memory is.
+    """
     try:
-        return tensor.untyped_storage().data_ptr()
+        return tensor.untyped_storage()._cdata
     except RuntimeError:
         return 0

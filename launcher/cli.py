@@ -32,6 +32,7 @@ COMMANDS = (
     Command("train", "train a model"),
     Command("config", "print a configuration, resolved and explained"),
     Command("simulate", "simulate a pipeline schedule: step time, bubbles, memory"),
+    Command("dryrun", "run a rank's step on shapes alone: memory, kernels, traffic"),
     Command("audit", "audit FP8: train in FP8 and in BF16 and compare losses, gradients and tensors"),
     Command("report", "report what a run measured: losses, speed, balance, traffic"),
     Command("placement", "place experts for inference by the loads that a run measured"),

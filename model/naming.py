@@ -45,8 +45,13 @@ def _local_parameter(name: str, parameter: nn.Parameter, experts_of: dict[str, t
     return LocalParameter(parameter, tuple(f"{layer}.{w}" for w in weights))
 
 
-def initial_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """Initial value of a global tensor, FP32 on the CPU: ones for norm gains, else N(0, std) (V3 §4.2)."""
+def initial_tensor(name: str, shape: tuple[int, ...], std: float, seed: int, device_type: str = "cpu") -> Tensor:
+    """Initial value of a global tensor, FP32 on the CPU: ones for norm gains, else N(0, std) (V3 §4.2).
+
+    Drawn on the CPU for every device but `meta`, where a tensor has no values.
+    """
+    if device_type == "meta":
+        return torch.empty(shape, device="meta")
     if len(shape) == 1:
         return torch.ones(shape)
     generator = torch.Generator().manual_seed(seed_of("initial weight", seed, name))

@@ -58,13 +58,13 @@ class Rebuild:
         shared = _Recipe(recipe)
         for index, tensor in enumerate(tensors):
             assert tensor.storage_offset() == 0, "register whole tensors, not views into others"
-            if tensor.numel() == 0:  # all empty tensors share the address 0
+            if tensor.numel() == 0:  # saving it takes no memory
                 continue
-            # The tensor is held until `close`, so that its address is not reused.
-            self._recipes[tensor.untyped_storage().data_ptr()] = (tensor, shared, index)
+            # The tensor is held until `close`, so that its number is not used again.
+            self._recipes[memory_of(tensor)] = (tensor, shared, index)
 
     def rebuilds(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._recipes
+        return memory_of(tensor) in self._recipes
 
     def hooks(self) -> AbstractContextManager[Any]:
         """Context in which tensors that autograd saves are looked up among the recipes."""

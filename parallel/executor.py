@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -40,8 +40,14 @@ class Watch(Protocol):
     def begin(self, action: Action | Overlap) -> None:
         """Note an action that is about to run."""
 
-    def backward(self, running: bool) -> None:
-        """Note that a phase of a backward begins (`running`) or ends: forwards in between are recomputation."""
+    def end(self, action: Action | Overlap) -> None:
+        """Note that the action has run."""
+
+    def phase(self, side: str, name: str | None) -> None:
+        """Note that a phase of a forward (`side` F) or of a backward (B) begins, or ends (`name` None).
+
+        Forwards inside a phase of a backward are recomputation.
+        """
 
 
 class Executed(NamedTuple):
@@ -77,6 +83,8 @@ class _Pass:
     tape: Tape | None = None
     deferred: deque[Callable[[], None]] = field(default_factory=deque)
 
+
+Result = TypeVar("Result")
 
 _Ended = tuple[Tensor | None, None]  # returned by a backward
 _Key = tuple[str, int, int]  # activation or gradient, the stage that made it, micro-batch: the head of a Transfer
@@ -154,6 +162,8 @@ class _Run:
             start = self._clock()
             with self._error_context("in {}".format, action):
                 self._perform(action)
+            if self.watch is not None:
+                self.watch.end(action)
             self.spans.append(Span(action, start, self._clock()))
         self._post(self.program.boundaries[len(actions)])
         while self._sending:
@@ -236,7 +246,8 @@ class _Run:
         tape = Tape()
         self._live[action.stage, action.microbatch] = _Pass(tape)
         self.peak = max(self.peak, len(self._live))
-        return chunk.phases(micro_batch, None if x is None else tape.enter(x), tape)
+        phases = chunk.phases(micro_batch, None if x is None else tape.enter(x), tape)
+        return phases if self.watch is None else _watched("F", phases, self.watch)
 
     def _backward(self, action: Action, deferred: deque[Callable[[], None]] | None) -> Generator[str, None, _Ended]:
         gradient = self._made.pop(("gradient", action.stage + 1, action.microbatch), None)
@@ -246,7 +257,7 @@ class _Run:
         assert live.tape is not None, f"{action} has run before"
         tape, live.tape = live.tape, None
         phases = tape.backward(gradient, self.executor.chunks[action.stage].weight_queue, deferred)
-        return phases if self.watch is None else _watched(phases, self.watch)
+        return phases if self.watch is None else _watched("B", phases, self.watch)
 
     def _end_forward(self, action: Action, made: tuple[Tensor | None, Any]) -> None:
         output, result = made
@@ -281,14 +292,15 @@ def _describe_send(transfer: Transfer) -> str:
     return f"waited for pipeline rank {transfer.target} to take the {transfer.tensor}"
 
 
-def _watched(phases: Generator[str, None, _Ended], watch: Watch) -> Generator[str, None, _Ended]:
-    """The phases of a backward, with a call of `watch` when each begins and ends."""
+def _watched(side: str, phases: Generator[str, None, Result], watch: Watch) -> Generator[str, None, Result]:
+    """The phases of one side, with a call of `watch` when each begins and ends."""
+    name = "begin"  # before the first phase
     while True:
-        watch.backward(True)
+        watch.phase(side, name)
         try:
             name = next(phases)
         except StopIteration as end:
-            return cast(_Ended, end.value)
+            return cast(Result, end.value)
         finally:
-            watch.backward(False)
+            watch.phase(side, None)
         yield name

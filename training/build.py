@@ -184,7 +184,8 @@ def build_optimizer(config: Config, model: Model, groups: Groups) -> ShardedOpti
         if isinstance(module, Linear | GroupedLinear):
             module.gradients = optimizer  # for products that add to the optimizer's buffers themselves
     std, seed = config.model.initializer_range, config.run.seed
-    optimizer.initialise(lambda name, shape: initial_tensor(name, shape, std, seed))
+    device_type = next(iter(model.parameters()))[1].device.type
+    optimizer.initialise(lambda name, shape: initial_tensor(name, shape, std, seed, device_type))
     return optimizer
 
 

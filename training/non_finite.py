@@ -123,9 +123,12 @@ class _ModuleWatch:
         """Attribute the tensors that follow to this action; in a pair, to its forward or to its backward."""
         self._forward, self._backward = action if isinstance(action, Overlap) else (action, action)
 
-    def backward(self, running: bool) -> None:
+    def end(self, action: Action | Overlap) -> None:
+        """Do nothing: tensors are attributed when the next action begins."""
+
+    def phase(self, side: str, name: str | None) -> None:
         """Skip the tensors that a backward recomputes: the forward has checked them."""
-        self._recomputing = running
+        self._recomputing = side == "B" and name is not None
 
     def follow(self, name: str, module: nn.Module) -> list[Any]:
         """Hook into a module; return the handles of the hooks."""

@@ -83,11 +83,11 @@ class Trainer:
         self._programs: dict[tuple[int, bool], tuple[Schedule, Program]] = {}
         self._flops = flops_per_token(config.model, config.batch.sequence_length)
 
-    def step(self, trace: Callable[[PipelineRun], None] | None = None) -> StepMetrics:
+    def step(self, trace: Callable[[PipelineRun], None] | None = None, watch: Watch | None = None) -> StepMetrics:
         """Train on the next global batch. Raises NonFiniteError, before any weight moves, if a number is not finite.
 
         `trace` is called with the pipeline's run. A GPU then finishes each action before the next, so that spans are
-        exact.
+        exact. `watch`: see `Executor.train`.
         """
         started = time.perf_counter()
         config, before = self.config, self.progress
@@ -99,7 +99,7 @@ class Trainer:
 
         if trace is not None:
             self.optimizer.finish_gathers()  # so that the times are of the pipeline alone
-        run = self.forward_backward(micro_batches, weights, timed=trace is not None)
+        run = self.forward_backward(micro_batches, weights, timed=trace is not None, watch=watch)
         totals = self._totals(run.outputs)
         norm = self.optimizer.reduce_gradients()
         if not math.isfinite(norm) or not bool(totals.losses.isfinite().all()):  # equal on all ranks: all stop

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...fp8.saved_tensors import memory_of
 from ...fp8.te.library import Library
 from ..config import OptimConfig
 from .adamw import Update
@@ -34,7 +35,7 @@ class FusedAdamW:
         """Update in place as `adamw`, except for rounding. A clipped gradient is scaled in place too."""
         if not master.numel():
             return
-        key = master.data_ptr()
+        key = memory_of(master)
         if key not in self._of:
             self._of[key] = self._adopt(master, exp_avg, exp_avg_sq, config, decay)
         parameter, adam = self._of[key]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 
-def align(rows: list[tuple[str, ...]], left: frozenset[int] = frozenset()) -> list[str]:
+
+def align(rows: Sequence[tuple[str, ...]], left: frozenset[int] = frozenset()) -> list[str]:
     """Return rows of cells as lines, the heading first, with two spaces between columns.
 
     Columns whose index is in `left` are aligned at their beginning, others at their end. Columns that are empty below

@@ -28,7 +28,10 @@ class Ledger:
     def begin(self, action: Action | Overlap) -> None:
         self.alive[f"{action.kind}{action.microbatch}" if isinstance(action, Action) else "pair"] = self.bytes()
 
-    def backward(self, running: bool) -> None:
+    def end(self, action: Action | Overlap) -> None:
+        """Ignore the end."""
+
+    def phase(self, side: str, name: str | None) -> None:
         """Ignore phases."""
 
     def bytes(self) -> int:

@@ -298,21 +298,24 @@ def test_a_planted_nan_is_named_with_rank_micro_batch_and_tensor(pool: Pool, tex
 class Failing:
     """Watch that calls `end` before the n-th action."""
 
-    def __init__(self, end: Callable[[object], None], after: int = 0) -> None:
-        self.end, self.after = end, after
+    def __init__(self, fail: Callable[[object], None], after: int = 0) -> None:
+        self.fail, self.after = fail, after
 
     def begin(self, action: object) -> None:
         if self.after == 0:
-            self.end(action)
+            self.fail(action)
         self.after -= 1
 
-    def backward(self, running: bool) -> None:
-        """Ignore the backward."""
+    def end(self, action: object) -> None:
+        """Ignore the end."""
+
+    def phase(self, side: str, name: str | None) -> None:
+        """Ignore phases."""
 
 
 def fail_in_steps(trainer: Trainer, failing: Failing) -> None:
     """Watch every further step with `failing`."""
-    trainer.forward_backward = partial(trainer.forward_backward, watch=failing)  # type: ignore[method-assign]
+    trainer.step = partial(trainer.step, watch=failing)  # type: ignore[method-assign]
 
 
 def _failing(worker: Worker, config: Config, folder: Path) -> tuple[str, float]:

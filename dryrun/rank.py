@@ -1,0 +1,267 @@
+"""One step of one rank of any layout, on shapes alone.
+
+`counterflow dryrun CONFIG --world N --rank R` runs the product's own code for one step of one rank: groups, model,
+forward, backward, overlap, weight gradients, reductions and optimizer. Tensors lie on torch's `meta` device, which has
+shapes and no values, and the process groups are torch's fake ones, which send nothing. The branch of the code that a
+GPU takes is therefore taken here, for a rank of any layout, on one core and in a few gigabytes.
+
+    counterflow dryrun deepseek-v3-671b --world 2048 --rank 896 --json rank896.json
+    counterflow dryrun deepseek-v3-16b --world 64 --rank 0 --microbatches 8 --set memory.recompute=full
+
+From Python: `dry_run(config, world=2048, rank=896, microbatches=40)` returns a `DryRun`, see `result.py`.
+A dispatch mode (`recorder.py`) sees every operation. It keeps the books of bytes alive (`memory.py`), counts kernels,
+bytes, FLOPs and host waits by phase (`operations.py`), and writes down every collective. What depends on values comes
+from a stated routing of tokens (`routing.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ..comm.meter import LinkKind, Meter
+from ..configs.config import Config
+from ..data.open import Data
+from ..parallel.executor import Program
+from ..parallel.groups import Groups
+from ..parallel.layout import Layout
+from ..parallel.schedule.actions import Action, Overlap, parts
+from ..plan.pipeline import make_schedule
+from ..training.build import make_groups
+from ..training.trainer import Trainer
+from .recorder import Recorder, Work
+from .result import DryRun, Layer
+from .routing import RoutingName, TokenRouting
+
+GPUS_PER_NODE = 8
+"""Value of `parallel.gpus_per_node: auto`, which only a machine could answer."""
+
+
+def dry_run(
+    config: Config,
+    world: int,
+    rank: int,
+    microbatches: int | None = None,
+    routing: RoutingName = "drawn",
+    layer: bool = True,
+) -> DryRun:
+    """Run one step of `rank` of `world` ranks on shapes alone.
+
+    Args:
+        microbatches: of the step; by default those of the full global batch.
+        layer: whether to count what one MoE layer does, by two more steps of small models.
+
+    Raises:
+        UsageError: the layout or the schedule does not work.
+    """
+    started = time.perf_counter()
+    layout = layout_of(config, world)
+    if not 0 <= rank < world:
+        raise AssertionError(f"no rank {rank} among {world}")
+    config = _one_step(config, layout, microbatches)
+    per_layer = moe_layer(config, layout, routing) if layer and config.model.num_moe_layers else None
+    counted = time.perf_counter()
+    with _fake_world(world, rank):
+        groups = make_groups(config, layout, "cpu")
+        grouped = time.perf_counter()
+        run = _Step(config, groups, TokenRouting(routing, config, layout, rank), per_layer)
+        seconds = {"layer": counted - started, "groups": grouped - counted}
+        return run.result(seconds)
+
+
+def layout_of(config: Config, world: int) -> Layout:
+    """The layout of `world` ranks. Raises UsageError where the configuration has none."""
+    asked = config.parallel
+    per_node = GPUS_PER_NODE if asked.gpus_per_node == "auto" else asked.gpus_per_node
+    return Layout.resolve(world, asked.pp, asked.ep, asked.dp, min(per_node, world))
+
+
+def moe_layer(config: Config, layout: Layout, routing: RoutingName = "drawn") -> Layer:
+    """Counts of one MoE layer and micro-batch: a model of two such layers less a model of one, on one pipeline rank.
+
+    Counted is the second of three micro-batches: weights are quantised in the first, and reductions begin in the last.
+    """
+    counts = []
+    for layers in (1, 2):
+        small = _stack_of(config, layers)
+        alone = Layout(layout.ep, 1, layout.ep, layout.gpus_per_node)
+        with _fake_world(layout.ep, 0):
+            groups = make_groups(small, alone, "cpu")
+            step = _Step(small, groups, TokenRouting(routing, small, alone, 0), None, only=1)
+            step.run()
+            counts.append(step.total())
+    one, two = counts
+
+    def less(more: Counter[str], fewer: Counter[str]) -> dict[str, float]:
+        return {name: more[name] - fewer[name] for name in more if more[name] != fewer[name]}
+
+    return Layer(
+        less(two.kernels, one.kernels), less(two.bytes, one.bytes), two.flops - one.flops, less(two.waits, one.waits)
+    )
+
+
+class _Step:
+    """One step of the trainer under a recorder. With `only`, labels of other micro-batches differ from its own."""
+
+    def __init__(
+        self, config: Config, groups: Groups, routing: TokenRouting, layer: Layer | None, only: int | None = None
+    ) -> None:
+        self.config, self.routing, self.layer, self.only = config, routing, layer, only
+        self.recorder = Recorder()
+        self.meter = RecordedMeter(groups.meter.node_of, recorder=self.recorder)
+        self.groups = replace(groups, meter=self.meter)
+        self.after_actions: list[tuple[str, int]] = []
+        self.times = [time.perf_counter()]
+
+    def run(self) -> Trainer:
+        """Build the rank and run the step."""
+        recorder = self.recorder
+        with recorder:
+            recorder.label = "weights and optimizer"
+            trainer = Trainer(self.config, self.groups, torch.device("meta"), cast(Data, _NoData(self.config)))
+            dispatcher = trainer.model.dispatcher
+            dispatcher.read_counts = self.routing.reader(dispatcher)  # type: ignore[assignment, method-assign]
+            self.built = recorder.memory.alive
+            self.times.append(time.perf_counter())
+            recorder.restart()
+            self.meter.all.clear()
+            recorder.label = "begin"
+            trainer.step(watch=_Watch(self))
+            self.times.append(time.perf_counter())
+        return trainer
+
+    def total(self) -> Work:
+        """Sum of everything that ran in the actions of the pipeline, of the micro-batch `only` where there is one."""
+        total = Work()
+        for label, work in self.recorder.work.items():
+            if label == "W" or label.startswith(("F.", "B.")):
+                total.kernels.update(work.kernels)
+                total.bytes.update(work.bytes)
+                total.waits.update(work.waits)
+                total.flops += work.flops
+        return total
+
+    def result(self, seconds: dict[str, float]) -> DryRun:
+        trainer = self.run()
+        recorder, config, groups = self.recorder, self.config, self.groups
+        number = config.batch.microbatches(config.batch.global_sequences, groups.layout.dp)
+        program = Program.of(make_schedule(config, number), groups.coordinates.pp)
+        built, stepped = (self.times[i + 1] - self.times[i] for i in range(2))
+        return DryRun(
+            config=config.run.name,
+            layout=f"pp {groups.layout.pp} x edp {groups.layout.edp} x ep {groups.layout.ep}",
+            rank=groups.rank,
+            coordinates=groups.coordinates,
+            microbatches=number,
+            in_flight=program.peak_microbatches,
+            parameters=sum(parameter.numel() for _, parameter in trainer.model.parameters()),
+            routing=self.routing.name,
+            load=self.routing.load,
+            peak_bytes=recorder.memory.peak,
+            peak_label=recorder.memory.peak_label,
+            at_peak=recorder.memory.at_peak,
+            built_bytes=self.built,
+            after_actions=self.after_actions,
+            work=dict(recorder.work),
+            layer=self.layer,
+            traffic=self.meter.all,
+            sent=recorder.sent,
+            communicators=recorder.communicators,
+            operations=frozenset(recorder.used),
+            seconds={**seconds, "build": built, "step": stepped},
+        )
+
+
+class _Watch:
+    """Labels for the recorder from the executor, and the bytes alive after each action."""
+
+    def __init__(self, step: _Step) -> None:
+        self._step = step
+        self._recorder = step.recorder
+        self._aside = ""
+
+    def begin(self, action: Action | Overlap) -> None:
+        only = self._step.only
+        self._aside = "" if only is None or any(part.microbatch == only for part in parts(action)) else "aside "
+        self._recorder.label = f"{self._aside}W"
+
+    def end(self, action: Action | Overlap) -> None:
+        self._step.after_actions.append((str(action), self._recorder.memory.alive))
+        self._recorder.label = "update"
+
+    def phase(self, side: str, name: str | None) -> None:
+        self._recorder.label = self._aside + ("W" if name is None else f"{side}.{name}")
+
+
+class RecordedMeter(Meter):
+    """The product's meter, which also tells a recorder each purpose, and keeps all traffic of the step."""
+
+    def __init__(self, node_of: Any, recorder: Recorder) -> None:
+        super().__init__(node_of)
+        self.all: dict[Any, Any] = {}
+        self._recorder = recorder
+
+    def count(self, purpose: str, collective: str, link: LinkKind, bytes: int, messages: int = 1) -> None:
+        before, self.traffic = self.traffic, self.all
+        super().count(purpose, collective, link, bytes, messages)
+        self.traffic = before
+        super().count(purpose, collective, link, bytes, messages)
+        self._recorder.purposes.append(purpose)
+
+
+class _NoData:
+    """Data of a dry run: samples of zeros."""
+
+    digest = ""
+
+    def __init__(self, config: Config) -> None:
+        self.train = self
+        self.width = config.batch.sequence_length + 1 + config.model.num_nextn_predict_layers
+
+    def sample(self, index: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
+        return out
+
+
+def _one_step(config: Config, layout: Layout, microbatches: int | None) -> Config:
+    """The configuration of a step of the full batch, or of so many micro-batches."""
+    batch = config.batch
+    if microbatches is not None:
+        batch = batch.model_copy(update={"global_sequences": microbatches * layout.dp * batch.micro_sequences})
+    batch = batch.model_copy(update={"ramp": None})
+    batch.microbatches(batch.global_sequences, layout.dp)
+    data = config.data.model_copy(update={"prefetch": 0})
+    return config.model_copy(update={"batch": batch, "data": data})
+
+
+def _stack_of(config: Config, layers: int) -> Config:
+    """A model of some MoE layers on one pipeline rank, for a step of three micro-batches."""
+    model = config.model.model_copy(
+        update={"num_hidden_layers": layers, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    )
+    parallel = config.parallel.model_copy(
+        update={"pp": 1, "dp": "auto", "schedule": "1f1b", "schedule_options": {}, "split": "balanced"}
+    )
+    sequences = 3 * config.batch.micro_sequences * config.parallel.ep
+    batch = config.batch.model_copy(update={"global_sequences": sequences})
+    return config.model_copy(update={"model": model, "parallel": parallel, "batch": batch})
+
+
+@contextmanager
+def _fake_world(world: int, rank: int) -> Iterator[None]:
+    """Context in which this process is one rank of torch's fake process group."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,34 @@
+"""Dry runs of small configurations, compared with what is known of them otherwise."""
+
+from __future__ import annotations
+
+import json
+
+from counterflow.configs.load import load_config
+from counterflow.dryrun.rank import dry_run
+from counterflow.report.text.dryrun import dry_run_text
+
+SMALL = ("precision.recipe=bf16", "parallel.ep=4", "parallel.gpus_per_node=2", "memory.recompute=v3")
+
+
+def test_a_rank_of_two_nodes_reports_every_key() -> None:
+    run = dry_run(load_config("tiny", SMALL), world=8, rank=5, microbatches=2)
+    result = json.loads(json.dumps(run.to_json()))
+    for key in (
+        *("peak_bytes", "at_peak", "kernels_per_moe_layer", "host_waits_per_moe_layer", "flops", "traffic"),
+        *("collectives", "seconds"),
+    ):
+        assert result[key], key
+    assert result["host_waits_per_moe_layer"] == 1
+    assert sum(result["at_peak"].values()) <= result["peak_bytes"]
+    assert all(len(line) <= 80 for line in dry_run_text(result).splitlines())
+
+
+def test_a_forward_holds_less_the_more_is_recomputed() -> None:
+    held = []
+    for policy in ("full", "v3", "none"):
+        run = dry_run(load_config("tiny", (*SMALL, f"memory.recompute={policy}")), 8, 0, 2, layer=False)
+        action, alive = run.after_actions[0]
+        assert action == "F(0, 0)"
+        held.append(alive - run.built_bytes)
+    assert held == sorted(held) and len(set(held)) == 3, held
