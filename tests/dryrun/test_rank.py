@@ -29,6 +29,6 @@ def test_a_forward_holds_less_the_more_is_recomputed() -> None:
     for policy in ("full", "v3", "none"):
         run = dry_run(load_config("tiny", (*SMALL, f"memory.recompute={policy}")), 8, 0, 2, layer=False)
         action, alive = run.after_actions[0]
-        assert action == "F(0, 0)"
+        assert action == "F0 of stage 0"
         held.append(alive - run.built_bytes)
     assert held == sorted(held) and len(set(held)) == 3, held
