@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
+from . import transformer_engine
+
 NO_KERNEL = frozenset(
     (
         *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"),
@@ -115,7 +117,7 @@ def flops(operation: OpOverload, args: tuple[Any, ...], results: list[Tensor]) -
         forward = float(batch * heads * length * length * (width + value.shape[-1]))
         return 2.5 * forward if name.endswith("_backward") else forward
     if name.startswith("counterflow::"):
-        return 0.0
+        return transformer_engine.flops(name.removeprefix("counterflow::"), args)
     left, right = list(tensors_in(args))[-2:] if name in ("addmm", "baddbmm", "addmv") else list(tensors_in(args))[:2]
     if name.endswith("grouped_mm") and left.dim() == right.dim() == 2:  # [M, R] x [R, N], R in groups
         return 2.0 * left.numel() * right.shape[1]

@@ -33,6 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ..comm.meter import LinkKind, Meter
 from ..configs.config import Config
 from ..data.open import Data
+from ..fp8.te.library import STAND_INS
 from ..parallel.executor import Program
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
@@ -40,6 +41,7 @@ from ..parallel.schedule.actions import Action, Overlap, parts
 from ..plan.pipeline import make_schedule
 from ..training.build import make_groups
 from ..training.trainer import Trainer
+from . import transformer_engine
 from .recorder import Recorder, Work
 from .result import DryRun, Layer
 from .routing import RoutingName, TokenRouting
@@ -259,9 +261,11 @@ def _stack_of(config: Config, layers: int) -> Config:
 
 @contextmanager
 def _fake_world(world: int, rank: int) -> Iterator[None]:
-    """Context in which this process is one rank of torch's fake process group."""
+    """Context in which this process is one rank of torch's fake process group, and GPUs have Transformer Engine."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    STAND_INS["meta"] = transformer_engine.library()
     try:
         yield
     finally:
+        del STAND_INS["meta"]
         dist.destroy_process_group()
