@@ -93,6 +93,30 @@ def _width_clashes(model: ModelConfig, precision: PrecisionConfig) -> Iterator[C
             yield Clash((f"model.{name}", "precision.recipe"), message)
 
 
+GPU_UNIT = 8
+"""BF16 values in 16 bytes, in which GPUs read the rows of matrices and of attention heads."""
+
+
+def gpu_width_clashes(model: ModelConfig, precision: PrecisionConfig) -> list[Clash]:
+    """Widths that a GPU does not take in BF16: products fall to slow kernels, and attention to whole score matrices."""
+    if precision.format != "bf16":
+        return []
+    widths = {
+        **{f"model.{name}": getattr(model, name) for name in ("hidden_size", "intermediate_size")},
+        **{f"model.{name}": getattr(model, name) for name in ("moe_intermediate_size", "q_lora_rank", "kv_lora_rank")},
+        **{f"model.{name}": getattr(model, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
+    }
+    return [
+        Clash(
+            (name, "run.device", "precision.recipe"),
+            f"{width} is not a multiple of {GPU_UNIT}, as GPUs need in bf16 (nearest: "
+            f"{nearest_multiples(width, GPU_UNIT)}; run.device cpu takes any width)",
+        )
+        for name, width in widths.items()
+        if width is not None and width % GPU_UNIT
+    ]
+
+
 def _batch_clashes(parallel: ParallelConfig, batch: BatchConfig) -> Iterator[Clash]:
     """Global batches that are no whole number of micro-batches. With dp auto the launch checks them instead."""
     if parallel.dp == "auto" or parallel.dp < 1:

@@ -11,7 +11,7 @@ from ..fp8.config import PrecisionConfig
 from ..model.config import ModelConfig
 from ..parallel.config import OptimConfig, ParallelConfig
 from ..settings import Section, SectionFaults, key
-from .clashes import find_clashes
+from .clashes import find_clashes, gpu_width_clashes
 from .sections import BalanceConfig, BatchConfig, LogConfig, MemoryConfig, RunConfig, TrainConfig
 
 
@@ -35,6 +35,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
         clashes = find_clashes(self.model, self.parallel, self.batch, self.balance, self.precision, self.comm)
+        if self.run.device == "cuda":  # with auto the launch checks the widths, once it knows the device
+            clashes += gpu_width_clashes(self.model, self.precision)
         if clashes:
             raise SectionFaults(clashes)
         return self

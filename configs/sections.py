@@ -17,6 +17,10 @@ class RunConfig(Section):
     dir: str = key("runs", "folder that holds run folders")
     seed: int = key(1234, "seed of initial weights and data order", ge=0)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "device; auto is cuda where there is a GPU")
+    deterministic: bool = key(
+        False,
+        "take GPU kernels whose results are the same in every run, which are slower; CPUs have no others",
+    )
     compile: bool = key(False, "fuse the RMSNorm and SwiGLU kernels with torch.compile; needs a C++ compiler on CPUs")
 
     @field_validator("name")

@@ -14,6 +14,8 @@ from typing import Literal
 from ..settings import UsageError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# Numbers of tasks, from srun and mpirun. SLURM_NTASKS does not tell: it is set in a job's script too, which runs once.
+TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 PARENT_VARIABLE = "COUNTERFLOW_PARENT"  # process id of the `counterflow` that started this worker
 
 
@@ -43,6 +45,7 @@ def read_environment(environ: Mapping[str, str], nproc: int = 1) -> WorkerEnviro
     although torchrun has started this one.
     """
     if not any(name in environ for name in RANK_VARIABLES):
+        _refuse_lone_tasks(environ)
         return WorkerEnvironment()
     numbers = {name: _number(environ, name) for name in RANK_VARIABLES}
     rank, world_size, local_rank, local_world_size = numbers.values()
@@ -66,6 +69,19 @@ def read_environment(environ: Mapping[str, str], nproc: int = 1) -> WorkerEnviro
         parent=None if parent is None else int(parent),
         threads=threads_per_process(environ, local_world_size),
     )
+
+
+def _refuse_lone_tasks(environ: Mapping[str, str]) -> None:
+    """Raise UsageError in one of several tasks of srun or mpirun: each would train by itself, all in one folder."""
+    for variable in TASK_COUNTS:
+        tasks = environ.get(variable, "")
+        if tasks.isdecimal() and int(tasks) > 1:
+            raise UsageError(
+                f"this is one of {tasks} tasks ({variable}), and RANK is not set, so each would train alone: start one "
+                "task a node that runs torchrun (srun --ntasks-per-node=1 torchrun --nproc-per-node=… --no-python "
+                "counterflow train …), or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and "
+                "MASTER_PORT in every task"
+            )
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

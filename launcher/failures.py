@@ -87,8 +87,8 @@ def is_lost_peer(error: BaseException | None) -> bool:
 def supervised(worker: WorkerEnvironment) -> Iterator[None]:
     """Run the work of a launched process: record its failure for the launcher, and leave no orphan.
 
-    A failure ends the process here, with 2 for a UsageError and 1 for anything else. In a process without a launcher,
-    exceptions pass to the caller.
+    A failure ends the process here, with 2 for a UsageError and 1 for anything else. For launchers that read no record,
+    such as srun, it is printed. In a process without a launcher, exceptions pass to the caller.
     """
     if worker.launcher == "none":
         yield
@@ -98,12 +98,11 @@ def supervised(worker: WorkerEnvironment) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if worker.error_file is None:
-            raise
-        _record_and_exit(error, worker.error_file)
+        _record_and_exit(error, worker.rank, worker.error_file)
 
 
-def _record_and_exit(error: BaseException, error_file: Path) -> NoReturn:
+def _record_and_exit(error: BaseException, rank: int, error_file: Path | None) -> NoReturn:
+    """End this process, whose communicators are alive: leaving Python would wait in them for the peers."""
     if isinstance(error, KeyboardInterrupt):
         _exit(128 + signal.SIGINT)
     if error.__traceback__ is not None:
@@ -111,7 +110,10 @@ def _record_and_exit(error: BaseException, error_file: Path) -> NoReturn:
     record = FailureRecord.of(error)
     if record.lost_peer:
         time.sleep(GRACE_SECONDS)
-    record.write(error_file)
+    if error_file is not None:
+        record.write(error_file)
+    else:
+        print(f"rank {rank} failed:\n{record.text}", file=sys.stderr)
     _exit(BAD_USAGE if record.usage else FAILED)
 
 

@@ -24,6 +24,11 @@ from .failures import FAILED, FailureRecord
 from .logs import log_path
 
 LAST_LINES = 20  # lines shown of a rank that left no traceback
+_WITH_STACKS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+_REASONS = {
+    int(signal.SIGKILL): "the system does this when memory runs out",
+    int(signal.SIGABRT): "C++ code gave up, as NCCL's watchdog does after parallel.timeout",
+}
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _ELASTIC_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
 
@@ -180,7 +185,8 @@ def _report(failures: Mapping[int, ProcessFailure], scratch: Path, logs_folder: 
         print(f"rank {first} failed:\n{record.text}", file=sys.stderr)
     else:
         print(f"rank {first} {_ending(failures[first])}", file=sys.stderr)
-        lines = _last_lines(folders[first] / "stderr.log") or (_last_lines(log) if log else [])
+        code = failures[first].exitcode
+        lines = (_last_lines(log, code) if log else []) or _last_lines(folders[first] / "stderr.log", code)
         if lines:
             print("its last lines:", *lines, sep="\n  ", file=sys.stderr)
     if log:
@@ -196,14 +202,19 @@ def _folder(scratch: Path, local_rank: int) -> Path:
 def _ending(failure: ProcessFailure) -> str:
     if failure.exitcode >= 0:
         return f"ended with exit code {failure.exitcode} and left no traceback"
-    hint = " (the system does this when memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
-    return f"was killed by {failure.signal_name()}{hint}"
+    hint = _REASONS.get(-failure.exitcode)
+    return f"was killed by {failure.signal_name()}{f' ({hint})' if hint else ''}"
 
 
-def _last_lines(path: Path) -> list[str]:
+def _last_lines(path: Path, exitcode: int) -> list[str]:
+    """The last lines of a rank's output; after a fatal signal without the stacks that Python adds behind its name."""
     if not path.exists():
         return []
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if -exitcode in _WITH_STACKS:
+        fatal = [number for number, line in enumerate(lines) if line.startswith("Fatal Python error")]
+        lines = lines[: fatal[-1] + 1] if fatal else lines
+    return lines[-LAST_LINES:]
 
 
 def _restore_terminal() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..configs.config import Config
 from ..fp8.te.library import HOPPER_ALIGNMENT, version_fault
@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 def choose_recipe(config: Config, device: torch.device) -> Recipe:
     """Recipe of the model's layers on `device`, with the backend of `precision.backend`.
 
-    `auto` takes Transformer Engine on a GPU where Transformer Engine can do everything configured; elsewhere the log
-    has the reasons. Raises UsageError where `te` is set and cannot be used, naming the version, architecture or key.
+    `auto` takes Transformer Engine on a GPU where Transformer Engine can do everything configured. Where it cannot, a
+    recipe that quantises nothing does without, and the log has the reasons. Raises UsageError, naming the version,
+    architecture or key, where `te` is set and cannot be used, and where `auto` would emulate FP8 on a GPU: that is
+    several times slower than BF16.
     """
     precision, recipe = config.precision, config.precision.make()
     if precision.backend == "emulated" or (precision.backend == "auto" and device.type == "cpu"):
@@ -42,6 +44,8 @@ def choose_recipe(config: Config, device: torch.device) -> Recipe:
     except UsageError as error:
         if precision.backend == "te":
             raise UsageError(f"precision.backend is te: {error}") from None
+        if recipe.formats and device.type == "cuda":
+            raise UsageError(_instead_of_emulating(error)) from None
         logger.info("without Transformer Engine: %s", error)
         return recipe
     how = " in MXFP8, tiles of 1x32" if recipe.formats and backend.library.microscaling else ""
@@ -49,8 +53,19 @@ def choose_recipe(config: Config, device: torch.device) -> Recipe:
     return replace(recipe, backend=backend)
 
 
-def backend_faults(config: Config) -> list[str]:
-    """Reasons why `precision.backend: te` cannot be used, as far as they show before any rank has its GPU."""
+def _instead_of_emulating(fault: object) -> str:
+    fault = str(fault).removesuffix(f"; {INSTEAD}")
+    return (
+        f"precision.recipe fp8 needs Transformer Engine on GPUs: {fault}. Set precision.recipe to bf16, or accept "
+        "emulated FP8, several times slower than BF16, with precision.backend emulated"
+    )
+
+
+def backend_faults(config: Config, device: Literal["cpu", "cuda"] = "cpu") -> list[str]:
+    """Reasons why no backend can be used on `device`, as far as they show before any rank has its GPU."""
+    if config.precision.backend == "auto" and config.precision.formats() and device == "cuda":
+        missing = version_fault()
+        return [] if missing is None else [_instead_of_emulating(missing)]
     if config.precision.backend != "te":
         return []
     faults = [*_width_faults(config, HOPPER_ALIGNMENT)]

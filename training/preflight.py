@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from ..checkpoint.manifest import Manifest, check_same_model, complete_steps, read_manifest
+from ..configs.clashes import gpu_width_clashes
 from ..configs.config import Config
 from ..data.open import Data, open_data
 from ..data.tokenizer import ByteTokenizer
@@ -57,12 +58,20 @@ class RunPlan:
         return self.progress.step >= self.total_steps
 
 
-def prepare_run(config: Config, world_size: int, ranks_per_node: int, cache: Path, fresh: bool = False) -> RunPlan:
+def prepare_run(
+    config: Config,
+    world_size: int,
+    ranks_per_node: int,
+    cache: Path,
+    fresh: bool = False,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> RunPlan:
     """Check a run on `world_size` ranks.
 
     Args:
         cache: folder for tokenised text where `data.cache_dir` is null.
         fresh: whether an existing run folder will be moved aside.
+        device: kind of device that the ranks will compute on.
     """
     faults: list[str] = []
     layout = _collect(faults, lambda: _layout(config, world_size, ranks_per_node))
@@ -70,7 +79,9 @@ def prepare_run(config: Config, world_size: int, ranks_per_node: int, cache: Pat
         batch_faults = [f"batch.{name} {fault}" for name, fault in config.batch.faults(layout.dp).items()]
         faults += batch_faults or _schedule_faults(config, layout)
     faults += _vocabulary_faults(config)
-    faults += backend_faults(config)
+    faults += backend_faults(config, device)
+    if device == "cuda" and config.run.device != "cuda":  # with cuda the configuration would not have loaded
+        faults += [f"{keys[0]} {message}" for keys, message in gpu_width_clashes(config.model, config.precision)]
     faults += dispatch_faults(config, layout) if layout is not None else []
     data = _collect(faults, lambda: _open_data(config, cache))
     run_dir = Path(config.run.dir).expanduser() / config.run.name

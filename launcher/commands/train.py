@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DUMPS = "nccl-"
+"""First part of the names of NCCL's records in the folder of logs, before the rank's number."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -45,9 +48,12 @@ def run(args: argparse.Namespace) -> int:
 def _launch(args: argparse.Namespace) -> int:
     """Check everything that can be checked, then start the ranks and wait for them."""
     config = load_config(args.config, args.overrides)
-    plan = prepare_run(config, args.nproc, args.nproc, cache_folder(os.environ), args.fresh)
 
+    from ..bootstrap import device_type
     from ..local_launch import launch_local
+
+    device = device_type(config.run.device)
+    plan = prepare_run(config, args.nproc, args.nproc, cache_folder(os.environ), args.fresh, device)
 
     command = ["-m", "counterflow", "train", args.config]
     for override in args.overrides:
@@ -61,15 +67,19 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
     config = load_config(args.config, args.overrides)
     # Ranks that an elastic launcher starts again continue; only the first start is a fresh one.
     fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    plan = prepare_run(config, worker.world_size, worker.local_world_size, cache_folder(os.environ), fresh)
 
     import torch.distributed as dist
 
-    from ..bootstrap import bootstrap
+    from ..bootstrap import bootstrap, device_type
     from ..logs import open_log
 
+    cache, device = cache_folder(os.environ), device_type(config.run.device)
+    plan = prepare_run(config, worker.world_size, worker.local_world_size, cache, fresh, device)
+    run, dumps = config.run, plan.run_dir / "logs" / DUMPS
     with (
-        bootstrap(worker, config.run.device, config.comm.backend, config.parallel.timeout) as process,
+        bootstrap(
+            worker, run.device, config.comm.backend, config.parallel.timeout, dumps, run.deterministic
+        ) as process,
         locked(plan.run_dir) if process.rank == 0 else nullcontext(),
     ):
         check_same_run(plan, process)
@@ -80,6 +90,8 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
             changes = write_config(plan.run_dir, config)
         dist.barrier()  # no rank may open a log in a folder that is still to be moved
         with open_log(plan.run_dir / "logs", process.rank, process.world_size):
+            if process.settings:
+                logger.info("%s", process.settings)
             if changes:
                 logger.info("config changed since the last start of this run: %s", "; ".join(changes))
             return _train(plan, process, args.json)

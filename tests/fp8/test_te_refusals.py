@@ -168,7 +168,7 @@ def config(*overrides: str) -> Any:
     return load_config("tiny", ["precision.recipe=fp8", *overrides])
 
 
-def test_auto_takes_it_on_gpus_and_says_why_not(
+def test_auto_takes_it_on_gpus_and_emulates_on_none_of_them(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="counterflow")
@@ -177,8 +177,10 @@ def test_auto_takes_it_on_gpus_and_says_why_not(
         assert choose_recipe(config("precision.backend=emulated"), CUDA).backend is None
         widths = quantised_widths(config().model, config().precision.formats())
         uneven = next(name for name, width in widths.items() if width % 16)
-        assert choose_recipe(config(), CUDA).backend is None
-        assert f"without Transformer Engine: {uneven} is {widths[uneven]}: " in caplog.text
+        with pytest.raises(
+            UsageError, match=re.escape(f"needs Transformer Engine on GPUs: {uneven} is {widths[uneven]}")
+        ):
+            choose_recipe(config(), CUDA)
         with pytest.raises(UsageError, match=re.escape(f"precision.backend is te: {uneven} is {widths[uneven]}: ")):
             choose_recipe(config("precision.backend=te"), CPU)
         high = "precision.classes={'attention*.*': {format: high}}"
@@ -186,10 +188,13 @@ def test_auto_takes_it_on_gpus_and_says_why_not(
         plain = choose_recipe(config("precision.recipe=bf16"), CUDA)
         assert plain.backend is not None and plain.alignment == 1, "for attention and AdamW alone"
         assert choose_recipe(config("precision.recipe=fp32"), CUDA).backend is None
-        assert choose_recipe(config("precision.products=promoted"), CUDA).backend is None
+        with pytest.raises(UsageError, match=r"on GPUs: products are promoted.* with precision\.backend emulated$"):
+            choose_recipe(config("precision.products=promoted"), CUDA)
     install(monkeypatch, None)
-    assert choose_recipe(config(), CUDA).backend is None
+    assert choose_recipe(config("precision.recipe=bf16"), CUDA).backend is None
     assert "without Transformer Engine: Transformer Engine >= 2.9 is not installed" in caplog.text
+    with pytest.raises(UsageError, match=r">= 2\.9 is not installed .* Set precision.recipe to bf16"):
+        choose_recipe(config(), CUDA)
     with pytest.raises(UsageError, match=r"precision\.backend is te: Transformer Engine >= 2\.9 is not installed"):
         choose_recipe(config("precision.backend=te"), CUDA)
 
@@ -201,7 +206,9 @@ def test_a_run_that_asks_for_it_ends_before_a_process_starts(monkeypatch: pytest
     told = "\n".join(faults)
     assert "Transformer Engine 2.3.0 is installed, and 2.9 is the oldest" in told and "run.device is cpu" in told
     assert "kv_lora_rank + qk_rope_head_dim is 24: " in told and "(nearest: 16 or 32)" in told
-    assert backend_faults(config("run.device=cpu")) == []
+    assert backend_faults(config("run.device=cpu")) == [] == backend_faults(config("precision.recipe=bf16"), "cuda")
+    (fault,) = backend_faults(config(), "cuda")
+    assert fault.startswith("precision.recipe fp8 needs Transformer Engine on GPUs: Transformer Engine 2.3.0 is")
 
 
 def test_v3_itself_has_widths_it_takes() -> None:

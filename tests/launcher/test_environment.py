@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from counterflow.launcher.bootstrap import bootstrap, choose_device
+from counterflow.launcher.bootstrap import bootstrap, choose_device, refuse_shared_gpu
 from counterflow.launcher.environment import WorkerEnvironment, read_environment, threads_per_process, usable_cores
 from counterflow.launcher.failures import FailureRecord, is_lost_peer
+from counterflow.launcher.gpu_settings import describe_gpu_settings, gpu_variables, set_product_precision
 from counterflow.launcher.logs import open_log
 from counterflow.settings import UsageError
 
@@ -102,7 +104,9 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     [
         (0, "auto", "auto", 1, ("cpu", "gloo")),
         (4, "auto", "auto", 1, ("cuda:1", "nccl")),
-        (1, "auto", "auto", 1, ("cpu", "gloo")),  # fewer GPUs than ranks: auto takes the CPU
+        (1, "auto", "auto", 1, ("cuda:0", "nccl")),  # the launcher shows each rank a GPU of its own
+        (1, "cuda", "nccl", 3, ("cuda:0", "nccl")),
+        (2, "auto", "gloo", 3, ("cuda:1", "gloo")),
         (4, "cpu", "auto", 1, ("cpu", "gloo")),
         (4, "cuda", "gloo", 3, ("cuda:3", "gloo")),
         (2, "cuda", "gloo", 3, ("cuda:1", "gloo")),
@@ -123,6 +127,7 @@ def test_auto_takes_the_devices_of_the_machine(
         (0, "auto", "nccl", "nccl needs a GPU"),
         (4, "cpu", "nccl", "nccl needs a GPU"),
         (2, "cuda", "auto", "2 GPUs for its 4 ranks"),
+        (2, "auto", "auto", "2 GPUs for its 4 ranks: start 2 ranks a node, set run.device to cpu"),
     ],
 )
 def test_impossible_devices_are_refused(
@@ -131,6 +136,63 @@ def test_impossible_devices_are_refused(
     pretend_gpus(monkeypatch, gpus)
     with pytest.raises(UsageError, match=message):
         choose_device(device, backend, 0, 4)  # type: ignore[arg-type]
+
+
+def test_ranks_that_see_the_same_single_gpu_are_refused() -> None:
+    store = dist.HashStore()
+    refuse_shared_gpu(store, "GPU-1", 0)
+    refuse_shared_gpu(store, "GPU-2", 1)
+    with pytest.raises(UsageError, match=r"ranks 0 and 2 see the same single GPU \(GPU-1\)"):
+        refuse_shared_gpu(store, "GPU-1", 2)
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_task_that_would_train_alone_is_refused(variable: str) -> None:
+    with pytest.raises(UsageError, match=rf"one of 16 tasks \({variable}\), and RANK is not set.*torchrun"):
+        read_environment({variable: "16"})
+    assert read_environment({variable: "1"}) == WorkerEnvironment()
+    assert read_environment({**TORCHRUN, variable: "16"}).rank == 5
+    assert read_environment({"SLURM_NTASKS": "16"}) == WorkerEnvironment(), "a job's script runs once"
+
+
+def test_gpu_settings_leave_what_the_user_has_set() -> None:
+    added = gpu_variables({}, Path("logs/nccl-"), deterministic=True)
+    assert added["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1" and added["TORCH_FR_DUMP_TEMP_FILE"] == "logs/nccl-"
+    assert added["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert added["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert {"TORCH_FR_DUMP_TEMP_FILE", "CUBLAS_WORKSPACE_CONFIG"}.isdisjoint(gpu_variables({}))
+    users = {"NCCL_LAUNCH_ORDER_IMPLICIT": "0", "PYTORCH_CUDA_ALLOC_CONF": "", "TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}
+    left_out = added.keys() - gpu_variables(users, Path("logs/nccl-"), deterministic=True).keys()
+    assert left_out == {"NCCL_LAUNCH_ORDER_IMPLICIT", "PYTORCH_ALLOC_CONF", "TORCH_FR_BUFFER_SIZE"}
+    assert describe_gpu_settings({"PATH": "x", "NCCL_DEBUG": "INFO", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}) == (
+        "CUDA_DEVICE_MAX_CONNECTIONS=8, NCCL_DEBUG=INFO"
+    )
+
+
+def test_this_torch_reads_the_variables_that_are_set() -> None:
+    torch_folder = Path(torch.__file__).parent
+    headers = "".join(
+        (torch_folder / "include" / name).read_text()
+        for name in ("torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp", "c10/cuda/CUDAAllocatorConfig.h")
+    )
+    names = {name for name in gpu_variables({}, Path("x")) if name.startswith(("TORCH", "PYTORCH"))}
+    assert len(names) == 5
+    with (torch_folder / "lib" / "libtorch_cpu.so").open("rb") as file:
+        library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        unknown = {name for name in names if f'"{name}"' not in headers and library.find(name.encode()) < 0}
+    assert not unknown
+
+
+def test_products_on_gpus_sum_in_fp32() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        set_product_precision()
+        assert matmul.allow_bf16_reduced_precision_reduction is False
+        assert (matmul.fp32_precision, matmul.allow_tf32) == ("ieee", False)
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.fp32_precision = before
 
 
 def test_log_of_a_single_process_keeps_its_output_and_continues_the_file(

@@ -68,6 +68,30 @@ def test_killed_rank_is_named_with_its_signal(logs: Path, capfd: pytest.CaptureF
     assert "Traceback" not in printed
 
 
+def test_aborted_rank_is_shown_with_its_own_last_lines(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch_local(2, [WORKER, "abort", str(logs)], logs) == 1
+    printed = capfd.readouterr().err.removeprefix("logged by 0\n")
+    assert printed.startswith("rank 1 was killed by SIGABRT (C++ code gave up, as NCCL's watchdog does")
+    assert "Watchdog caught collective operation timeout\n  Fatal Python error: Aborted\n" in printed
+    assert "most recent call first" not in printed and "most recent call first" in (logs / "rank-1.log").read_text()
+
+
+def test_a_failed_rank_of_any_other_launcher_ends_at_once_and_says_why() -> None:
+    code = (
+        "import os, threading, time\n"
+        "from counterflow.launcher.environment import read_environment\n"
+        "from counterflow.launcher.failures import supervised\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()  # as NCCL's own at the end of Python\n"
+        "with supervised(read_environment(os.environ)):\n"
+        "    raise ArithmeticError('the cause')\n"
+    )
+    ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")} | ranks
+    ended = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("rank 3 failed:\nTraceback") and "ArithmeticError: the cause" in ended.stderr
+
+
 def test_usage_error_of_a_worker_is_raised_here_and_nothing_printed(
     logs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
