@@ -1,7 +1,8 @@
-"""Contract between layers, pipeline and optimizer: gradients of weights that are computed later (W)."""
+"""Contract between layers, pipeline and optimizer: sums of weight gradients, and gradients computed later (W)."""
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,60 @@ class GradientSink(Protocol):
 
     def arrived(self, parameter: nn.Parameter) -> None:
         """Report that one more gradient of `parameter` has been added to the buffer."""
+
+
+class GradientSum:
+    """FP32 sum of one parameter's gradients over a step.
+
+    A layer's backward adds to the sum instead of giving autograd a gradient: each gradient through autograd costs a
+    tensor, a hand-over between threads and a call of the optimizer's hook.
+    """
+
+    __slots__ = ("__weakref__", "arrived", "buffer")
+
+    def __init__(self, buffer: Tensor, arrived: Callable[[], None]) -> None:
+        """`buffer` has the parameter's shape; `arrived` is called after each gradient that has been added to it."""
+        self.buffer = buffer
+        self.arrived = arrived
+
+    def add(self, gradient: Tensor) -> None:
+        """Add a gradient of any format, with as many elements as the parameter."""
+        self.buffer.add_(gradient.view_as(self.buffer))
+        self.arrived()
+
+
+_ATTRIBUTE = "_counterflow_gradient_sum"
+_plain_passes = 0
+
+
+@contextmanager
+def plain_autograd() -> Iterator[None]:
+    """Context of forwards whose gradients all go to autograd, also where an optimizer keeps sums."""
+    global _plain_passes
+    _plain_passes += 1
+    try:
+        yield
+    finally:
+        _plain_passes -= 1
+
+
+def keeps_sums() -> bool:
+    """Whether the backward of a forward that runs now may add to the optimizer's sums; False in `plain_autograd`."""
+    return not _plain_passes
+
+
+def attach_sum(parameter: nn.Parameter, total: GradientSum) -> None:
+    """Let `sink_of` find the sum, as long as its owner keeps it."""
+    setattr(parameter, _ATTRIBUTE, weakref.ref(total))
+
+
+def sink_of(parameter: Tensor) -> GradientSum | None:
+    """Sum to which the backward of a forward that runs now adds the gradient of `parameter`.
+
+    None without an optimizer, in `plain_autograd` and for a frozen parameter: autograd then has the gradient.
+    """
+    reference: Callable[[], GradientSum | None] | None = getattr(parameter, _ATTRIBUTE, None)
+    return None if reference is None or _plain_passes or not parameter.requires_grad else reference()
 
 
 class WeightQueue:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..weight_gradients import GradientSink, WeightQueue, now_or_later
-from .apex import Accumulate, find_accumulate
+from ..kernels.add_product import add_product
+from ..weight_gradients import GradientSink, GradientSum, WeightQueue, keeps_sums, now_or_later
 from .emulated import QuantizedFunction, QuantizedWeight, keep
 from .kept import Kept
 from .products import Products
@@ -26,8 +26,8 @@ class _Layer(nn.Module):
     """State that a plain and a grouped linear layer share.
 
     `weight_queue` takes the gradient of the weight while it defers; None always computes the gradient at once.
-    `gradients` adds up the gradients that a product adds to a sum itself, so that autograd gets none; with None
-    autograd gets every gradient.
+    `gradients` adds the gradients up, and autograd gets none; with None, and in `plain_autograd`, autograd gets every
+    gradient.
     """
 
     def __init__(self, shape: tuple[int, ...], recipe: LinearRecipe | None, num_groups: int | None) -> None:
@@ -39,6 +39,7 @@ class _Layer(nn.Module):
         self._products = Products() if recipe is None else recipe.products
         self._quantized: QuantizedWeight | None = None
         self._engine: LayerEngine | None = None
+        self._sum: tuple[nn.Parameter, GradientSink, GradientSum] | None = None
         if recipe is not None and recipe.quantises:
             self._quantized = QuantizedWeight(recipe)
             if recipe.backend is not None:
@@ -54,22 +55,32 @@ class _Layer(nn.Module):
         offsets: Tensor | None,
         kept: Kept | None,
         rebuilt: bool = False,
+        counts: Sequence[int] | None = None,
         codes: BlockQuantized | None = None,
         incoming: Callable[[], BlockQuantized | None] | None = None,
     ) -> Tensor:
         """Result of the layer without a backend: in the format of its operands, or with emulated quantisation."""
-        later = _later(self.weight_queue, self.weight)
-        if self._quantized is None:
-            sink = self.gradients if offsets is None else None
-            result: Tensor = _LinearFunction.apply(
-                x, self.weight, offsets, self._products, later, self.weight_queue, sink
-            )
-        else:
+        weight, total = self.weight, self._gradient_sum()
+        later = _WeightGradient(weight, self.weight_queue, total)
+        if self._quantized is not None:
             grad = torch.is_grad_enabled()
-            result = QuantizedFunction.apply(
-                x, self.weight, self._quantized, offsets, kept, rebuilt, grad, later, codes, incoming
+            quantized: Tensor = QuantizedFunction.apply(
+                x, weight, self._quantized, offsets, kept, rebuilt, grad, later, codes, incoming
             )
+            return quantized
+        # Autograd must reach the node of a layer whose input needs no gradient. Elsewhere it need not know the weight.
+        seen = weight.detach() if total is not None and x.requires_grad else weight
+        result: Tensor = _LinearFunction.apply(x, seen, offsets, counts, self._products, later)
         return result
+
+    def _gradient_sum(self) -> GradientSum | None:
+        """Sum to which the weight's gradients are added; None where autograd gets them."""
+        weight, sink = self.weight, self.gradients
+        if sink is None or not keeps_sums() or not weight.requires_grad:
+            return None
+        if self._sum is None or self._sum[0] is not weight or self._sum[1] is not sink:
+            self._sum = weight, sink, GradientSum(sink.gradient_buffer(weight), partial(sink.arrived, weight))
+        return self._sum[2]
 
 
 class Linear(_Layer):
@@ -91,8 +102,8 @@ class GroupedLinear(_Layer):
     """One Linear per expert over rows sorted by expert: x `[R, in]`, weight `[E, out, in]`, y `[R, out]`.
 
     `offsets` `[E]` int32 are the ends of the experts' rows in `x`: expert e owns rows `offsets[e-1]:offsets[e]`.
-    `counts` are the numbers of rows on the host, for a backend that needs them there. Without them the backend copies
-    them from the device.
+    `counts` are the numbers of rows on the host, for a backend that needs them there, and for gradients of the weight
+    that are added to a sum on a GPU. Where they are needed and not given, they are copied from the device.
     """
 
     def __init__(
@@ -114,10 +125,9 @@ class GroupedLinear(_Layer):
         quantised form of the gradient. Neither is then quantised again, unless a backend does so, to the same values.
         """
         if self._engine is None:
-            return self._compute(x, offsets, kept, False, codes, incoming)
-        if counts is None:
-            counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-        return self._engine(x, self.weight, self.weight_queue, self.gradients, kept, False, counts)
+            return self._compute(x, offsets, kept, False, counts, codes, incoming)
+        sizes = row_counts(offsets, counts)
+        return self._engine(x, self.weight, self.weight_queue, self.gradients, kept, False, sizes)
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -129,14 +139,13 @@ class _LinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         offsets: Tensor | None,
+        counts: Sequence[int] | None,
         products: Products,
-        later: Callable[[Callable[[], Tensor]], Tensor | None],
-        queue: WeightQueue | None,
-        gradients: GradientSink | None,
+        later: _WeightGradient,
     ) -> Tensor:
         ctx.save_for_backward(x, *(() if offsets is None else (offsets,)))
         ctx.weight, ctx.products, ctx.later = weight, products, later  # no saved tensor: hooks need not see the weight
-        ctx.queue, ctx.gradients = queue, gradients
+        ctx.counts = counts
         return products.multiply(x, weight.mT, offsets)
 
     @staticmethod
@@ -146,43 +155,65 @@ class _LinearFunction(torch.autograd.Function):
         x, *more = ctx.saved_tensors
         offsets = more[0] if more else None
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        grad_weight, rows, grad_rows = None, x.flatten(0, -2), grad.flatten(0, -2)
-        accumulate = None if ctx.gradients is None else _accumulate(x)
-        if needs_weight and accumulate is not None:
-            now_or_later(ctx.queue, partial(_add, accumulate, rows, grad_rows, weight, ctx.gradients))
-        elif needs_weight:
-            grad_weight = ctx.later(lambda: products.multiply(grad_rows.t(), rows, offsets))
+        later, grad_weight, rows, grad_rows = ctx.later, None, x.flatten(0, -2), grad.flatten(0, -2)
+        if later.total is not None and x.device.type != "cpu":
+            later.add_products(rows, grad_rows, offsets, ctx.counts)
+        elif needs_weight or later.total is not None:
+            grad_weight = later(partial(products.multiply, grad_rows.t(), rows, offsets))
         grad_x = products.multiply(grad, weight, offsets) if needs_x else None
-        return grad_x, grad_weight, None, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
-def _accumulate(x: Tensor) -> Accumulate | None:
-    """A kernel that adds `dy^T x` to an FP32 sum, where there is one."""
-    return find_accumulate() if x.is_cuda and x.dtype == torch.bfloat16 else None
+class _WeightGradient:
+    """Place of one use's weight gradient: the sum `total` or autograd, at once or when the queue is drained."""
 
+    __slots__ = ("queue", "total", "weight")
 
-@torch.no_grad()
-def _add(accumulate: Accumulate, x: Tensor, dy: Tensor, weight: nn.Parameter, gradients: GradientSink) -> None:
-    accumulate(x, dy.contiguous(), gradients.gradient_buffer(weight))
-    gradients.arrived(weight)
+    def __init__(self, weight: nn.Parameter, queue: WeightQueue | None, total: GradientSum | None) -> None:
+        self.weight, self.queue, self.total = weight, queue, total
 
-
-def _later(queue: WeightQueue | None, weight: Tensor) -> Callable[[Callable[[], Tensor]], Tensor | None]:
-    """A function that takes the computation of the weight's gradient in a backward and returns the gradient.
-
-    While the queue defers, the function puts the computation into the queue and returns None.
-    """
-
-    def gradient(compute: Callable[[], Tensor]) -> Tensor | None:
-        if queue is None or not queue.deferring:
+    def __call__(self, compute: Callable[[], Tensor]) -> Tensor | None:
+        """Take the computation of the gradient, in a backward. Returns the gradient if autograd is to have it now."""
+        if self.total is not None:
+            now_or_later(self.queue, partial(_add, compute, self.total))
+        elif self.queue is not None and self.queue.deferring:
+            # As the root of a backward of its own, the parameter runs the hooks that add gradients up.
+            self.queue.put(lambda: torch.autograd.backward(self.weight, _without_graph(compute)))
+        else:
             return compute()
-        # As the root of a backward of its own, the parameter runs the hooks that add gradients up.
-        queue.put(lambda: torch.autograd.backward(weight, _without_graph(compute)))
         return None
 
-    return gradient
+    def add_products(self, x: Tensor, dy: Tensor, offsets: Tensor | None, counts: Sequence[int] | None) -> None:
+        """Let products add the gradient to the sum: one, or one for each expert with rows."""
+        assert self.total is not None
+        now_or_later(self.queue, partial(_add_products, x, dy, offsets, counts, self.total))
 
 
 @torch.no_grad()
 def _without_graph(compute: Callable[[], Tensor]) -> Tensor:
     return compute()
+
+
+@torch.no_grad()
+def _add(compute: Callable[[], Tensor], total: GradientSum) -> None:
+    total.add(compute())
+
+
+@torch.no_grad()
+def _add_products(
+    x: Tensor, dy: Tensor, offsets: Tensor | None, counts: Sequence[int] | None, total: GradientSum
+) -> None:
+    if offsets is None:
+        add_product(total.buffer, dy, x, 1.0)
+    else:
+        start = 0
+        for expert, count in zip(total.buffer.unbind(), row_counts(offsets, counts), strict=True):
+            if count:
+                add_product(expert, dy[start : start + count], x[start : start + count], 1.0)
+            start += count
+    total.arrived()
+
+
+def row_counts(offsets: Tensor, counts: Sequence[int] | None) -> Sequence[int]:
+    """Numbers of the experts' rows on the host: `counts`, or copied from the device."""
+    return offsets.diff(prepend=offsets.new_zeros(1)).tolist() if counts is None else counts

@@ -85,6 +85,8 @@ class Products:
 
     def _grouped(self, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
         if not self.widens(a):
+            if a.shape[0 if b.dim() == 3 else 1] == 0:  # no row at all: CUDA's kernel would read from no memory
+                return a.new_zeros(*offsets.shape[: 3 - b.dim()], a.shape[0], b.shape[-1])
             return F.grouped_mm(a, b, offs=offsets)
         groups = [slice(start, stop) for start, stop in pairwise((0, *offsets.tolist()))]
         # One group at a time: there is no FP32 copy of all experts, and the copy of one expert stays in the cache.

@@ -15,7 +15,7 @@ from ..comm.dispatcher import Dispatcher
 from ..fp8.linear import GroupedLinear, Linear
 from ..fp8.recipe import Recipe
 from ..phases import Tape, Uncut, run
-from ..weight_gradients import WeightQueue
+from ..weight_gradients import WeightQueue, plain_autograd
 from .balance import BalanceWeights
 from .block import DecoderBlock, DenseBlock, MoEBlock
 from .capacity import Dropping
@@ -168,12 +168,14 @@ class Transformer(nn.Module):
     ) -> Output:
         """Run the whole model as one graph: tokens, valid and dropping as in `MicroBatch`, by default all valid.
 
+        Plain autograd gets every gradient, also where an optimizer adds up those of a pipeline's passes.
         `mtp` False leaves the MTP modules out, for evaluation.
         """
         assert self.part == Part.whole(self.config), "a stage runs in a pipeline"
         if valid is None:
             valid = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        _, output = run(self.phases(MicroBatch(tokens, valid, mtp=mtp, dropping=dropping), None, Uncut()))
+        with plain_autograd():
+            _, output = run(self.phases(MicroBatch(tokens, valid, mtp=mtp, dropping=dropping), None, Uncut()))
         return output
 
     def phases(

@@ -39,6 +39,7 @@ class Bucket:
         self.shard_gradient = self.gradient if plan.ranks == 1 else torch.zeros_like(self.master)
         self._format = DTYPES[config.reduce]
         self._left: list[int | None] = [None] * len(plan.slots)
+        self._waited_for = len(plan.slots)
         self._reduced = False
         self._reducing: Collective | None = None
         self._gathering: Collective | None = None
@@ -50,27 +51,28 @@ class Bucket:
         self.finish_reduce()  # of a step that ended in an error
         self.gradient.zero_()
         self._left = [expected.get(slot.local.parameter) for slot in self.plan.slots]
+        self._waited_for = sum(left != 0 for left in self._left)
         self._reduced = False
 
     @property
     def final(self) -> bool:
         """Whether each of the parameters has had all announced gradients."""
-        return not any(left is None or left for left in self._left)
-
-    def accumulate(self, index: int, gradient: Tensor) -> None:
-        """Add a gradient of the parameter in slot `index`."""
-        self.count(index)
-        accumulated = self.plan.slots[index].in_bucket(self.gradient)
-        accumulated.add_(gradient.view_as(accumulated))
+        return not self._waited_for
 
     def count(self, index: int) -> None:
         """Count another gradient of the parameter in slot `index`."""
-        name, left = self.plan.slots[index].local.names[0], self._left[index]
-        assert self._gathering is None, f"{name} was used before its new weights had arrived"
-        assert not self._reduced, f"{name} got a gradient after its gradients were reduced"
-        assert left != 0, f"{name} got a gradient more than announced for this step"
+        left = self._left[index]
+        if self._reduced or left == 0 or self._gathering is not None:
+            self._refuse(index)
         if left is not None:
             self._left[index] = left - 1
+            self._waited_for -= left == 1
+
+    def _refuse(self, index: int) -> None:
+        name = self.plan.slots[index].local.names[0]
+        assert self._gathering is None, f"{name} was used before its new weights had arrived"
+        assert not self._reduced, f"{name} got a gradient after its gradients were reduced"
+        raise AssertionError(f"{name} got a gradient more than announced for this step")
 
     @torch.no_grad()
     def start_reduce(self) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...local_parameter import LocalParameter
+from ...weight_gradients import GradientSum, attach_sum
 from ..config import OptimConfig
 from ..groups import Groups
 from .adamw import Update, adamw
@@ -64,6 +65,7 @@ class ShardedOptimizer:
         self._arriving: set[int] = set()
         numbered = [(b, s, slot) for b, bucket in enumerate(self._buckets) for s, slot in enumerate(bucket.plan.slots)]
         self._slots = {slot.local.parameter: (b, s) for b, s, slot in numbered}
+        self._sums = {parameter: self._sum(parameter, *slot) for parameter, slot in self._slots.items()}
         self._follow_gradients()
         self.num_buckets = len(self._buckets)
         self.steps = 0
@@ -112,15 +114,11 @@ class ShardedOptimizer:
 
         A layer may add to the buffer between `begin_step` and `reduce_gradients`, and then calls `arrived`.
         """
-        index, slot = self._slots[parameter]
-        bucket = self._buckets[index]
-        return bucket.plan.slots[slot].in_bucket(bucket.gradient).view(parameter.shape)
+        return self._sums[parameter].buffer
 
     def arrived(self, parameter: nn.Parameter) -> None:
         """Count a gradient of `parameter` that a layer has added to its buffer."""
-        bucket, slot = self._slots[parameter]
-        self._buckets[bucket].count(slot)
-        self._reduce_final()
+        self._sums[parameter].arrived()
 
     def gradients(self) -> dict[str, Tensor]:
         """Accumulated, unreduced gradients of this rank by global name: views `[N, C]`, FP32."""
@@ -261,23 +259,30 @@ class ShardedOptimizer:
         self._averaged = False
         self.publish()
 
+    def _sum(self, parameter: nn.Parameter, index: int, slot: int) -> GradientSum:
+        """The sum of a parameter's gradients, which counts what arrives."""
+        bucket, reference = self._buckets[index], weakref.ref(self)
+
+        def arrived() -> None:
+            bucket.count(slot)
+            if bucket.final and (optimizer := reference()) is not None:
+                optimizer._reduce_final()
+
+        return GradientSum(bucket.plan.slots[slot].in_bucket(bucket.gradient).view(parameter.shape), arrived)
+
     def _follow_gradients(self) -> None:
-        """Hook each parameter, to take over every gradient that autograd gives it."""
-        reference = weakref.ref(self)  # a parameter keeps its hook, and the hook must not keep the optimizer
+        """Take over every gradient of each parameter: those that autograd gives it, and those that a layer adds."""
 
-        def hook(bucket: int, slot: int, parameter: Tensor) -> None:
-            if (optimizer := reference()) is not None:
-                optimizer._accumulate(parameter, bucket, slot)
+        def hook(sum_of: weakref.ref[GradientSum], parameter: Tensor) -> None:
+            total, gradient = sum_of(), parameter.grad
+            if total is not None and gradient is not None:  # None from a layer that adds the gradient itself
+                total.add(gradient)
+                parameter.grad = None  # the BF16 gradient of one micro-batch is not kept
 
-        for parameter, (bucket, slot) in self._slots.items():
-            parameter.register_post_accumulate_grad_hook(partial(hook, bucket, slot))
-
-    def _accumulate(self, parameter: Tensor, bucket: int, slot: int) -> None:
-        if parameter.grad is None:  # a layer that deferred its weight gradient passes none
-            return
-        self._buckets[bucket].accumulate(slot, parameter.grad)
-        parameter.grad = None  # the BF16 gradient of one micro-batch is not kept
-        self._reduce_final()
+        for parameter, total in self._sums.items():
+            attach_sum(parameter, total)
+            # A parameter keeps its hook, and the hook must not keep the optimizer.
+            parameter.register_post_accumulate_grad_hook(partial(hook, weakref.ref(total)))
 
     def _reduce_final(self) -> None:
         """Start the reductions of final buckets that are next in the fixed order."""

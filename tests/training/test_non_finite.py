@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from counterflow.configs.config import Config
 from counterflow.model.router import Routing
@@ -173,9 +173,18 @@ def test_a_weight_that_is_nan_is_named_by_its_global_name(pool: Pool, text: Path
 def _bad_leaf_gradient(worker: Worker, config: Config) -> str:
     """The gradient of a weight alone is spoilt: no module's input or output shows it."""
     trainer = make_trainer(config, 2, 1)
-    weight = dict(trainer.model.parameters())["layers.1.attention.out.weight"]
+    layer, sums = dict(trainer.model.modules())["layers.1.attention.out"], trainer.optimizer
+
+    class Spoiled:
+        def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
+            return sums.gradient_buffer(parameter)
+
+        def arrived(self, parameter: nn.Parameter) -> None:
+            self.gradient_buffer(parameter)[0, 0] = torch.nan
+            sums.arrived(parameter)
+
     if worker.rank == 1:
-        weight.register_hook(lambda gradient: spoil(gradient, float("nan")))
+        layer.gradients = Spoiled()
     said = failure_of(trainer)
     trainer.close()
     return said
