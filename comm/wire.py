@@ -8,13 +8,13 @@ layout never changes the result. T tokens, R rows, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..fp8.message import pack_message, unpack_message
+from ..fp8.operations import has_kernel, quantize_messages, restore
 from ..fp8.quantize import BlockQuantized
 from ..fp8.recipe import Monitor, Quantizer
 from ..fp8.tensor_formats import WIRE_FORMAT
@@ -57,16 +57,11 @@ class FP8Wire:
     Args:
         activation: quantizer of tokens; its format is WIRE_FORMAT.
         gradient: quantizer of gradients in the backward of combine.
-        fused: function that makes messages of x BF16 [T, H] in one kernel, such as `pack_on_gpu`. The kernel reports no
-            infinities, so the quantizers are used instead while an observer watches the quantised values.
+
+    On a GPU one kernel makes the messages, except while an observer watches the quantised values.
     """
 
-    def __init__(
-        self,
-        activation: Quantizer | None = None,
-        gradient: Quantizer | None = None,
-        fused: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, activation: Quantizer | None = None, gradient: Quantizer | None = None) -> None:
         monitor = Monitor()
         self._quantizers: dict[Direction, Quantizer] = {
             "forward": activation or Quantizer("dispatch.input", WIRE_FORMAT, monitor),
@@ -74,22 +69,13 @@ class FP8Wire:
         }
         for quantizer in self._quantizers.values():
             assert quantizer.format == WIRE_FORMAT, quantizer
-        self._fused = fused
 
     def encode(self, x: Tensor, direction: Direction) -> Tensor:
         quantizer = self._quantizers[direction]
-        if self._fused is not None and quantizer.monitor.observer is None and x.dtype == torch.bfloat16:
-            return self._fused(x)
+        if quantizer.monitor.observer is None and x.dtype == torch.bfloat16 and has_kernel(x.device):
+            return quantize_messages(x, quantizer.monitor.flag(x.device))
         return pack_message(quantizer.encode(x, 1))
 
     def decode(self, rows: Tensor, dtype: torch.dtype, width: int) -> Decoded:
         codes = unpack_message(rows, width)
-        return Decoded(codes.dequantize(dtype), codes)
-
-
-def pack_on_gpu(x: Tensor) -> Tensor:
-    """Make messages of x BF16 [T, H] by the fused kernel, with neither values nor scales in memory in between."""
-    from ..fp8.triton import quantize_for_dispatch
-
-    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-    return quantize_for_dispatch(x.contiguous(), rows, x.shape[0])
+        return Decoded(restore(codes, dtype), codes)

@@ -22,14 +22,16 @@ from torch.autograd.function import once_differentiable
 from . import gemm
 from .gemm import Operand
 from .kept import Kept
+from .operations import restore
 from .quantize import BlockQuantized
 from .recipe import LinearRecipe, Quantizer
 from .saved_tensors import memory_of
 
 
 def keep(recipe: LinearRecipe | None, x: Tensor) -> Kept | None:
-    """x `[..., K]` as the cache of a layer with this recipe; None for a recipe without a cache."""
-    if recipe is None or recipe.cache is None or not recipe.quantises:
+    """x `[..., K]` as the cache of a layer with this recipe; None for a recipe without a cache, and where no
+    gradient will follow."""
+    if recipe is None or recipe.cache is None or not recipe.quantises or not torch.is_grad_enabled():
         return None
     if recipe.cache.format is None:
         return Kept((x.detach(),), lambda x: x)
@@ -38,7 +40,7 @@ def keep(recipe: LinearRecipe | None, x: Tensor) -> Kept | None:
 
 def _kept(codes: BlockQuantized, shape: torch.Size, dtype: torch.dtype | None) -> Kept:
     rest = codes.without_tensors()
-    return Kept((codes.data, codes.scale), lambda data, scale: rest(data, scale).dequantize(dtype).view(shape))
+    return Kept((codes.data, codes.scale), lambda data, scale: restore(rest(data, scale), dtype).view(shape))
 
 
 class QuantizedWeight:

@@ -10,6 +10,9 @@ For each tile, in FP32 (Transformer Engine 2.20: common/recipe/recipe_common.cuh
 6. scale = 1 / multiplier, rounded once; it dequantises. The scale can be an FP32 subnormal (amax below 2.6e-36), so
    nothing here works with `torch.set_flush_denormal(True)`.
 
+On a CPU the values decide which of several ways is the fastest. Elsewhere the host does not wait for values: the one
+way that is right for all of them runs, and infinities and NaN are written to a flag on the device.
+
 Shapes: M rows, K columns, C = ceil(K/128), R = ceil(M/128). Tiles of (1, 128) have scales `[M, C]`, (128, 1) `[R, K]`,
 (128, 128) `[R, C]`. The contraction of a matrix product runs along the tiles of 128.
 """
@@ -36,7 +39,12 @@ _EXPONENT = 0x7F800000  # of FP32
 
 
 class FP8RangeError(ValueError):
-    """Infinities or NaN in an input of quantisation, raised where the caller set `checked`."""
+    """Infinities or NaN in an input of quantisation on a CPU, raised where the caller set `checked`."""
+
+
+def reads_values(device: torch.device) -> bool:
+    """Whether the host may read values of tensors on `device` to choose the fastest way."""
+    return device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,8 @@ class _Rule(NamedTuple):
     pow2_scales: bool
     checked: bool
     eps: float
+    met: Tensor | None
+    """int32 `[1]`, set to 1 where infinities or NaN are met."""
 
 
 def quantize(
@@ -149,15 +159,17 @@ def quantize(
     *,
     eps: float = 0.0,
     offsets: Tensor | Sequence[int] | None = None,
+    met: Tensor | None = None,
 ) -> BlockQuantized:
     """Quantise x `[M, K]` or a stack `[E, M, K]`, BF16 or FP32; rules and shapes are in the docstring of this module.
 
     `offsets` `[E]` are the ends of groups of rows, as in `GroupedLinear`: tiles of 128 rows begin again with each
     group, so no tile belongs to two experts. `eps` is the least amax (Transformer Engine's amax_epsilon;
-    DeepSeek's inference kernels use 1e-4). `checked` raises FP8RangeError for infinities and NaN.
+    DeepSeek's inference kernels use 1e-4). `checked` raises FP8RangeError for infinities and NaN on a CPU. Without
+    it, and elsewhere, they set `met` int32 `[1]` to 1.
     Raises UsageError for a tile, format, shape or type that is not supported.
     """
-    return _quantize(x, _rule(tile, fmt, pow2_scales, checked, eps), offsets, None)
+    return _quantize(x, _rule(tile, fmt, pow2_scales, checked, eps, met), offsets, None)
 
 
 def quantize_with_values(
@@ -169,10 +181,11 @@ def quantize_with_values(
     *,
     eps: float = 0.0,
     offsets: Tensor | Sequence[int] | None = None,
+    met: Tensor | None = None,
 ) -> tuple[BlockQuantized, Tensor]:
     """Result of `quantize`, to keep, and its dequantised values, to compute with, from the same pass."""
     values = torch.empty(x.shape, dtype=torch.bfloat16 if pow2_scales else torch.float32, device=x.device)
-    return _quantize(x, _rule(tile, fmt, pow2_scales, checked, eps), offsets, values), values
+    return _quantize(x, _rule(tile, fmt, pow2_scales, checked, eps, met), offsets, values), values
 
 
 def fake_quantize(
@@ -184,12 +197,13 @@ def fake_quantize(
     *,
     eps: float = 0.0,
     offsets: Tensor | Sequence[int] | None = None,
+    met: Tensor | None = None,
 ) -> Tensor:
     """Values of `quantize(…).dequantize()`, without encoding: BF16 with power-of-two scales, else FP32.
 
     Only the sign of zeros may differ.
     """
-    rule = _rule(tile, fmt, pow2_scales, checked, eps)
+    rule = _rule(tile, fmt, pow2_scales, checked, eps, met)
     matrix, ends = _matrix(x, offsets)
     values = torch.empty(x.shape, dtype=torch.bfloat16 if pow2_scales else torch.float32, device=x.device)
     flat = values.view(matrix.shape)
@@ -238,7 +252,8 @@ def _quantize(x: Tensor, rule: _Rule, offsets: Tensor | Sequence[int] | None, va
 
 
 def _largest(tiles: Tensor, rule: _Rule, piece: Piece) -> tuple[Tensor, bool]:
-    """The amax of each tile without NaN, FP32 `[tiles down, 1, tiles across, 1]`, and whether all elements are finite.
+    """The amax of each tile without NaN, FP32 `[tiles down, 1, tiles across, 1]`, and whether all elements are known to
+    be finite.
 
     Without their sign, the bits of floating-point numbers have the order of the numbers, and integers compare faster.
     """
@@ -247,10 +262,16 @@ def _largest(tiles: Tensor, rule: _Rule, piece: Piece) -> tuple[Tensor, bool]:
         else (tiles.view(torch.int32) & 0x7FFFFFFF, 0x7F800000)
     )  # fmt: skip
     amax = _amax(bits)
+    if not reads_values(tiles.device):
+        if rule.met is not None:
+            torch.maximum(rule.met, (amax.max() >= infinity).to(torch.int32), out=rule.met)
+        return _amax(bits.masked_fill_(bits > infinity, 0)).view(tiles.dtype).float(), False
     finite = bool((amax.max() < infinity).item())
     if not finite:
         if rule.checked:
             raise FP8RangeError(_describe(bits, infinity, piece))
+        if rule.met is not None:
+            rule.met.fill_(1)
         amax = _amax(bits.masked_fill_(bits > infinity, 0))
     return amax.view(tiles.dtype).float(), finite
 
@@ -311,15 +332,15 @@ def _decode(codes: Tensor, scale: Tensor, fmt: Format, out: Tensor) -> None:
     wide = values.float()  # always a copy: no code is FP32
     if factor != 1.0:
         # Both ways are exact, but `scale * factor` overflows for the largest scales.
-        if bool((scale.max() < 2.0**119).item()):
+        if reads_values(codes.device) and bool((scale.max() < 2.0**119).item()):
             scale = scale * factor
         else:
             wide.mul_(factor)
     out.copy_(wide.mul_(scale))
 
 
-def _rule(tile: Tile, fmt: FormatName, pow2_scales: bool, checked: bool, eps: float) -> _Rule:
-    return _Rule(check_tile(tile), find_format(fmt), pow2_scales, checked, eps)
+def _rule(tile: Tile, fmt: FormatName, pow2_scales: bool, checked: bool, eps: float, met: Tensor | None) -> _Rule:
+    return _Rule(check_tile(tile), find_format(fmt), pow2_scales, checked, eps, met)
 
 
 def _matrix(x: Tensor, offsets: Tensor | Sequence[int] | None) -> tuple[Tensor, tuple[int, ...] | None]:

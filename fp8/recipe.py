@@ -6,17 +6,20 @@ such as Transformer Engine, so a backend imports this module and this module imp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..weight_gradients import GradientSink, WeightQueue
 from .gemm import Mode, Operand
 from .kept import Kept
+from .operations import has_kernel, quantize_rows, restore
 from .products import Products
-from .quantize import BlockQuantized, FP8RangeError, fake_quantize, quantize, quantize_with_values
+from .quantize import BlockQuantized, FP8RangeError, fake_quantize, quantize, quantize_with_values, reads_values
 from .tensor_formats import WITH_CACHE, Formats, Kind, TensorFormat
 
 Observer = Callable[[str, Tensor, Tensor, TensorFormat, int, Tensor | None], None]
@@ -76,6 +79,29 @@ class Monitor:
     infinite: list[str] = field(default_factory=list)
     """Classes in which infinities or NaN were met. Quantisation turns infinities into large numbers (see `quantize`),
     so nothing later would show them."""
+    _flags: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def flag(self, device: torch.device) -> Tensor | None:
+        """int32 `[1]` that quantisation on `device` sets to 1 where infinities or NaN are met; None on a CPU, where
+        `infinite` names the class."""
+        if reads_values(device):
+            return None
+        if device not in self._flags:
+            self._flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        return self._flags[device]
+
+    def clear(self) -> None:
+        """Forget what was met."""
+        self.infinite.clear()
+        for flag in self._flags.values():
+            flag.zero_()
+
+    def spoil(self, sums: Tensor) -> None:
+        """Make `sums` NaN if infinities or NaN were met. The host waits for nothing."""
+        if self.infinite:
+            sums.fill_(math.nan)
+        for flag in self._flags.values():
+            sums.masked_fill_(flag > 0, math.nan)
 
 
 @dataclass(frozen=True)
@@ -101,8 +127,9 @@ class Quantizer:
             return x
         tile, fmt, pow2 = self.format.tile(contracted), self.format.fmt, self.format.pow2
         offsets = offsets if tile[0] > 1 else None  # tiles of one row are the same with any groups
+        met = self.monitor.flag(x.device)
         try:
-            values = fake_quantize(x, tile, fmt, pow2, checked=True, offsets=offsets)
+            values = fake_quantize(x, tile, fmt, pow2, checked=True, offsets=offsets, met=met)
         except FP8RangeError:
             self.monitor.infinite.append(self.name)
             values = fake_quantize(x, tile, fmt, pow2, offsets=offsets)
@@ -122,11 +149,15 @@ class Quantizer:
         offsets = offsets if tile[0] > 1 else None
         if self.monitor.observer is not None:
             with_values = True
+        met = self.monitor.flag(x.device)
 
         def run(checked: bool) -> tuple[BlockQuantized, Tensor | None]:
+            if tile[0] == 1 and x.dim() == 2 and has_kernel(x.device, fmt, x.shape[1]):
+                codes = quantize_rows(x, fmt, pow2, met)
+                return codes, restore(codes) if with_values else None
             if with_values:
-                return quantize_with_values(x, tile, fmt, pow2, checked, offsets=offsets)
-            return quantize(x, tile, fmt, pow2, checked, offsets=offsets), None
+                return quantize_with_values(x, tile, fmt, pow2, checked, offsets=offsets, met=met)
+            return quantize(x, tile, fmt, pow2, checked, offsets=offsets, met=met), None
 
         try:
             codes, values = run(checked=True)

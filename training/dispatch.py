@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..fp8.tensor_formats import WIRE_FORMAT
@@ -114,7 +113,7 @@ def make_dispatcher(
     layout = groups.layout
     name = dispatcher_name(config, layout, device.type)
     experts = config.model.n_routed_experts
-    options = DispatchOptions(recipe.alignment, make_wire(config, recipe, device.type), groups.meter)
+    options = DispatchOptions(recipe.alignment, make_wire(config, recipe), groups.meter)
     if nodes is not None:
         return OneProcessDispatcher(experts, nodes, options)
     if name == "flat":
@@ -145,12 +144,12 @@ def partial_sums_of(config: Config, layout: Layout) -> list[int] | None:
     return nodes_of_group(layout, 0)
 
 
-def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> WireFormat:
+def make_wire(config: Config, recipe: Recipe) -> WireFormat:
     """Make the wire format of the run.
 
     In FP8 the wire quantises as the recipe's experts do; a class in another format is quantised again at its layer.
     """
-    from ..comm.wire import FP8Wire, PlainWire, pack_on_gpu
+    from ..comm.wire import FP8Wire, PlainWire
     from ..fp8.recipe import Quantizer
 
     if wire_format(config) != "fp8":
@@ -159,8 +158,7 @@ def make_wire(config: Config, recipe: Recipe, device_type: str = "cpu") -> WireF
     def quantizer(name: str) -> Quantizer:
         return Quantizer(name, WIRE_FORMAT, recipe.monitor)
 
-    fused = pack_on_gpu if device_type == "cuda" and find_spec("triton") is not None else None
-    return FP8Wire(quantizer("experts_up.input"), quantizer("experts_down.gradient"), fused)
+    return FP8Wire(quantizer("experts_up.input"), quantizer("experts_down.gradient"))
 
 
 def routing_notes(config: Config, layout: Layout) -> tuple[str, ...]:

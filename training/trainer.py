@@ -122,7 +122,7 @@ class Trainer:
 
         `timed` and `watch`: see `Executor.train`.
         """
-        self.model.recipe.monitor.infinite.clear()
+        self.model.recipe.monitor.clear()
         for chunk in self.model.chunks.values():
             chunk.train()
         schedule, program = self._program(len(batches))
@@ -264,8 +264,7 @@ class Trainer:
     def _totals(self, outputs: list[Output]) -> Totals:
         """Sums of the step over micro-batches, stages and ranks."""
         losses, counts = sum_outputs(outputs, self.config.model, self.device)
-        if self.model.recipe.monitor.infinite:  # quantisation turned an infinity into a finite number in this step
-            losses.fill_(math.nan)
+        self.model.recipe.monitor.spoil(losses)  # quantisation can turn an infinity of this step into a finite number
         return sum_over_ranks(losses, counts, self.groups)
 
     def _metrics(

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...fp8.message import unpack_message
+from ...fp8.operations import restore
 from ...fp8.quantize import BlockQuantized
 from ...fp8.tensor_formats import SIDE, WIRE_FORMAT
 from ...settings import UsageError
@@ -164,7 +165,7 @@ class DeepEPRoute:
         data, scale = payload
         data = self._expansion.rows(data.view(torch.uint8)).view(data.dtype)  # not every indexing kernel takes FP8
         codes = BlockQuantized(data, self._expansion.rows(scale), (1, SIDE), WIRE_FORMAT.fmt, width, WIRE_FORMAT.pow2)
-        return Decoded(codes.dequantize(dtype), codes)
+        return Decoded(restore(codes, dtype), codes)
 
     def _expand(self, local_ids: Tensor, rows_per_expert: list[int]) -> Expansion:
         counts = torch.tensor(rows_per_expert).to(local_ids.device, non_blocking=True)

@@ -10,6 +10,8 @@ Shapes: T tokens, K choices per token, H hidden, R rows, I inner width of a feed
 | `swiglu_quantize` | gate and up, BF16 or E4M3 | silu(gate) up weight in tiles of (1, 128) |
 | `swiglu_quantize_columns` | the same | the same values in tiles of (128, 1), transposed: recomputed for W |
 | `swiglu_backward_quantize` | gradient, gate and up | gradients in both tilings, and the weights' |
+| `quantize_rows` | BF16 or FP32 | E4M3 or E5M6 in tiles of (1, 128) |
+| `dequantize_rows` | E4M3 or E5M6 in tiles of (1, 128) | BF16 or FP32 |
 | `quantize_both` | BF16 | both tilings |
 | `requantize_columns` | E4M3 in tiles of (1, 128) | tiles of (128, 1), transposed (V3 §3.5.2) |
 | `quantize_for_dispatch` | tokens | each token's codes and scales in its rows of one buffer |
@@ -32,15 +34,19 @@ from .ops import (
     swiglu_quantize,
     swiglu_quantize_columns,
 )
+from .rows import dequantize_rows, packs, quantize_rows
 
 __all__ = [
     "RowGroups",
     "combine",
     "combine_backward",
+    "dequantize_rows",
     "group_rows",
     "message_bytes",
+    "packs",
     "quantize_both",
     "quantize_for_dispatch",
+    "quantize_rows",
     "requantize_columns",
     "swiglu_backward_quantize",
     "swiglu_quantize",

@@ -18,30 +18,40 @@ triton, tl = load_triton()
 
 SIDE = tl.constexpr(128)  # elements along a tile
 MOST = tl.constexpr(448.0)  # of E4M3
+MOST_E5M6 = tl.constexpr(65024.0)
 LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 LARGEST_FP32 = tl.constexpr(3.4028234663852886e38)
 INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def scales_of(amax, pow2: tl.constexpr, largest: tl.constexpr):
+def scales_of(amax, pow2: tl.constexpr, largest: tl.constexpr, most: tl.constexpr = MOST):
     """Multipliers of tiles with these maxima, and the scales that dequantise them. NaN counts as no maximum.
 
-    `largest` is the finite maximum of the input's type. Powers of two are made without a division: 448 is 1.75 * 2^8,
-    so 448 / (m 2^e) with m in [1, 2) lies between 2^(8-e) and its double where m is at most 1.75, else one binade
-    below.
+    `largest` is the finite maximum of the input's type, `most` that of the format. Powers of two are made without a
+    division: 448 is 1.75 * 2^8, so 448 / (m 2^e) with m in [1, 2) lies between 2^(8-e) and its double where m is at
+    most 1.75, else one binade below. 65024 is 1.984375 * 2^15.
     """
     plain = ~(amax > 0.0) | (amax == INFINITY)  # the maximum of a tile of NaN alone is NaN
     if pow2:
         bits = amax.to(tl.int32, bitcast=True)
-        field = 262 - (bits >> 23) - ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+        highest: tl.constexpr = 262 if most == 448.0 else 269  # 254 and the exponent of `most`
+        mantissa: tl.constexpr = 0x600000 if most == 448.0 else 0x7E0000
+        field = highest - (bits >> 23) - ((bits & 0x7FFFFF) > mantissa).to(tl.int32)
         # A quotient that overflows becomes 2^127, whose inverse is subnormal.
         field = tl.where(plain, 127, tl.minimum(field, 254))
         inverse = tl.where(field == 254, 0x400000, (254 - field) << 23)
         return (field << 23).to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
     else:
-        multiplier = tl.where(plain, 1.0, tl.minimum(tl.div_rn(MOST, amax), largest))
+        multiplier = tl.where(plain, 1.0, tl.minimum(tl.div_rn(most, amax), largest))
         return multiplier, tl.div_rn(1.0, multiplier)
+
+
+@triton.jit
+def tell(values, met):
+    """Set the int32 at `met` to 1 where a value of the FP32 block is infinite or NaN. All writers write 1."""
+    wrong = ((values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x7F800000).to(tl.int32)
+    tl.store(met, 1, mask=tl.max(tl.max(wrong, axis=1), axis=0) > 0)
 
 
 @triton.jit

@@ -170,13 +170,21 @@ def requantize_columns(
     return _columns(codes, scales, width, kind, groups)
 
 
-def quantize_for_dispatch(x: Tensor, row_of_slot: Tensor, num_rows: int, pow2_scales: bool = True) -> Tensor:
+def quantize_for_dispatch(
+    x: Tensor,
+    row_of_slot: Tensor | None = None,
+    num_rows: int | None = None,
+    pow2_scales: bool = True,
+    met: Tensor | None = None,
+) -> Tensor:
     """Quantise each token once, in tiles of (1, 128), and write it to all its rows of the buffer that dispatch sends.
 
     Args:
         x: BF16 `[T, H]`.
         row_of_slot: int32 or int64 `[T, K]`, the row of each choice of a token, each below `num_rows` and no row
             twice (`ExpertOrder.row_of_slot`); negative where there is none. Rows that no slot names are not written.
+            None gives one row per token, in order.
+        met: int32 `[1]`, set to 1 where x has infinities or NaN.
 
     Returns:
         uint8 `[num_rows, message_bytes(H)]`: the layout is in `fp8/message.py`, and `unpack_message` reads it.
@@ -186,11 +194,12 @@ def quantize_for_dispatch(x: Tensor, row_of_slot: Tensor, num_rows: int, pow2_sc
     """
     x = check("x", x, torch.bfloat16, None, None)
     tokens, width = x.shape
-    row_of_slot = _check_slots("row_of_slot", row_of_slot, tokens, None)
-    device = same_device(x=x, row_of_slot=row_of_slot)
+    slots = None if row_of_slot is None else _check_slots("row_of_slot", row_of_slot, tokens, None)
+    device = same_device(x=x, row_of_slot=slots, met=met)
     tiles, size = -(-width // SIDE), message_bytes(width)
     padded = size != width + 4 * tiles
-    message = (torch.zeros if padded else torch.empty)(num_rows, size, dtype=torch.uint8, device=device)
+    rows = tokens if num_rows is None else num_rows
+    message = (torch.zeros if padded else torch.empty)(rows, size, dtype=torch.uint8, device=device)
     block = 8
     parts = -(-tiles // block)
     scales = message.view(torch.float32)
@@ -199,8 +208,16 @@ def quantize_for_dispatch(x: Tensor, row_of_slot: Tensor, num_rows: int, pow2_sc
     Launch(
         quantize_to_rows,
         tokens * parts,
-        (x, row_of_slot, message, scales, width, tiles, parts, size, scale_start(width) // 4),
-        {"top_k": row_of_slot.shape[1], "pow2": pow2_scales, "block": block},
+        (
+            *(x, x if slots is None else slots, message, scales, scales if met is None else met),
+            *(width, tiles, parts, size, scale_start(width) // 4),
+        ),
+        {
+            "top_k": 0 if slots is None else slots.shape[1],
+            "pow2": pow2_scales,
+            "watched": met is not None,
+            "block": block,
+        },
         num_warps=2,
     ).run()
     return message

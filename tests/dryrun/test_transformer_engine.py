@@ -135,3 +135,15 @@ def test_a_deferred_weight_gradient_holds_codes_for_its_own_product_alone(groupe
     assert linear.gradients.told == 0
     drain(later)
     assert not module.wgrad_store.context.queue and linear.gradients.told == 1
+
+
+def test_a_cached_input_is_not_kept_and_is_quantised_in_the_backward() -> None:
+    linear = layer("attention_out", grouped=False)
+    x = torch.empty(T, K, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    kept = linear.keep(x)
+    with Watch() as watch:
+        y, saved = held_by(lambda: linear(x, kept))
+        # Neither the input nor its columns, but the cache: codes in E5M6 and two scales a row.
+        assert saved == [T * (K + K // 2), T * 2 * 4]
+        y.backward(torch.empty_like(y))
+    assert watch.calls == {"te_quantize": 4, "te_product": 3}

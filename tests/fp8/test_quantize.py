@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from counterflow.fp8 import quantize as module
 from counterflow.fp8 import tiles
 from counterflow.fp8.quantize import BlockQuantized, FP8RangeError, fake_quantize, quantize, quantize_with_values
 from counterflow.settings import UsageError
@@ -262,3 +263,38 @@ def test_transposed_storage_of_groups_dequantises_alike() -> None:
     made = quantize(x, (128, 1), offsets=(90, 90, 300))
     turned = replace(made, data=made.data.mT.contiguous().mT)
     assert torch.equal(turned.dequantize(), made.dequantize())
+
+
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2", "e5m6"])
+@pytest.mark.parametrize(("tile", "pow2", "dtype"), WAYS)
+def test_where_the_host_reads_no_values_the_bits_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], pow2: bool, dtype: torch.dtype, fmt: Any
+) -> None:
+    finite = anything_finite(400, 300, dtype, 8)
+    with_others = finite.clone()
+    with_others[:2, 130:132], with_others[300, 5] = torch.inf, torch.nan
+    for x, expected in ((finite, 0), (with_others, 1)):
+        met = torch.zeros(3, 1, dtype=torch.int32)
+
+        def results(met: Tensor | None = None) -> tuple[BlockQuantized, Tensor, Tensor, Tensor]:
+            codes = quantize(x, tile, fmt, pow2, met=None if met is None else met[0])  # noqa: B023
+            fake = fake_quantize(x, tile, fmt, pow2, met=None if met is None else met[1])  # noqa: B023
+            both = quantize_with_values(x, tile, fmt, pow2, met=None if met is None else met[2])  # noqa: B023
+            return codes, fake, codes.dequantize(), both[1]
+
+        on_cpu = results()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "reads_values", lambda device: False)
+            elsewhere = results(met)
+        assert torch.equal(on_cpu[0].data.view(torch.uint8), elsewhere[0].data.view(torch.uint8))
+        assert torch.equal(on_cpu[0].scale.view(torch.int32), elsewhere[0].scale.view(torch.int32))
+        for ours, theirs in zip(elsewhere[1:], on_cpu[1:], strict=True):
+            assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0)) and same(ours.abs(), theirs.abs())
+        assert met.tolist() == [[expected]] * 3
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_off_the_cpu_nothing_waits_for_values(tile: tuple[int, int]) -> None:
+    x = torch.empty(300, 200, dtype=torch.bfloat16, device="meta")  # there are no values to read
+    codes = quantize(x, tile, checked=True, offsets=(100, 300), met=x.new_empty(1, dtype=torch.int32))
+    assert codes.dequantize().shape == fake_quantize(x, tile, checked=True).shape == x.shape

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from counterflow.configs.load import load_config
 from counterflow.configs.write import to_yaml
+from counterflow.fp8 import quantize
+from counterflow.fp8 import recipe as recipes
 from counterflow.fp8.config import ClassConfig, PrecisionConfig
 from counterflow.fp8.linear import GroupedLinear, Linear
+from counterflow.fp8.recipe import Monitor, Quantizer
 from counterflow.fp8.tensor_formats import CLASSES, KINDS, TensorFormat, v3_formats
 from counterflow.settings import UsageError
 from counterflow.tests.model.small import build, random_tokens, small_config, total_loss
@@ -113,3 +116,22 @@ def test_classes_are_printed_as_they_load() -> None:
         "*.gradient": {"tile": "128x128"},
         "experts_down.*": {"format": "high"},
     }
+
+
+def test_where_the_host_reads_no_values_a_flag_spoils_the_sums_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (quantize, recipes):
+        monkeypatch.setattr(module, "reads_values", lambda device: False)
+    monitor = Monitor()
+    quantizer, x = Quantizer("mtp.input", TensorFormat(), monitor), torch.ones(4, 256).bfloat16()
+    for run in (quantizer.values, quantizer.encode):
+        x[3, 200] = torch.inf
+        sums = torch.zeros(2, dtype=torch.float64)
+        run(x, 1)
+        monitor.spoil(sums)
+        assert sums.isnan().all() and not monitor.infinite
+        monitor.clear()
+        x[3, 200] = 1
+        sums.zero_()
+        run(x, 1)
+        monitor.spoil(sums)
+        assert not sums.any()

@@ -45,7 +45,8 @@ def test_no_kernel_spills(programs: list[Compiled]) -> None:
 @needs_triton
 def test_codes_are_rounded_by_the_gpus_saturating_conversion(programs: list[Compiled]) -> None:
     for p in programs:
-        assert ("cvt.rn.satfinite.e4m3x2.f32" in p.ptx) == (not p.kernel.startswith("combine")), p.case
+        other = p.kernel in ("combine", "combine_backward", "pack_rows", "dequantize_rows")
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in p.ptx) == (not other), p.case
 
 
 @needs_triton

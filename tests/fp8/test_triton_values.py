@@ -16,6 +16,7 @@ from torch import Tensor
 from counterflow.comm.permute import Choice, order_by_expert
 from counterflow.comm.wire import FP8Wire
 from counterflow.fp8.quantize import BlockQuantized, quantize
+from counterflow.fp8.tensor_formats import FormatName
 from counterflow.fp8.triton import group_rows, message_bytes, unpack_message
 from counterflow.tests.fp8 import triton_worker
 from counterflow.tests.fp8.tiling import same
@@ -196,10 +197,43 @@ def test_a_message_holds_each_tokens_codes_and_scales(run: Callable[..., Any], w
 @needs_triton
 @pytest.mark.parametrize("width", [200, 512])
 def test_the_wire_packs_the_same_messages_on_a_gpu(run: Callable[..., Any], width: int) -> None:
-    """Kernels that `pack_on_gpu` calls, against the wire on a CPU."""
+    """The kernel that the wire calls, against the wire on a CPU."""
     x = numbers(24, width, width, special=False)
-    message = run("quantize_for_dispatch", x, torch.arange(24).unsqueeze(1), 24)
-    assert torch.equal(message, FP8Wire().encode(x, "forward"))
+    assert torch.equal(run("quantize_for_dispatch", x), FP8Wire().encode(x, "forward"))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pow2", [True, False])
+@pytest.mark.parametrize(("fmt", "width"), [("e4m3", 200), ("e4m3", 512), ("e5m6", 256), ("e5m6", 512)])
+def test_rows_are_quantizes_and_are_restored(
+    run: Callable[..., Any], fmt: FormatName, width: int, pow2: bool, dtype: torch.dtype
+) -> None:
+    x = numbers(40, width, width).to(dtype)
+    ours, theirs = run("quantize_rows", x, fmt, pow2), quantize(x, fmt=fmt, pow2_scales=pow2)
+    assert torch.equal(ours.scale.view(torch.int32), theirs.scale.view(torch.int32))
+    for wide in (torch.bfloat16, torch.float32):
+        expected = theirs.dequantize(wide)
+        assert same(ours.dequantize(wide), expected)
+        assert same(run("dequantize_rows", theirs, wide), expected)
+
+
+@needs_triton
+def test_messages_and_odd_rows_are_restored(run: Callable[..., Any]) -> None:
+    x = numbers(24, 384, 5, special=False)
+    packed = quantize(numbers(24, 301, 6, special=False), fmt="e5m6")  # a middle inside a tile
+    for codes in (unpack_message(FP8Wire().encode(x, "forward"), 384), packed):
+        assert torch.equal(run("dequantize_rows", codes, torch.bfloat16), codes.dequantize())
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["quantize_rows", "quantize_for_dispatch"])
+def test_infinities_and_nan_set_the_flag_and_nothing_else_does(run: Callable[..., Any], name: str) -> None:
+    for value, met in ((3e38, 0), (torch.inf, 1), (-torch.inf, 1), (torch.nan, 1)):
+        x = torch.ones(20, 256).bfloat16()
+        x[17, 200] = value
+        for more in ((), ("e5m6",)) if name == "quantize_rows" else ((),):
+            assert run("flag_of", name, x, *more) == met
 
 
 @needs_triton

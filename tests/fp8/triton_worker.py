@@ -55,6 +55,10 @@ def convert_float(data: NDArray[Any], source: Any, target: Any, rounding: Any) -
     way = source.name, target.name
     if way == ("fp32", "bf16"):
         return bf16_of(data.view(np.uint32)).astype(np.uint16)
+    if way == ("fp32", "fp16"):
+        return data.view(np.float32).astype(np.float16).view(np.uint16)
+    if way == ("fp16", "fp32"):
+        return data.view(np.float16).astype(np.float32).view(np.uint32)
     if way == ("fp32", "fp8e4nv"):
         return e4m3_of(data.view(np.uint32)).astype(np.uint8)
     if way == ("bf16", "fp32"):
@@ -91,9 +95,16 @@ def interpreted(name: str, *arguments: Any, in_one_block: bool = False) -> Any:
     if in_one_block:
         Launch.run = lambda launch: run(replace(launch, constants=launch.constants | {"block": 128}))  # type: ignore[method-assign]
     try:
-        return getattr(fused, name)(*arguments)
+        return (flag_of if name == "flag_of" else getattr(fused, name))(*arguments)
     finally:
         Launch.run = run  # type: ignore[method-assign]
+
+
+def flag_of(name: str, *arguments: Any) -> int:
+    """The flag that a public function sets where it meets infinities or NaN."""
+    met = torch.zeros(1, dtype=torch.int32)
+    getattr(fused, name)(*arguments, met=met)
+    return int(met)
 
 
 _TRITON_CAME_ALONG = "triton" in sys.modules
@@ -167,7 +178,7 @@ def compile_launch(case: str, launch: Launch, capability: int) -> Compiled:
     def number(pattern: str) -> int:
         return sum(int(found) for found in re.findall(pattern, text))
 
-    assert "Used" in text, f"the assembler's log is missing: {text!r}"
+    assert "Used" in text, f"the assembler's log of {case} is missing: {text!r}"
     return Compiled(
         case,
         launch.kernel.__name__,
@@ -188,6 +199,15 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def _cached(rows: int, width: int, pow2: bool = True) -> BlockQuantized:
     codes, scales = _meta(rows, width, dtype=torch.float8_e4m3fn), _meta(rows, -(-width // 128), dtype=torch.float32)
     return BlockQuantized(codes, scales, (1, 128), "e4m3", width, pow2)
+
+
+def _packed(rows: int, width: int) -> BlockQuantized:
+    codes = _meta(rows, width + width // 2, dtype=torch.uint8)
+    return BlockQuantized(codes, _meta(rows, width // 128, dtype=torch.float32), (1, 128), "e5m6", width, True)
+
+
+def _flag() -> Tensor:
+    return _meta(1, dtype=torch.int32)
 
 
 def _groups() -> fused.RowGroups:
@@ -240,6 +260,12 @@ CASES: dict[str, Callable[[], object]] = {
     "requantise": lambda: fused.requantize_columns(_cached(ROWS, HIDDEN), _groups()),
     "requantise, FP32 scales": lambda: fused.requantize_columns(_cached(ROWS, HIDDEN, False)),
     "dispatch": lambda: fused.quantize_for_dispatch(_meta(TOKENS, HIDDEN), _slots(TOKENS, TOP_K), TOKENS * TOP_K),
+    "dispatch, one row per token": lambda: fused.quantize_for_dispatch(_meta(TOKENS, HIDDEN), met=_flag()),
+    "rows": lambda: fused.quantize_rows(_meta(ROWS, HIDDEN), met=_flag()),
+    "rows, FP32 scales": lambda: fused.quantize_rows(_meta(ROWS, HIDDEN, dtype=torch.float32), pow2_scales=False),
+    "rows in E5M6": lambda: fused.quantize_rows(_meta(ROWS, 16384), "e5m6", met=_flag()),
+    "restored rows": lambda: fused.dequantize_rows(_cached(ROWS, HIDDEN), torch.bfloat16),
+    "restored rows of E5M6": lambda: fused.dequantize_rows(_packed(ROWS, 16384), torch.bfloat16),
     "combine": lambda: fused.combine(_meta(TOKENS * TOP_K, HIDDEN), _slots(TOKENS, TOP_K)),
     "combine, weighted": lambda: fused.combine(
         _meta(TOKENS * TOP_K, HIDDEN), _slots(TOKENS, TOP_K), _meta(TOKENS, TOP_K, dtype=torch.float32)
