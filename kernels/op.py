@@ -7,12 +7,27 @@ To whatever watches torch's dispatcher, such as a dry run, it is one operation: 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 NAMESPACE = "counterflow"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Parts of a fused operation, as they were defined."""
+
+    schema: str
+    gpu: Callable[..., Any]
+    formula: Callable[..., Any]
+    shapes: Callable[..., Any]
+
+
+OPERATIONS: dict[str, Operation] = {}
+"""Every operation that was defined, by name."""
 
 
 def fused(
@@ -26,6 +41,7 @@ def fused(
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
+    OPERATIONS[name] = Operation(schema, gpu, formula, shapes)
     for key, function in (("CUDA", gpu), ("CPU", formula), ("Meta", shapes)):
         _LIBRARY.impl(name, function, key)
     operation: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default

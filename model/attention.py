@@ -38,11 +38,12 @@ class LatentAttention(nn.Module):
         self._library = recipe.attention(heads, config.qk_head_dim, config.v_head_dim)
         self._products = recipe.products
 
-    def forward(self, x: Tensor, rotary: Tensor, saved: Saved) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, saved: Saved, same: Tensor | None = None) -> Tensor:
+        """`same` is x once more, for a gradient of its own."""
         rebuilt = saved.rebuilds(x)
         first = self.q_proj if self.config.q_lora_rank is None else self.q_down
         query = first(x, rebuilt=rebuilt)
-        key_value, rotary_key = self.kv_down(x, rebuilt=rebuilt).split(
+        key_value, rotary_key = self.kv_down(x if same is None else same, rebuilt=rebuilt).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1
         )
         parts = self._up_project(query, key_value, rotary_key, rotary, saved)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from .balance import BalanceWeights
 from .capacity import Dropping
 from .config import ModelConfig
 from .feed_forward import FeedForward, MixtureOfExperts
-from .kernels import Kernels
+from .kernels import Kernels, SumFunction
 from .norm import RMSNorm
 from .recompute import Keep, Rebuild, RecomputePolicy, Replay, Saved
 from .router import Routing
@@ -56,7 +56,7 @@ class DecoderBlock(nn.Module, ABC):
 
     def __init__(self, config: ModelConfig, kernels: Kernels, recompute: RecomputePolicy, recipe: Recipe) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.kernels = recompute, kernels
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.attention = LatentAttention(config, kernels, recipe)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
@@ -83,11 +83,12 @@ class DecoderBlock(nn.Module, ABC):
         finally:
             saved.close()
 
-    def attend(self, x: Tensor, rotary: Tensor, saved: Saved) -> tuple[Tensor, Tensor]:
-        """Attention and the second norm: the residual stream and its norm, both `[B, S, H]`. Computation."""
+    def attend(self, x: Tensor, rotary: Tensor, saved: Saved, users: int = 1) -> tuple[Tensor, ...]:
+        """Attention and the second norm: the residual stream, and its norm for each of `users`, all `[B, S, H]`.
+        Computation."""
         with saved.hooks():
-            residual = x + self.attention(self.attention_norm(x, saved), rotary, saved)
-            return residual, self.mlp_norm(residual, saved)
+            x, normed, same = self.attention_norm.branch(x, saved, users=2)
+            return self.mlp_norm.branch(x, saved, users, self.attention(normed, rotary, saved, same))
 
     @abstractmethod
     def _phases(
@@ -159,7 +160,9 @@ class Routed:
     residual: Tensor
     """`[B, S, H]`, the residual stream."""
     normed: Tensor
-    """`[B, S, H]`, the normalised residual stream."""
+    """`[B, S, H]`, the normalised residual stream, for the routed experts."""
+    for_shared: Tensor
+    """The same for the shared experts: the same tensor on CPUs, elsewhere one with a gradient of its own."""
     routing: Routing
     places: Tensor
     """`[T, K]` int64, places of the chosen experts on the ranks of the group."""
@@ -168,8 +171,9 @@ class Routed:
 
     def cut(self, tape: Uncut | Tape, balance: BalanceWeights) -> Routed:
         """Return the results for the phases after attention; the graph of the balance losses ends here."""
-        routing = self.routing.cut(tape, balance)
-        return Routed(tape.cut(self.residual), tape.cut(self.normed), routing, self.places, self.route)
+        routing, normed = self.routing.cut(tape, balance), tape.cut(self.normed)
+        for_shared = normed if self.for_shared is self.normed else tape.cut(self.for_shared)
+        return replace(self, residual=tape.cut(self.residual), normed=normed, for_shared=for_shared, routing=routing)
 
 
 class MoEBlock(DecoderBlock):
@@ -203,7 +207,7 @@ class MoEBlock(DecoderBlock):
         dropping: Dropping | None,
     ) -> BlockPhases:
         yield tape.phase("attention")
-        routed = self.route(*self.attend(x, rotary, saved), valid, saved, dropping).cut(tape, balance)
+        routed = self.route(self.attend(x, rotary, saved, users=3), valid, saved, dropping).cut(tape, balance)
         yield tape.phase("dispatch")
         dispatching = self.dispatch(routed)
         dispatching.ticket = tape.cut(dispatching.ticket)
@@ -223,13 +227,17 @@ class MoEBlock(DecoderBlock):
         return self.finish(routed, combining.wait(), shared), routed.routing
 
     def route(
-        self, residual: Tensor, normed: Tensor, valid: Tensor, saved: Saved, dropping: Dropping | None = None
+        self, attended: tuple[Tensor, ...], valid: Tensor, saved: Saved, dropping: Dropping | None = None
     ) -> Routed:
-        """Choose each token's experts, and begin the exchange of the counts."""
+        """Choose each token's experts, and begin the exchange of the counts.
+
+        `attended` is what `attend` returns for three users: the routed experts, the shared experts and the router.
+        """
+        residual, normed, for_shared, for_gate = attended
         with saved.hooks():
-            routing = self.mlp.gate(normed, valid, dropping)
+            routing = self.mlp.gate(for_gate, valid, dropping)
         places = self.mlp.place(routing.expert_ids)
-        return Routed(residual, normed, routing, places, self.mlp.dispatcher.begin_route(places))
+        return Routed(residual, normed, for_shared, routing, places, self.mlp.dispatcher.begin_route(places))
 
     def dispatch(self, routed: Routed) -> Pending[Dispatched]:
         """Begin sending tokens to their experts, once the counts have arrived: communication."""
@@ -239,7 +247,7 @@ class MoEBlock(DecoderBlock):
     def run_shared(self, routed: Routed, saved: Saved) -> Tensor | None:
         """Run the experts that every token passes: computation that needs no dispatch."""
         with saved.hooks():
-            return None if self.mlp.shared is None else self.mlp.shared(routed.normed, saved)
+            return None if self.mlp.shared is None else self.mlp.shared(routed.for_shared, saved)
 
     def run_experts(self, dispatched: Dispatched, saved: Saved) -> Tensor:
         """Run the routed experts on the rows that arrived: computation."""
@@ -254,4 +262,7 @@ class MoEBlock(DecoderBlock):
     def finish(self, routed: Routed, sums: Tensor, shared: Tensor | None) -> Tensor:
         """Return the next residual stream: the last one, the routed experts' sums `[T, H]` and the shared output."""
         sums = sums.view_as(routed.residual)
+        if shared is not None and self.kernels.fuse(sums):
+            total: Tensor = SumFunction.apply(routed.residual, sums, shared)
+            return total
         return routed.residual + (sums if shared is None else sums + shared)

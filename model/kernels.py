@@ -1,8 +1,8 @@
 """Memory-bound kernels of the model, each with its backward written out.
 
-Kernels are plain functions of tensors. `Kernels` holds them either unchanged or fused by `torch.compile`; the autograd
-Functions below call the kernels of their model. Statistics and products of the backward are FP32, so results in BF16
-are rounded once, at the end.
+On CPUs they are formulas of torch's operations, off CPUs the fused kernels of the package `kernels`. `Kernels` holds
+them, or the formulas fused by `torch.compile`; the autograd Functions below call the kernels of their model. Statistics
+and products of the backward are FP32, so results in BF16 are rounded once, at the end.
 
 Shapes: T tokens, H width of the last dimension, R routed rows, I inner width of a feed-forward.
 """
@@ -20,50 +20,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..fp8.kept import Kept
-
-
-def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / rms of the last dimension, FP32 `[..., 1]`."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (norm * norm / x.shape[-1] + eps).rsqrt()
-
-
-def _rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return (x.float() * _reciprocal_rms(x, eps) * gain.float()).to(x.dtype)
-
-
-def _rms_norm_backward(grad: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rstd, wide_gain, wide_grad = _reciprocal_rms(x, eps), gain.float(), grad.float()
-    normed = x.float() * rstd
-    product = wide_grad * normed
-    along = (product @ wide_gain).unsqueeze(-1) / x.shape[-1]
-    grad_x = (wide_grad * wide_gain).addcmul_(normed, along, value=-1.0).mul_(rstd)
-    return grad_x.to(x.dtype), product.sum(0)
-
-
-def _swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
-    gate, up = gate_up.float().chunk(2, -1)
-    hidden = F.silu(gate) * up
-    return (hidden if weights is None else hidden * weights.unsqueeze(-1)).to(gate_up.dtype)
-
-
-def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    gate, up = gate_up.float().chunk(2, -1)
-    wide_grad, grad_weights = grad.float(), None
-    grad_up, grad_silu = wide_grad * F.silu(gate), wide_grad * up
-    if weights is not None:
-        grad_weights = (grad_up * up).sum(-1)
-        factor = weights.unsqueeze(-1)
-        grad_up, grad_silu = grad_up * factor, grad_silu * factor
-    return torch.cat((torch.ops.aten.silu_backward(grad_silu, gate), grad_up), -1).to(gate_up.dtype), grad_weights
-
-
-def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Multiply neighbouring pairs of x `[..., R]`, read as complex numbers, by `rotary` complex64 `[..., R/2]`."""
-    # FP32 is copied too: a slice of odd width cannot be viewed as complex numbers.
-    pairs = torch.view_as_complex(x.to(torch.float32, copy=True).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
-
+from ..kernels.assemble import assemble, assemble_backward, assemble_backward_formula, assemble_formula
+from ..kernels.norm import (
+    add_rms_norm,
+    add_three,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_backward_formula,
+    rms_norm_formula,
+    sum_rows,
+)
+from ..kernels.swiglu import swiglu as fused_swiglu
+from ..kernels.swiglu import swiglu_backward, swiglu_backward_formula, swiglu_formula
 
 BLOCK_ELEMENTS = 2**18  # FP32 temporaries of 1 MiB: they stay in the cache
 
@@ -112,18 +80,67 @@ class Kernels:
     rms_norm_backward: Callable[..., tuple[Tensor, Tensor]]
     swiglu: Callable[..., Tensor]
     swiglu_backward: Callable[..., tuple[Tensor, Tensor | None]]
+    compiled: bool = False
 
     @classmethod
     def make(cls, compile: bool = False) -> Kernels:
         if compile:
             fuse = partial(torch.compile, dynamic=True)
-            return cls(fuse(_rms_norm), fuse(_rms_norm_backward), fuse(_swiglu), fuse(_swiglu_backward))
-        return cls(
-            lambda x, gain, eps: _by_rows(lambda *a: (_rms_norm(*a),), (x,), gain, eps)[0],
-            lambda grad, x, gain, eps: _by_rows(_rms_norm_backward, (grad, x), gain, eps, summed=1),
-            lambda gate_up, weights: _by_rows(lambda *a: (_swiglu(*a),), (gate_up, weights))[0],
-            lambda grad, gate_up, weights: _by_rows(_swiglu_backward, (grad, gate_up, weights)),
-        )
+            return cls(
+                *(fuse(rms_norm_formula), fuse(rms_norm_backward_formula)),
+                *(fuse(swiglu_formula), fuse(swiglu_backward_formula)),
+                compiled=True,
+            )
+        return cls(_rms_norm, _rms_norm_backward, _swiglu, _swiglu_backward)
+
+    def fuse(self, x: Tensor) -> bool:
+        """Whether operations on x run as the fused kernels of GPUs."""
+        return not self.compiled and on_gpu(x)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether x takes the way of GPUs: on any device but a CPU, and so on the meta device too."""
+    return x.device.type != "cpu"
+
+
+def _rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    if on_gpu(x):
+        result: Tensor = rms_norm(x, gain, eps)
+    elif x.numel() <= BLOCK_ELEMENTS:
+        result = rms_norm_formula(x, gain, eps)
+    else:
+        (result,) = _by_rows(lambda x: (rms_norm_formula(x, gain, eps),), (x,))
+    return result
+
+
+def _rms_norm_backward(grad: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if on_gpu(x):
+        grad_x, partial_sums = rms_norm_backward([grad], None, x, gain, eps)
+        return grad_x, sum_rows(partial_sums, gain.dtype)
+    if x.numel() <= BLOCK_ELEMENTS:
+        return rms_norm_backward_formula(grad, x, gain, eps)
+    grad_x, grad_gain = _by_rows(rms_norm_backward_formula, (grad, x), gain, eps, summed=1)
+    return grad_x, grad_gain
+
+
+def _swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    if on_gpu(gate_up):
+        result: Tensor = fused_swiglu(gate_up, weights)
+    elif gate_up.numel() <= BLOCK_ELEMENTS:
+        result = swiglu_formula(gate_up, weights)
+    else:
+        (result,) = _by_rows(lambda *rows: (swiglu_formula(*rows),), (gate_up, weights))
+    return result
+
+
+def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if on_gpu(gate_up):
+        grad_gate_up, grad_weights = swiglu_backward(grad, gate_up, weights)
+        return grad_gate_up, None if weights is None else grad_weights
+    if grad.numel() <= BLOCK_ELEMENTS:
+        return swiglu_backward_formula(grad, gate_up, weights)
+    grad_gate_up, grad_weights = _by_rows(swiglu_backward_formula, (grad, gate_up, weights))
+    return grad_gate_up, grad_weights
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -141,6 +158,53 @@ class RMSNormFunction(torch.autograd.Function):
         x, gain = ctx.saved_tensors
         grad_x, grad_gain = ctx.kernels.rms_norm_backward(_rows(grads[0]), _rows(x), gain, ctx.eps)
         return grad_x.view(x.shape), grad_gain.to(gain.dtype), None, None
+
+
+class NormFunction(torch.autograd.Function):
+    """The residual stream `[..., H]`, and `users` times its norm, on GPUs.
+
+    The stream is x plus `addend`, or x. Every user has a tensor of its own, so that the gradients of all users and of
+    the stream are added up in the kernel of the backward. The Function saves the stream alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, addend: Tensor | None, gain: Tensor, eps: float, users: int) -> tuple[Tensor, ...]:
+        if addend is None:
+            total, normed = x, rms_norm(_rows(x), gain, eps)
+        else:
+            total, normed = add_rms_norm(_rows(x), _rows(addend), gain, eps)
+            total = total.view(x.shape)
+        ctx.save_for_backward(total, gain)
+        ctx.eps, ctx.added = eps, addend is not None
+        ctx.set_materialize_grads(False)
+        normed = normed.view(x.shape)
+        return (total, normed, *(normed.detach() for _ in range(users - 1)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        passed, *of_users = grads
+        total, gain = ctx.saved_tensors
+        arrived, grad_gain = [_rows(grad) for grad in of_users if grad is not None], None
+        grad_total = passed
+        if arrived:
+            rows = None if passed is None else _rows(passed)
+            grad_total, partial_sums = rms_norm_backward(arrived, rows, _rows(total), gain, ctx.eps)
+            grad_total, grad_gain = grad_total.view(total.shape), sum_rows(partial_sums, gain.dtype)
+        return grad_total, grad_total if ctx.added else None, grad_gain, None, None
+
+
+class SumFunction(torch.autograd.Function):
+    """Sum of three tensors of one shape in one kernel, rounded once, on GPUs."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+        result: Tensor = add_three(first, second, third)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], grads[0], grads[0]
 
 
 class SwiGLUFunction(torch.autograd.Function):
@@ -182,49 +246,29 @@ class AssembleFunction(torch.autograd.Function):
     """Rotation and layout of queries, keys and values for attention.
 
     In: query `[B, S, A, N+R]`, keys and values `[B, S, A, N+V]`, the one rotary key `[B, S, R]` that all heads share,
-    rotary `[S, R/2]` complex. Out, heads before positions (in memory only on CPUs, see `_by_head`): query
-    `[B, A, S, N+R]` times `scale`, key `[B, A, S, N+R]`, value `[B, A, S, V]` (A heads, N plain width, R rotated width,
-    V value width). The Function saves no activation.
+    rotary `[S, R/2]` complex. Out, heads before positions: query `[B, A, S, N+R]` times `scale`, key `[B, A, S, N+R]`,
+    value `[B, A, S, V]` (A heads, N plain width, R rotated width, V value width). In memory heads come before positions
+    on CPUs, where attention multiplies matrices per head; elsewhere behind them, as the kernels of GPUs read them. The
+    Function saves no activation.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key_value: Tensor, rotary_key: Tensor, rotary: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width = query.shape[-1]
-        plain = width - rotary_key.shape[-1]
         ctx.save_for_backward(rotary)
-        ctx.scale, ctx.plain = scale, plain
-        out_query, out_key = _by_head(query, width), _by_head(query, width)
-        torch.mul(query[..., :plain].transpose(1, 2), scale, out=out_query[..., :plain])
-        # A factor of magnitude `scale` rotates and scales in one product.
-        out_query[..., plain:] = _rotate(query[..., plain:], rotary[:, None] * scale).transpose(1, 2)
-        out_key[..., :plain] = key_value[..., :plain].transpose(1, 2)
-        out_key[..., plain:] = _rotate(rotary_key, rotary).unsqueeze(1)
-        value = _by_head(key_value, key_value.shape[-1] - plain)
-        return out_query, out_key, value.copy_(key_value[..., plain:].transpose(1, 2))
+        ctx.scale = scale
+        if not on_gpu(query):
+            return assemble_formula(query, key_value, rotary_key, rotary, scale)
+        out_query, out_key, value = assemble(query, key_value, rotary_key, rotary, scale)
+        return out_query.transpose(1, 2), out_key.transpose(1, 2), value.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)  # back to [B, S, A, …]
         (rotary,) = ctx.saved_tensors
-        plain, scale, back = ctx.plain, ctx.scale, rotary.conj()
-        out_query = grad_query.new_empty(grad_query.shape)
-        torch.mul(grad_query[..., :plain], scale, out=out_query[..., :plain])
-        out_query[..., plain:] = _rotate(grad_query[..., plain:], back[:, None] * scale)
-        out_key_value = torch.cat((grad_key[..., :plain], grad_value), -1)
-        shared = grad_key[..., plain:].sum(2, dtype=torch.float32).to(grad_key.dtype)
-        return out_query, out_key_value, _rotate(shared, back), None, None
-
-
-def _by_head(like: Tensor, width: int) -> Tensor:
-    """Empty `[B, A, S, width]` for `like` `[B, S, A, …]`: in that order on CPUs, where attention multiplies matrices
-    per head; elsewhere in the order of `like`, in which the kernels of GPUs read it."""
-    batch, length, heads, _ = like.shape
-    if like.device.type == "cpu":
-        return like.new_empty(batch, heads, length, width)
-    return like.new_empty(batch, length, heads, width).transpose(1, 2)
+        run: Callable[..., tuple[Tensor, ...]] = assemble_backward if on_gpu(grads[0]) else assemble_backward_formula
+        return *run(*grads, rotary, ctx.scale), None, None
 
 
 class EmbeddingFunction(torch.autograd.Function):
@@ -244,7 +288,7 @@ class EmbeddingFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (tokens,) = ctx.saved_tensors
-        if tokens.device.type != "cpu":
+        if on_gpu(tokens):
             return None, torch.ops.aten.embedding_dense_backward(grads[0], tokens, ctx.rows, -1, False)
         total = torch.zeros(ctx.rows, grads[0].shape[-1], dtype=torch.float32)
         total.index_add_(0, tokens.flatten(), grads[0].flatten(0, -2).float())

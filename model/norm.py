@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .kernels import Kernels, RMSNormFunction
+from .kernels import Kernels, NormFunction, RMSNormFunction
 from .recompute import Saved
 
 
@@ -24,3 +24,17 @@ class RMSNorm(nn.Module):
         normed = normalise()
         saved.rebuild((normed,), lambda: (normalise(),))
         return normed
+
+    def branch(self, x: Tensor, saved: Saved, users: int = 1, addend: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the residual stream, which is x plus `addend`, and its norm once for each of one to three `users`.
+
+        All are of the shape of x. Give each user a tensor of its own: on GPUs their gradients are then added up by the
+        kernel of the norm's backward. On CPUs the tensors are one.
+        """
+        if not self.kernels.fuse(x):
+            total = x if addend is None else x + addend
+            return total, *(self(total, saved),) * users
+        total, *normed = NormFunction.apply(x, addend, self.gain, self.eps, users)
+        kept = total.detach()
+        saved.rebuild((normed[0],), lambda: (RMSNormFunction.apply(kept, self.gain, self.eps, self.kernels),))
+        return total, *normed

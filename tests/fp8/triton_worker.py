@@ -161,8 +161,10 @@ def compile_launch(case: str, launch: Launch, capability: int) -> Compiled:
         if name in launch.constants or (isinstance(value, int) and value == 1):
             signature[name], known[index,] = "constexpr", value
         else:
-            signature[name] = f"*{names[value.dtype]}" if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or value % 16 == 0:
+            number = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = f"*{names[value.dtype]}" if isinstance(value, Tensor) else number
+            unknown = isinstance(value, float) or launch.kernel.params[index].do_not_specialize
+            if isinstance(value, Tensor) or not (unknown or value % 16):
                 attributes[index,] = [["tt.divisibility", 16]]
     source = compiler.ASTSource(launch.kernel, signature=signature, constexprs=known, attrs=attributes)
     triton.knobs.nvidia.dump_ptxas_log = True

@@ -1,0 +1,105 @@
+"""Examples of every fused operation at the widths of DeepSeek-V3: to compile, to compare and to time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import assemble, norm, swiglu
+from .op import OPERATIONS
+
+MODULES = (norm, swiglu, assemble)
+"""Modules whose import defines the operations."""
+
+TOKENS, HIDDEN, HEADS, PLAIN, ROTATED, VALUE = 4096, 7168, 128, 128, 64, 128
+ROWS, INNER, SHARED_ROWS, DENSE = 32768, 2048, TOKENS, 18432
+EPS = 1e-6
+
+Make = Callable[..., Tensor]
+"""Function that makes a tensor of given sizes, BF16 unless `dtype` says otherwise."""
+
+
+class Example(NamedTuple):
+    """Arguments of an operation, made on any device."""
+
+    operation: str
+    case: str
+    arguments: Callable[[Make], tuple[Any, ...]]
+
+    def on(self, device: torch.device | str) -> tuple[Any, ...]:
+        """Arguments on `device`: random numbers of ordinary size, or shapes alone on the meta device."""
+
+        def make(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            if torch.device(device).type == "meta":
+                return torch.empty(*sizes, dtype=dtype, device=device)
+            return torch.randn(*sizes, dtype=dtype, device=device)
+
+        return self.arguments(make)
+
+    def bytes(self) -> int:
+        """Bytes of all arguments and results, each once: what the operation has to move."""
+        given = self.on("meta")
+        return _bytes(given) + _bytes(OPERATIONS[self.operation].shapes(*given))
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_bytes, value)) if isinstance(value, tuple | list) else 0
+
+
+def _assembled(make: Make) -> tuple[Any, ...]:
+    both = make(1, TOKENS, 512 + ROTATED)
+    query, key_value = make(1, TOKENS, HEADS, PLAIN + ROTATED), make(1, TOKENS, HEADS, PLAIN + VALUE)
+    return query, key_value, both[..., 512:], make(TOKENS, ROTATED // 2, dtype=torch.complex64), 0.1
+
+
+def _grads_of_attention(make: Make) -> tuple[Any, ...]:
+    widths = (PLAIN + ROTATED, PLAIN + ROTATED, VALUE)
+    grads = (make(1, TOKENS, HEADS, width).transpose(1, 2) for width in widths)
+    return *grads, make(TOKENS, ROTATED // 2, dtype=torch.complex64), 0.1
+
+
+def _wide(make: Make, width: int = HIDDEN) -> Tensor:
+    return make(TOKENS, width)
+
+
+EXAMPLES = [
+    Example("rms_norm", "hidden", lambda make: (_wide(make), make(HIDDEN), EPS)),
+    Example("rms_norm", "latent of queries", lambda make: (_wide(make, 1536), make(1536), EPS)),
+    Example("rms_norm", "latent of keys and values", lambda make: (_wide(make, 576)[:, :512], make(512), EPS)),
+    Example("add_rms_norm", "hidden", lambda make: (_wide(make), _wide(make), make(HIDDEN), EPS)),
+    Example(
+        "rms_norm_backward",
+        "hidden, three gradients and the stream's",
+        lambda make: ([_wide(make) for _ in range(3)], _wide(make), _wide(make), make(HIDDEN), EPS),
+    ),
+    Example(
+        "rms_norm_backward",
+        "latent of queries",
+        lambda make: ([_wide(make, 1536)], None, _wide(make, 1536), make(1536), EPS),
+    ),
+    Example(
+        "rms_norm_backward",
+        "latent of keys and values",
+        lambda make: ([_wide(make, 512)], None, _wide(make, 576)[:, :512], make(512), EPS),
+    ),
+    Example("sum_rows", "hidden", lambda make: (make(256, HIDDEN, dtype=torch.float32), torch.bfloat16)),
+    Example("add_three", "hidden", lambda make: tuple(_wide(make) for _ in range(3))),
+    Example("swiglu", "routed experts", lambda make: (make(ROWS, 2 * INNER), make(ROWS, dtype=torch.float32))),
+    Example("swiglu", "shared expert", lambda make: (make(SHARED_ROWS, 2 * INNER), None)),
+    Example("swiglu", "dense", lambda make: (make(SHARED_ROWS, 2 * DENSE), None)),
+    Example(
+        "swiglu_backward",
+        "routed experts",
+        lambda make: (make(ROWS, INNER), make(ROWS, 2 * INNER), make(ROWS, dtype=torch.float32)),
+    ),
+    Example("swiglu_backward", "shared expert", lambda make: (make(TOKENS, INNER), make(TOKENS, 2 * INNER), None)),
+    Example("swiglu_backward", "dense", lambda make: (make(TOKENS, DENSE), make(TOKENS, 2 * DENSE), None)),
+    Example("assemble", "attention", _assembled),
+    Example("assemble_backward", "attention", _grads_of_attention),
+]
+"""One or more examples of every operation that is defined here."""
