@@ -146,6 +146,13 @@ class TrainConfig(Section):
     evaluate_every: int = key(100, "steps between evaluations; the last step always evaluates", unit="steps", ge=1)
     evaluate_sequences: int = key(64, "held-out sequences of an evaluation", unit="sequences", ge=1)
     evaluate_ema: bool = key(True, "evaluate the averaged weights as well, where optim.ema_decay keeps them")
+    collect_every: int | None = key(
+        100,
+        "steps between collections of Python's garbage, on all ranks at once; null leaves the times to Python, and in "
+        "each step all ranks wait for those that collect",
+        unit="steps",
+        ge=1,
+    )
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainConfig:

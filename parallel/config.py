@@ -52,6 +52,13 @@ class ParallelConfig(Section):
     dp: int | Literal["auto"] = key("auto", "data parallel ranks (a multiple of ep); auto follows from the world size")
     gpus_per_node: int | Literal["auto"] = key("auto", "ranks on a node; auto takes the number from the launcher")
     timeout: float = key(600.0, "how long a collective may wait for its peers", unit="seconds", gt=0)
+    step_timeout: float | None = key(
+        None,
+        "the same after the first step of a start, which alone compiles kernels and makes connections; evaluations and "
+        "checkpoints have to fit in; null keeps timeout",
+        unit="seconds",
+        gt=0,
+    )
     schedule: str = key(
         "auto",
         "pipeline schedule: a name that `counterflow simulate --compare` lists, FILE.py:FUNCTION, or auto: 1f1b for "

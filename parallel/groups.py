@@ -104,6 +104,13 @@ class Groups:
         """Ranks of this pipeline rank."""
         return self.dp_mesh.get_group("dp")
 
+    def set_timeout(self, seconds: float) -> None:
+        """Let collectives that begin from now on wait no longer than `seconds` for their peers, in all groups."""
+        meshes = (self.dp_mesh, *self.shared.values())
+        groups = [self.world, self.counts, *self.mesh.get_all_groups(), *self.channels.values()]
+        for group in {*groups, *(mesh.get_group() for mesh in meshes)}:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
     def sum(self, tensor: Tensor) -> None:
         """Sum statistics over every rank of the grid, in place."""
         self.meter.group(self.world).all_reduce("statistics", tensor.nbytes)

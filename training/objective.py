@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..configs.config import Config
 from ..data.loader import Batch
@@ -26,15 +27,18 @@ def loss_weights(config: Config, before: Progress, sequences: int) -> LossWeight
 
 
 def dropping_of(config: Config, batch: Batch, device: torch.device | str = "cpu") -> Dropping | None:
-    """Rule that drops tokens of a training micro-batch; None where `balance.capacity_factor` drops none.
+    """Rule that drops tokens of a training micro-batch; None where `balance.capacity_factor` drops none."""
+    factor = config.balance.capacity_factor
+    return None if factor is None else Dropping(factor, exempt_rows(config, batch).to(device))
+
+
+def exempt_rows(config: Config, batch: Batch) -> Tensor:
+    """Rows of a micro-batch that lose no token, bool [B] on the CPU.
 
     A sequence is exempt by its number in the run alone. So exemption depends neither on the layout nor on a resume.
     """
-    balance = config.balance
-    if balance.capacity_factor is None:
-        return None
-    exempt = [is_exempt(config.run.seed, number, balance.keep_sequences) for number in batch.numbers]
-    return Dropping(balance.capacity_factor, torch.tensor(exempt).to(device))
+    keep = config.balance.keep_sequences
+    return torch.tensor([is_exempt(config.run.seed, number, keep) for number in batch.numbers])
 
 
 def is_exempt(seed: int, number: int, share: float) -> bool:

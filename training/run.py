@@ -22,6 +22,7 @@ from ..report.text.split import describe_split
 from ..report.traffic import mean_step
 from ..settings import UsageError
 from .dispatch import describe_dispatch
+from .garbage import collecting_every
 from .preflight import RunPlan
 from .trace import PipelineTrace, gather_trace
 from .trainer import PipelineRun, Trainer
@@ -41,6 +42,7 @@ def run_training(plan: RunPlan, groups: Groups, device: torch.device) -> None:
             logger.warning("the text is not the one this run was started on: losses will not continue exactly")
     with ExitStack() as stack:
         stack.callback(trainer.close)
+        collect = stack.enter_context(collecting_every(config.train.collect_every))
         recorder = stack.enter_context(_Recorder(plan, groups, peak)) if groups.rank == 0 else None
         metrics: StepMetrics | None = None
         while trainer.progress.step < plan.total_steps:
@@ -49,6 +51,9 @@ def run_training(plan: RunPlan, groups: Groups, device: torch.device) -> None:
             metrics = trainer.step(runs.append if timed else None)
             trace = gather_trace(groups, runs[0]) if runs else None
             step, last = metrics.step, metrics.step == plan.total_steps
+            if step == plan.progress.step + 1 and config.parallel.step_timeout is not None:
+                groups.set_timeout(config.parallel.step_timeout)  # kernels are compiled, and connections made
+            collect(step)
             if last or step % config.train.evaluate_every == 0:
                 metrics = metrics.model_copy(update=trainer.validate())
             if recorder is not None:

@@ -26,7 +26,7 @@ from ..data.loader import Batch, Loader, evaluation_batches
 from ..data.open import Data
 from ..model.counts import flops_per_token
 from ..model.router import update_bias
-from ..model.transformer import LossWeights, MicroBatch, Output
+from ..model.transformer import LossWeights, Output
 from ..parallel.executor import Program, Watch, microbatches_of
 from ..parallel.groups import Groups
 from ..parallel.schedule.actions import Schedule, forward_only
@@ -38,8 +38,9 @@ from ..report.hardware import Peak, memory_gib
 from ..report.metrics import StepMetrics, utilization
 from .build import build_executor, build_model, build_optimizer, dp_rank
 from .expert_balance import ExpertBalance
+from .microbatches import micro_batches_on
 from .non_finite import explain_non_finite
-from .objective import dropping_of, loss_weights
+from .objective import loss_weights
 from .totals import Totals, mean_losses, sum_outputs, sum_over_ranks, traffic_of_step
 
 AVERAGE = "ema."
@@ -128,7 +129,7 @@ class Trainer:
         schedule, program = self._program(len(batches))
         served = microbatches_of(schedule, program.rank)
         self.optimizer.begin_step(self.model.accumulations(served))
-        micro_batches = [self._on_device(batch, weights) for batch in batches]
+        micro_batches = micro_batches_on(self.device, batches, self.config, weights)
         outputs, spans = self.executor.train(program, micro_batches, timed, watch)
         return PipelineRun(outputs, schedule, program, spans)
 
@@ -162,7 +163,7 @@ class Trainer:
         )
         _, program = self._program(len(batches), training=False)
         with self.groups.meter.aside(), self.experts.for_evaluation():
-            outputs = self.executor.evaluate(program, [self._on_device(batch) for batch in batches])
+            outputs = self.executor.evaluate(program, micro_batches_on(self.device, batches, self.config))
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for output in outputs:
             sums[0] += output.loss
@@ -243,13 +244,6 @@ class Trainer:
             self._programs = {key: kept for key, kept in self._programs.items() if key[1] != training}
             self._programs[num_microbatches, training] = schedule, program
         return self._programs[num_microbatches, training]
-
-    def _on_device(self, batch: Batch, weights: LossWeights | None = None) -> MicroBatch:
-        """Micro-batch for training with `weights`, or for evaluation: no MTP module runs and no token is dropped."""
-        tokens, valid = batch.tokens.to(self.device), batch.valid.to(self.device)
-        if weights is None:
-            return MicroBatch(tokens, valid, mtp=False)
-        return MicroBatch(tokens, valid, weights, dropping=dropping_of(self.config, batch, self.device))
 
     def _state(self) -> dict[str, DTensor]:
         """All tensors of a checkpoint; filling them changes this trainer."""
