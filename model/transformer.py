@@ -218,8 +218,10 @@ class Transformer(nn.Module):
             yield tape.phase("head")
             self.before_use(norm, self.head)
             hidden = norm(x, Keep())
-            loss = self._head_loss(hidden, targets[:, depth + 1 : length + depth + 1])
-            losses.append(tape.seed(loss, weights.mtp if depth else weights.token))
+            weight = weights.mtp if depth else weights.token
+            known = None if isinstance(tape, Uncut) else weight  # plain autograd begins a backward as its caller likes
+            loss = self._head_loss(hidden, targets[:, depth + 1 : length + depth + 1], known)
+            losses.append(tape.seed(loss, weight))
             if depth == len(modules):
                 return losses
             module = modules[depth]
@@ -282,8 +284,8 @@ class Transformer(nn.Module):
                 self._table = rotary_factors(self.config, length, device)
         return self._table[:length]
 
-    def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy_sum(hidden.flatten(0, 1), self.head, labels.flatten(), self.recipe.products)
+    def _head_loss(self, hidden: Tensor, labels: Tensor, gradient: float | None) -> Tensor:
+        return cross_entropy_sum(hidden.flatten(0, 1), self.head, labels.flatten(), self.recipe.products, gradient)
 
 
 def _nothing_to_wait_for(*users: nn.Module | nn.Parameter) -> None:

@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from counterflow.model import loss as loss_module
 from counterflow.model.loss import IGNORED, cross_entropy_sum
 from counterflow.tests.model.small import relative_error
+from counterflow.weight_gradients import GradientSum, attach_sum
 
 
 def inputs(
@@ -172,3 +173,79 @@ def test_bf16_gradients_are_scaled_by_the_mean_over_the_batch_and_not_by_its_rou
     for a, b in zip(summed[1:], mean[1:], strict=True):
         whole, part = a.double().flatten(), b.double().flatten()
         assert float(part @ whole / (whole @ whole)) * tokens == pytest.approx(1.0, abs=5e-4)
+
+
+def in_a_pipeline(x: Tensor, weight: Tensor, labels: Tensor, scale: float, summed: bool) -> list[Tensor]:
+    """As `with_gradients`, with the scale known in the forward; `summed` collects the weight's gradient in a sum."""
+    x, weight = x.detach().clone().requires_grad_(), nn.Parameter(weight.detach().clone())
+    told: list[int] = []
+    total = GradientSum(torch.zeros(weight.shape), lambda: told.append(1))
+    if summed:
+        attach_sum(weight, total)
+    loss = cross_entropy_sum(x, weight, labels, gradient=scale)
+    assert not told, "on a CPU gradients are added in the order of the backwards"
+    loss.backward(torch.full_like(loss, scale))
+    assert len(told) == summed
+    assert (weight.grad is None) == summed
+    return [loss.detach(), x.grad, total.buffer if summed else weight.grad]
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("summed", [False, True], ids=["autograd", "sum"])
+@pytest.mark.parametrize("scale", [1 / 4096, 0.3, 0.0])
+def test_a_scale_known_in_the_forward_gives_the_same_bits(scale: float, summed: bool, dtype: torch.dtype) -> None:
+    parts = inputs(dtype=dtype)
+    found = in_a_pipeline(*parts, scale, summed)
+    for actual, expected in zip(found, with_gradients(cross_entropy_sum, *parts, scale=scale), strict=True):
+        assert torch.equal(actual, expected.to(actual.dtype))
+
+
+def test_evaluation_leaves_the_sum_alone() -> None:
+    x, weight, labels = inputs()
+    weight = nn.Parameter(weight)
+    total = GradientSum(torch.zeros(weight.shape), lambda: pytest.fail("no gradient was computed"))
+    attach_sum(weight, total)
+    with torch.no_grad():
+        cross_entropy_sum(x, weight, labels, gradient=0.5)
+    cross_entropy_sum(x.requires_grad_(), weight, labels).backward()
+    assert weight.grad is not None
+
+
+def test_off_the_cpu_the_forward_adds_to_the_sum_and_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With four pieces: four products. Nothing of V x H is made, and only the gradient of the input is kept."""
+    monkeypatch.setattr(loss_module, "LOGITS_BYTES", 101 * 2 * 10)
+    x, weight, labels = (part.to("meta") for part in inputs(dtype=torch.bfloat16))
+    head = nn.Parameter(weight)
+    told: list[int] = []
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    total = GradientSum(torch.empty(head.shape, device="meta"), lambda: told.append(1))
+    attach_sum(head, total)
+    with Operations() as operations, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = cross_entropy_sum(x.requires_grad_(), head, labels, gradient=0.5)
+        assert told == [1]
+        loss.backward()
+    assert operations.names.count("counterflow::add_product") == 4
+    assert head.numel() not in operations.made
+    assert kept == [x.numel()] and told == [1]
+
+
+class Operations(TorchDispatchMode):
+    """Operations that run, and the sizes of the tensors that they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.names.append(func._schema.name)
+        if isinstance(made, Tensor) and func._schema.returns[0].alias_info is None:
+            self.made.append(made.numel())
+        return made
