@@ -44,7 +44,8 @@ def on_meta(rows_per_expert: int) -> Iterator[None]:
     with ExitStack() as replaced:
         put = replaced.enter_context
         put(mock.patch.object(torch.Tensor, "tolist", tolist))
-        put(mock.patch.object(attention, "causal_attention", lambda q, k, v, **_: _Attention.apply(q, k, v)))
+        if hasattr(attention, "causal_attention"):
+            put(mock.patch.object(attention, "causal_attention", lambda q, k, v, **_: _Attention.apply(q, k, v)))
         if "data_ptr" in inspect.getsource(recompute):
             rebuild = recompute.Rebuild
 
@@ -112,7 +113,8 @@ def cheapen(operations: Iterable[Any]) -> list[torch.library.Library]:
         views = any(a.alias_info and not a.alias_info.is_write for a in schema.arguments)
         lists = any("[]" in str(x.type) for x in schema.returns)
         tensors = any("Tensor" in str(a.type) for a in schema.arguments)
-        if tensors and not views and not lists and schema.returns:
+        on_cpu = torch._C._dispatch_has_computed_kernel_for_dispatch_key(function.name(), "CPU")
+        if on_cpu and tensors and not views and not lists and schema.returns:
             cheap[function.name()] = _Cheap(function)
     libraries = {name.split("::")[0]: torch.library.Library(name.split("::")[0], "IMPL") for name in cheap}
     with warnings.catch_warnings():
