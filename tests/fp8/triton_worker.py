@@ -151,7 +151,7 @@ def compile_launch(case: str, launch: Launch, capability: int) -> Compiled:
     compiler = importlib.import_module("triton.compiler")
     backend = importlib.import_module("triton.backends.compiler")
     names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.uint8: "u8"}
-    names |= {torch.int32: "i32", torch.int64: "i64"}
+    names |= {torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
     signature: dict[str, str] = {}
     known: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
