@@ -24,6 +24,7 @@ class Exchange:
         receive_splits: rows from each rank of the group.
         group: the ranks that take part; None is this process alone, never the default group.
         meter: counts what is sent, as `purpose`.
+        into: memory for the received rows, new memory by default.
     """
 
     def __init__(
@@ -34,28 +35,41 @@ class Exchange:
         group: dist.ProcessGroup | None,
         meter: GroupMeter | None = None,
         purpose: str = "dispatch",
+        into: Tensor | None = None,
     ) -> None:
         self._sent: Tensor | None = rows.contiguous()
         self._received: Tensor | None
         self._works: list[dist.Work] = []
         if group is None or group.size() == 1:
-            self._received = self._sent
+            self._received = self._sent if into is None else into.copy_(rows)
             return
-        received = torch.empty((sum(receive_splits), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+        received = into
+        if received is None:
+            received = torch.empty((sum(receive_splits), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         self._received, self._group = received, group
+        self._stream = torch.cuda.current_stream(rows.device) if rows.device.type == "cuda" else None
         if meter is not None:
             meter.all_to_all(purpose, send_splits, rows[:1].numel() * rows.element_size())
         with comm_errors(self._description):
             self._works = begin_all_to_all(received, self._sent, receive_splits, send_splits, group)
 
     def wait(self) -> Tensor:
-        """Return the received rows `[sum(receive_splits), ...]`, ordered by source rank. Call once: no row is kept."""
+        """Return the received rows `[sum(receive_splits), ...]`, ordered by source rank. Call once: no row is kept.
+
+        On a GPU the current stream waits, not the host. Rows of another stream's memory are recorded on this one.
+        """
         works, self._works = self._works, []
         with comm_errors(self._description) if works else nullcontext():
             for work in works:
                 work.wait()
-        received, self._received, self._sent = self._received, None, None
-        assert received is not None, "waited twice for one exchange"
+        sent, received = self._sent, self._received
+        assert sent is not None and received is not None, "waited twice for one exchange"
+        self._sent = self._received = None
+        if works and self._stream is not None:
+            now = torch.cuda.current_stream(received.device)
+            if now != self._stream:
+                sent.record_stream(now)
+                received.record_stream(now)
         return received
 
     def _description(self) -> str:

@@ -1,8 +1,9 @@
-"""Transfers of one hop or several, advanced by explicit calls, without extra threads or streams."""
+"""Transfers of one hop or several, advanced by explicit calls, without extra threads."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
@@ -19,15 +20,24 @@ class HoppedTransfer(Generic[Result]):
         count: number of hops that it launches.
         phases_before_next_hop: phases of computation after which the next hop is launched, unless `wait` comes first;
             see `InFlight`.
+        between: context for the work between two hops. On a GPU it is a stream of its own, so that the work that is
+            launched later does not stand behind the first hop.
     """
 
-    def __init__(self, hops: Hops[Result], count: int = 1, phases_before_next_hop: int = 1) -> None:
+    def __init__(
+        self,
+        hops: Hops[Result],
+        count: int = 1,
+        phases_before_next_hop: int = 1,
+        between: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self._hops = hops
         self._left = count
+        self._between = between
         self._result: list[Result] = []
         self.phases_before_next_hop = phases_before_next_hop
         self.phases_since_launch = 0
-        self._resume()
+        self._resume(nullcontext())
 
     @property
     def can_advance(self) -> bool:
@@ -38,19 +48,20 @@ class HoppedTransfer(Generic[Result]):
         """Wait for the launched hop and launch the next."""
         assert self.can_advance, "all hops have been launched"
         self.phases_since_launch = 0
-        self._resume()
+        self._resume(self._between())
 
     def wait(self) -> Result:
         """Run all hops that are left and return the result; once."""
         while not self._result:
-            self._resume()
+            self._resume(self._between() if self.can_advance else nullcontext())
         self._left = 0
         return self._result.pop()
 
-    def _resume(self) -> None:
+    def _resume(self, context: AbstractContextManager[object]) -> None:
         self._left -= 1
         try:
-            next(self._hops)
+            with context:
+                next(self._hops)
         except StopIteration as end:
             self._result.append(end.value)
 

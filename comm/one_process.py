@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .flat import FlatDispatcher, FlatRoute
+from .nodes import Nodes
 from .permute import Choice, starts_of
 from .routed import DispatchOptions
-from .two_hop import Nodes
+from .steps.flat_plain import PlainSteps
 
 
 class OneProcessDispatcher(FlatDispatcher):
@@ -31,18 +32,19 @@ class OneProcessDispatcher(FlatDispatcher):
         self.node_of_rank = torch.tensor(Nodes.make(nodes).of)
 
     def begin_route(self, expert_ids: Tensor) -> OneProcessRoute:
-        return OneProcessRoute(expert_ids, self)
+        steps = PlainSteps(expert_ids, 1, self.num_experts, self.options.alignment)
+        return OneProcessRoute(expert_ids, steps, self)
 
 
 class OneProcessRoute(FlatRoute):
     """Flat route whose sums are taken by rank, then by node, then by token."""
 
-    def __init__(self, expert_ids: Tensor, dispatcher: OneProcessDispatcher) -> None:
-        super().__init__(expert_ids, dispatcher)
+    def __init__(self, expert_ids: Tensor, steps: PlainSteps, dispatcher: OneProcessDispatcher) -> None:
+        super().__init__(steps, dispatcher)
         ranks = dispatcher.node_of_rank.numel()
         self._partial_sums = _partial_sums(
             torch.div(expert_ids, dispatcher.num_experts // ranks, rounding_mode="floor"),
-            self.order.row_of_slot,
+            steps.order.row_of_slot,
             dispatcher.node_of_rank.to(expert_ids.device),
         )
 

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -29,8 +31,10 @@ from torch.autograd.function import once_differentiable
 from ..fp8.quantize import BlockQuantized
 from ..settings import UsageError
 from .dispatcher import Dispatched, Incoming, Pending
+from .exchange import Exchange
 from .hops import HoppedTransfer, Hops, InFlight
 from .meter import GroupMeter, Meter
+from .streams import beside
 from .wire import Decoded, PlainWire, WireFormat
 
 Way = Literal["to experts", "to tokens"]
@@ -89,12 +93,15 @@ class DispatchOptions:
     wire: format of the rows that are sent to the experts.
     meter: counts what is sent.
     in_flight: advances transfers of several hops.
+    counts: group of the same ranks for the exchange of counts, which would else queue behind tokens; by default the
+        tokens' own.
     """
 
     alignment: int = 1
     wire: WireFormat = field(default_factory=PlainWire)
     meter: Meter | None = None
     in_flight: InFlight = field(default_factory=InFlight)
+    counts: dist.ProcessGroup | None = None
 
 
 class RoutedDispatcher(ABC):
@@ -127,7 +134,7 @@ class RoutedDispatcher(ABC):
                 f"{num_experts} experts cannot be shared evenly by an expert parallel group of {size} ranks; "
                 f"parallel.ep can be one of {fits}"
             )
-        self.group = group
+        self.group, self.size = group, size
         self.num_experts = num_experts
         self.options = options or DispatchOptions()
         meter = self.options.meter
@@ -137,10 +144,17 @@ class RoutedDispatcher(ABC):
     def begin_route(self, expert_ids: Tensor) -> HoppingRoute:
         """Launch the exchange of counts."""
 
+    def send_counts(self, counts: Tensor, send: list[int], receive: list[int], into: Tensor | None = None) -> Exchange:
+        """Launch the exchange of the numbers of rows that follow."""
+        return Exchange(counts, send, receive, self.options.counts or self.group, self.meter, "counts", into)
+
     def read_counts(self, counts: Tensor) -> list[Any]:
         """Numbers of rows on the host; the only wait for the device. A dry run puts its own function in place."""
         numbers: list[Any] = counts.tolist()
         return numbers
+
+    def synchronise(self) -> None:  # noqa: B027 - most dispatchers wait as long as the group does
+        """Wait for the ranks of the group before the first dispatch, and after pauses of any length in training."""
 
     def close(self) -> None:  # noqa: B027 - most dispatchers hold nothing
         """Release resources other than Python's memory after a successful run; every rank of the group calls it."""
@@ -181,8 +195,11 @@ class _SharedState:
         self._dispatcher = dispatcher
         self._transfer: HoppedTransfer[Any] | None = None
 
-    def begin(self, way: Way, hops: Hops[Any]) -> None:
-        self._transfer = HoppedTransfer(hops, self._dispatcher.hops, self._dispatcher.phases_before_next_hop[way])
+    def begin(self, way: Way, hops: Hops[Any], device: torch.device) -> None:
+        dispatcher = self._dispatcher
+        # The exchanges of a group of one rank order no streams.
+        between = partial(beside, device, "relay") if dispatcher.size > 1 else nullcontext
+        self._transfer = HoppedTransfer(hops, dispatcher.hops, dispatcher.phases_before_next_hop[way], between)
         self._dispatcher.options.in_flight.add(self._transfer)
 
     def wait(self) -> Any:
@@ -199,7 +216,7 @@ def _ticket(like: Tensor) -> Tensor:
 class _DispatchStart(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, shared: _SharedState) -> Tensor:
-        shared.begin("to experts", shared.route.dispatch(x, weights))
+        shared.begin("to experts", shared.route.dispatch(x, weights), x.device)
         shared.needs_grad = ctx.needs_input_grad[:2]
         ctx.shared = shared
         return _ticket(x)
@@ -230,7 +247,7 @@ class _DispatchWait(Function):
         hops = shared.route.dispatch_backward(
             grad_rows if rows_need_grad else None, grad_row_weights if weights_need_grad else None
         )
-        shared.begin("to tokens", hops)
+        shared.begin("to tokens", hops, grad_rows.device)
         return _ticket(grad_rows), None
 
 
@@ -244,7 +261,7 @@ def _finish_dispatch(ticket: Tensor, shared: _SharedState) -> Dispatched:
 class _CombineStart(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, shared: _SharedState) -> Tensor:
-        shared.begin("to tokens", shared.route.combine(y))
+        shared.begin("to tokens", shared.route.combine(y), y.device)
         ctx.shared = shared
         return _ticket(y)
 
@@ -266,5 +283,5 @@ class _CombineWait(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.shared.begin("to experts", ctx.shared.route.combine_backward(grad))
+        ctx.shared.begin("to experts", ctx.shared.route.combine_backward(grad), grad.device)
         return _ticket(grad), None

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..comm.flat import FlatDispatcher
+from ..comm.nodes import Nodes
 from ..comm.routed import RoutedDispatcher
-from ..comm.two_hop import Nodes, TwoHopDispatcher
+from ..comm.two_hop import TwoHopDispatcher
 from ..configs.config import Config
 from ..model.router import Router
 from ..parallel.layout import Layout

@@ -113,7 +113,7 @@ def make_dispatcher(
     layout = groups.layout
     name = dispatcher_name(config, layout, device.type)
     experts = config.model.n_routed_experts
-    options = DispatchOptions(recipe.alignment, make_wire(config, recipe), groups.meter)
+    options = DispatchOptions(recipe.alignment, make_wire(config, recipe), groups.meter, counts=groups.counts)
     if nodes is not None:
         return OneProcessDispatcher(experts, nodes, options)
     if name == "flat":

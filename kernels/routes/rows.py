@@ -73,11 +73,14 @@ Every position from 0 to count - 1 occurs once.
 # spread_messages
 
 
-def message_ends(payload: Tensor, top_k: int, id_type: torch.dtype) -> tuple[int, int, int, int]:
+def message_ends(end: int, top_k: int, id_type: torch.dtype) -> tuple[int, int, int, int]:
     """Ends in bytes of a message's payload, of its filling up to a multiple of 4, of its weights and of its ids."""
-    end = payload.shape[1] * payload.element_size()
     start = -(-end // 4) * 4
     return end, start, start + 4 * top_k, start + (4 + id_type.itemsize) * top_k
+
+
+def _row_bytes(rows: Tensor) -> int:
+    return rows.shape[1] * rows.element_size()
 
 
 def spread_messages_on_gpu(
@@ -86,7 +89,7 @@ def spread_messages_on_gpu(
     from .rows_kernels import spread_messages as kernel
 
     out = _spread_messages_shapes(payload, weights, ids, positions, count, id_type)
-    _, start, ids_start, _ = message_ends(payload, ids.shape[1], id_type)
+    _, start, ids_start, _ = message_ends(_row_bytes(payload), ids.shape[1], id_type)
     programs, parts, block = _grid(*payload.shape)
     views = out.view(payload.dtype), out.view(torch.float32), out.view(id_type)
     sizes = payload.stride(0), payload.shape[1], views[0].shape[1]
@@ -108,7 +111,7 @@ def spread_messages_on_gpu(
 def _spread_messages_formula(
     payload: Tensor, weights: Tensor, ids: Tensor, positions: Tensor, count: int, id_type: torch.dtype
 ) -> Tensor:
-    end, start, ids_start, ids_end = message_ends(payload, ids.shape[1], id_type)
+    end, start, ids_start, ids_end = message_ends(_row_bytes(payload), ids.shape[1], id_type)
     size = -(-ids_end // ALIGNMENT) * ALIGNMENT
     messages = torch.zeros(payload.shape[0], size, dtype=torch.uint8)
     messages[:, :end] = payload.contiguous().view(torch.uint8)
@@ -120,7 +123,7 @@ def _spread_messages_formula(
 def _spread_messages_shapes(
     payload: Tensor, weights: Tensor, ids: Tensor, positions: Tensor, count: int, id_type: torch.dtype
 ) -> Tensor:
-    size = -(-message_ends(payload, ids.shape[1], id_type)[3] // ALIGNMENT) * ALIGNMENT
+    size = -(-message_ends(_row_bytes(payload), ids.shape[1], id_type)[3] // ALIGNMENT) * ALIGNMENT
     return torch.empty(count, size, dtype=torch.uint8, device=payload.device)
 
 

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from counterflow.comm.flat import FlatDispatcher
 from counterflow.comm.hops import InFlight
+from counterflow.comm.nodes import Nodes
 from counterflow.comm.one_process import OneProcessDispatcher
 from counterflow.comm.routed import DispatchOptions
-from counterflow.comm.two_hop import Nodes, TwoHopDispatcher
+from counterflow.comm.two_hop import TwoHopDispatcher
 from counterflow.comm.wire import FP8Wire, PlainWire
 from counterflow.tests.comm.layer import (
     Case,

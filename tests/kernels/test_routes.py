@@ -96,7 +96,7 @@ def test_moves(run: Callable[..., Any], dtype: torch.dtype) -> None:
         for typed in (torch.int16, torch.int32):
             arguments = x, weights, ids, positions, count, typed
             found, expected = run("spread_messages", *arguments), rows.spread_messages(*arguments)
-            end, start, _, ids_end = rows.message_ends(x, 3, typed)
+            end, start, _, ids_end = rows.message_ends(x.shape[1] * x.element_size(), 3, typed)
             assert found.shape == expected.shape and found.shape[1] % rows.ALIGNMENT == 0
             assert torch.equal(found[:, :end], expected[:, :end])
             assert torch.equal(found[:, start:ids_end], expected[:, start:ids_end])
