@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.routes.index import order_slots, sort_blocks
-from ...kernels.routes.rows import gather_rows, pick_numbers, put_numbers, spread_rows, sum_rows
+from ...kernels.routes.rows import gather_rows, pick_numbers, put_numbers, spread_rows, sum_copies
 
 
 class FusedSteps:
@@ -58,7 +58,7 @@ class FusedSteps:
         return weights if self._sorted is None else pick_numbers(weights, self._sorted[1])
 
     def sum(self, rows: Tensor) -> Tensor:
-        return sum_rows(_by_rows(rows), self._row_of_slot)
+        return sum_copies(_by_rows(rows), self._row_of_slot)
 
     def from_slots(self, numbers: Tensor) -> Tensor:
         return pick_numbers(numbers, self._row_of_slot)

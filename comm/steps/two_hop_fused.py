@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.routes.index import count_tokens, expand_tokens, number_copies
-from ...kernels.routes.rows import gather_rows, pick_numbers, spread_messages, spread_rows, sum_rows
+from ...kernels.routes.rows import gather_rows, pick_numbers, spread_messages, spread_rows, sum_copies
 from ..message import MessageLayout
 from ..nodes import NodeMap
 from .two_hop_plain import Blocks, Parts
@@ -84,16 +84,16 @@ class FusedSteps:
         return gather_rows(rows, self._arrival_of_row)
 
     def sum_here(self, rows: Tensor) -> Tensor:
-        return sum_rows(_by_rows(rows), self._row_of_slot)
+        return sum_copies(_by_rows(rows), self._row_of_slot)
 
     def slots(self, weights: Tensor) -> Tensor:
         return pick_numbers(weights, self._row_of_slot)
 
     def sum_at_relay(self, rows: Tensor) -> Tensor:
-        return sum_rows(rows, self._relay)
+        return sum_copies(rows, self._relay)
 
     def sum_at_source(self, rows: Tensor) -> Tensor:
-        return sum_rows(rows, self._source)
+        return sum_copies(rows, self._source)
 
 
 class _Tables:

@@ -25,7 +25,7 @@ def power_of_two(number: int) -> int:
 # order_slots
 
 
-def order_slots_on_gpu(ids: Tensor, experts: int, local: int) -> tuple[Tensor, Tensor]:
+def _order_slots(ids: Tensor, experts: int, local: int) -> tuple[Tensor, Tensor]:
     from .index_kernels import order_slots as kernel
 
     rows, numbers = _order_slots_shapes(ids, experts, local)
@@ -61,7 +61,7 @@ def _order_slots_shapes(ids: Tensor, experts: int, local: int) -> tuple[Tensor, 
 
 order_slots = fused(
     "order_slots(Tensor ids, int experts, int local) -> (Tensor, Tensor)",
-    order_slots_on_gpu,
+    _order_slots,
     _order_slots_formula,
     _order_slots_shapes,
 )
@@ -76,7 +76,7 @@ expert, room for E numbers, the number of negative ids, and room.
 # count_tokens
 
 
-def count_tokens_on_gpu(ids: Tensor, ranges: Tensor, starts: Tensor, targets: Tensor, size: int) -> Tensor:
+def _count_tokens(ids: Tensor, ranges: Tensor, starts: Tensor, targets: Tensor, size: int) -> Tensor:
     from .index_kernels import count_tokens as kernel
 
     counts = _count_tokens_shapes(ids, ranges, starts, targets, size)
@@ -104,7 +104,7 @@ def _count_tokens_shapes(ids: Tensor, ranges: Tensor, starts: Tensor, targets: T
 
 count_tokens = fused(
     "count_tokens(Tensor ids, Tensor ranges, Tensor starts, Tensor targets, int size) -> Tensor",
-    count_tokens_on_gpu,
+    _count_tokens,
     _count_tokens_formula,
     _count_tokens_shapes,
 )
@@ -117,7 +117,7 @@ ids: int64 `[T, K]`; ranges: int32 `[U, 2]`, first expert and end; the number of
 # number_copies
 
 
-def number_copies_on_gpu(ids: Tensor, bounds: Tensor) -> Tensor:
+def _number_copies(ids: Tensor, bounds: Tensor) -> Tensor:
     from .index_kernels import number_copies as kernel
 
     positions = _number_copies_shapes(ids, bounds)
@@ -145,7 +145,7 @@ def _number_copies_shapes(ids: Tensor, bounds: Tensor) -> Tensor:
 
 number_copies = fused(
     "number_copies(Tensor ids, Tensor bounds) -> Tensor",
-    number_copies_on_gpu,
+    _number_copies,
     _number_copies_formula,
     _number_copies_shapes,
 )
@@ -160,7 +160,7 @@ and bounds int32 `[B + 1]` ascend.
 Expanded = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def expand_tokens_on_gpu(
+def _expand_tokens(
     ids: Tensor, weights: Tensor, counts: Tensor, tokens: Tensor, order: Tensor, first: int, unit: int, rows: int
 ) -> Expanded:
     from .index_kernels import expand_tokens as kernel
@@ -219,7 +219,7 @@ def _expand_tokens_shapes(
 expand_tokens = fused(
     "expand_tokens(Tensor ids, Tensor weights, Tensor counts, Tensor tokens, Tensor order, int first, int unit, "
     "int rows) -> (Tensor, Tensor, Tensor, Tensor)",
-    expand_tokens_on_gpu,
+    _expand_tokens,
     _expand_tokens_formula,
     _expand_tokens_shapes,
 )
@@ -237,7 +237,7 @@ the row of each slot `[A, K]`, -1 for experts of other ranks; the end of each ex
 # sort_blocks
 
 
-def sort_blocks_on_gpu(sizes: Tensor, unit: int, arrived: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sort_blocks(sizes: Tensor, unit: int, arrived: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     from .index_kernels import sort_blocks as kernel
 
     made = _sort_blocks_shapes(sizes, unit, arrived, rows)
@@ -280,7 +280,7 @@ def _sort_blocks_shapes(sizes: Tensor, unit: int, arrived: int, rows: int) -> tu
 
 sort_blocks = fused(
     "sort_blocks(Tensor sizes, int unit, int arrived, int rows) -> (Tensor, Tensor, Tensor)",
-    sort_blocks_on_gpu,
+    _sort_blocks,
     _sort_blocks_formula,
     _sort_blocks_shapes,
 )

@@ -34,7 +34,7 @@ def _grid(rows: int, width: int) -> tuple[int, int, int]:
 # spread_rows
 
 
-def spread_rows_on_gpu(rows: Tensor, positions: Tensor, count: int) -> Tensor:
+def _spread_rows(rows: Tensor, positions: Tensor, count: int) -> Tensor:
     from .rows_kernels import spread_rows as kernel
 
     out = _spread_rows_shapes(rows, positions, count)
@@ -61,7 +61,7 @@ def _spread_rows_shapes(rows: Tensor, positions: Tensor, count: int) -> Tensor:
 
 spread_rows = fused(
     "spread_rows(Tensor rows, Tensor positions, int count) -> Tensor",
-    spread_rows_on_gpu,
+    _spread_rows,
     _spread_rows_formula,
     _spread_rows_shapes,
 )
@@ -83,7 +83,7 @@ def _row_bytes(rows: Tensor) -> int:
     return rows.shape[1] * rows.element_size()
 
 
-def spread_messages_on_gpu(
+def _spread_messages(
     payload: Tensor, weights: Tensor, ids: Tensor, positions: Tensor, count: int, id_type: torch.dtype
 ) -> Tensor:
     from .rows_kernels import spread_messages as kernel
@@ -130,7 +130,7 @@ def _spread_messages_shapes(
 spread_messages = fused(
     "spread_messages(Tensor payload, Tensor weights, Tensor ids, Tensor positions, int count, ScalarType id_type) "
     "-> Tensor",
-    spread_messages_on_gpu,
+    _spread_messages,
     _spread_messages_formula,
     _spread_messages_shapes,
 )
@@ -143,7 +143,7 @@ payload: `[A, H]` of any type; weights: FP32 `[A, K]`; ids: int64 `[A, K]`; posi
 # gather_rows
 
 
-def gather_rows_on_gpu(source: Tensor, index: Tensor) -> Tensor:
+def _gather_rows(source: Tensor, index: Tensor) -> Tensor:
     from .rows_kernels import gather_rows as kernel
 
     out = _gather_rows_shapes(source, index)
@@ -170,17 +170,17 @@ def _gather_rows_shapes(source: Tensor, index: Tensor) -> Tensor:
 
 
 gather_rows = fused(
-    "gather_rows(Tensor source, Tensor index) -> Tensor", gather_rows_on_gpu, _gather_rows_formula, _gather_rows_shapes
+    "gather_rows(Tensor source, Tensor index) -> Tensor", _gather_rows, _gather_rows_formula, _gather_rows_shapes
 )
 """Rows `[R, H]` of `source` `[A, H]`, with any stride between its rows: row `index[r]` for r, and zeros for -1."""
 
-# sum_rows
+# sum_copies
 
 
-def sum_rows_on_gpu(rows: Tensor, positions: Tensor) -> Tensor:
-    from .rows_kernels import sum_rows as kernel
+def _sum_copies(rows: Tensor, positions: Tensor) -> Tensor:
+    from .rows_kernels import sum_copies as kernel
 
-    out = _sum_rows_shapes(rows, positions)
+    out = _sum_copies_shapes(rows, positions)
     programs, parts, block = _grid(*out.shape)
     step = _step(rows.element_size(), rows.stride(0), rows.shape[1])
     Launch(
@@ -193,19 +193,19 @@ def sum_rows_on_gpu(rows: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
-def _sum_rows_formula(rows: Tensor, positions: Tensor) -> Tensor:
+def _sum_copies_formula(rows: Tensor, positions: Tensor) -> Tensor:
     total = torch.zeros(positions.shape[0], rows.shape[1])
     for copy in positions.unbind(1):
         total[copy >= 0] += rows[copy[copy >= 0].long()].float()
     return total.to(rows.dtype)
 
 
-def _sum_rows_shapes(rows: Tensor, positions: Tensor) -> Tensor:
+def _sum_copies_shapes(rows: Tensor, positions: Tensor) -> Tensor:
     return torch.empty(positions.shape[0], rows.shape[1], dtype=rows.dtype, device=rows.device)
 
 
-sum_rows = fused(
-    "sum_rows(Tensor rows, Tensor positions) -> Tensor", sum_rows_on_gpu, _sum_rows_formula, _sum_rows_shapes
+sum_copies = fused(
+    "sum_copies(Tensor rows, Tensor positions) -> Tensor", _sum_copies, _sum_copies_formula, _sum_copies_shapes
 )
 """Sums `[A, H]` of the rows `[R, H]` at each of `positions[a]` `[A, B]`, in their order, none for -1.
 
@@ -215,7 +215,7 @@ An FP32 accumulator starts at +0 and takes one row after another; the total is r
 # put_numbers, pick_numbers
 
 
-def put_numbers_on_gpu(values: Tensor, positions: Tensor, count: int) -> Tensor:
+def _put_numbers(values: Tensor, positions: Tensor, count: int) -> Tensor:
     from .rows_kernels import put_numbers as kernel
 
     out = _put_numbers_shapes(values, positions, count)
@@ -234,14 +234,14 @@ def _put_numbers_shapes(values: Tensor, positions: Tensor, count: int) -> Tensor
 
 put_numbers = fused(
     "put_numbers(Tensor values, Tensor positions, int count) -> Tensor",
-    put_numbers_on_gpu,
+    _put_numbers,
     _put_numbers_formula,
     _put_numbers_shapes,
 )
 """Numbers `[count]`: each of `values` at its position, both of one shape. Positions are as in `spread_rows`."""
 
 
-def pick_numbers_on_gpu(values: Tensor, positions: Tensor) -> Tensor:
+def _pick_numbers(values: Tensor, positions: Tensor) -> Tensor:
     from .rows_kernels import pick_numbers as kernel
 
     out = _pick_numbers_shapes(values, positions)
@@ -261,7 +261,7 @@ def _pick_numbers_shapes(values: Tensor, positions: Tensor) -> Tensor:
 
 pick_numbers = fused(
     "pick_numbers(Tensor values, Tensor positions) -> Tensor",
-    pick_numbers_on_gpu,
+    _pick_numbers,
     _pick_numbers_formula,
     _pick_numbers_shapes,
 )

@@ -85,7 +85,7 @@ def gather_rows(source, index, out, stride, width, parts, step: tl.constexpr, bl
 
 
 @triton.jit
-def sum_rows(
+def sum_copies(
     rows, positions, out, stride, width, parts, step: tl.constexpr, copies: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
     """Add `block` columns of the rows at a sum's positions per program, in FP32, starting at +0, in their order."""

@@ -105,7 +105,7 @@ def dispatcher_of(kind: str, size: Size, rank: int, options: DispatchOptions) ->
 
 
 def counts_for(kind: str, size: Size, options: DispatchOptions) -> list[int]:
-    """What rank RANK receives as counts: every rank's route is begun on the CPU, and its message is noted."""
+    """Counts that rank RANK receives: every rank's route is begun on the CPU, and its message is noted."""
     received: list[int] = []
     for rank in range(len(size.nodes)):
         sent: list[tuple[Tensor, list[int]]] = []

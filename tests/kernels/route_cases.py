@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from counterflow.kernels.launch import Launch
-from counterflow.kernels.routes import index, rows
+from counterflow.kernels.op import OPERATIONS
+from counterflow.kernels.routes import index, rows  # noqa: F401 - their import defines the operations
 from counterflow.tests.fp8.triton_worker import Compiled, compile_launch
 
 Arguments = tuple[Any, ...]
@@ -17,9 +18,7 @@ Arguments = tuple[Any, ...]
 
 def on_gpu(name: str) -> Callable[..., Any]:
     """The function that launches an operation's kernel."""
-    module = index if hasattr(index, f"{name}_on_gpu") else rows
-    launch: Callable[..., Any] = getattr(module, f"{name}_on_gpu")
-    return launch
+    return OPERATIONS[name].gpu
 
 
 def interpreted(name: str, *arguments: Any) -> Any:
@@ -119,8 +118,8 @@ CASES: dict[str, Callable[[], object]] = {
     "spread_messages, FP8": lambda: _spread_messages(7392, torch.uint8),
     "gather_rows": _gather_rows,
     "gather_rows, FP8": lambda: on_gpu("gather_rows")(_meta(30_000, 7440, dtype=torch.uint8)[:, :7392], _meta(32_800)),
-    "sum_rows": lambda: on_gpu("sum_rows")(_meta(32_768, 7168, dtype=torch.bfloat16), _meta(*IDS)),
-    "sum_rows, FP32": lambda: on_gpu("sum_rows")(_meta(16_384, 8, dtype=torch.float32), _meta(*IDS)),
+    "sum_copies": lambda: on_gpu("sum_copies")(_meta(32_768, 7168, dtype=torch.bfloat16), _meta(*IDS)),
+    "sum_copies, FP32": lambda: on_gpu("sum_copies")(_meta(16_384, 8, dtype=torch.float32), _meta(*IDS)),
     "put_numbers": lambda: on_gpu("put_numbers")(_meta(*IDS, dtype=torch.float32), _meta(*IDS), 32_768),
     "pick_numbers": lambda: on_gpu("pick_numbers")(_meta(32_768, dtype=torch.float32), _meta(*IDS)),
 }

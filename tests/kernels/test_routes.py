@@ -116,7 +116,7 @@ def test_sums(run: Callable[..., Any], dtype: torch.dtype, copies: int) -> None:
         slots, _ = index.order_slots(choices(tokens, 12, copies, width), 12, 1)
         x = values(int((slots >= 0).sum()) + 1, width, dtype, tokens)
         x[-1] = torch.nan  # a row of no sum
-        assert_same(run("sum_rows", x, slots), rows.sum_rows(x, slots))
+        assert_same(run("sum_copies", x, slots), rows.sum_copies(x, slots))
 
 
 @pytest.fixture(scope="module", params=[90, pytest.param(100, marks=pytest.mark.long)], ids=["hopper", "blackwell"])
@@ -136,6 +136,6 @@ def test_compiled_kernels_spill_nothing_and_move_16_bytes_at_a_time(programs: li
     assert [p.case for p in programs if p.spilled_bytes or p.stack_bytes] == []
     assert [p.case for p in programs if p.registers * 32 * p.warps > 32_768] == [], "two programs fit"
     for p in programs:
-        if p.case.startswith(("spread", "gather", "sum_rows")) and "FP32" not in p.case:
+        if p.case.startswith(("spread", "gather", "sum_copies")) and "FP32" not in p.case:
             for way in ("ld", "st"):
                 assert f"{way}.global.v4.b32" in p.ptx or f"{way}.global.v2.b32" in p.ptx, f"{p.case}: {way}"
