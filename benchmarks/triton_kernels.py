@@ -88,32 +88,32 @@ def swiglu_cases(rows: int) -> list[Case]:
     cached = BlockQuantized(*quantize(gate_up), (1, 128), "e4m3", 2 * INNER, True)
     groups = fused.group_rows(range(rows // EXPERTS, rows + 1, rows // EXPERTS), "cuda")
 
-    def plain_backward(grad: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        gradient, grad_weights = swiglu_backward(grad, gate_up, weights)
-        return *quantize(gradient), *quantize_columns(gradient), grad_weights
+    def keeping() -> tuple[Tensor, ...]:
+        hidden, kept = fused.swiglu_keeping(gate_up, weights)
+        return *parts(kept), hidden
 
     def backward(given: Tensor | BlockQuantized) -> tuple[Tensor, ...]:
-        by_rows, by_columns, grad_weights = fused.swiglu_backward_quantize(grad, given, weights, groups)
+        gradient, grad_weights = fused.swiglu_backward(grad, given, weights)
         assert grad_weights is not None
-        return *parts(by_rows, by_columns), grad_weights
+        return gradient, grad_weights
 
     one = rows * INNER  # numbers of one side
     return [
         Case(
-            "SwiGLU",
-            lambda: fused.swiglu_quantize(gate_up, weights),
-            lambda g, w: quantize(swiglu(g, w)),
+            "SwiGLU, keeping",
+            lambda: fused.swiglu_keeping(gate_up, weights),
+            lambda g, w: (*quantize(g), swiglu(g, w)),
             (gate_up, weights),
-            lambda: parts(fused.swiglu_quantize(gate_up, weights)),
-            5 * one,
+            keeping,
+            8 * one,
         ),
         Case(
             "SwiGLU, cached",
-            lambda: fused.swiglu_quantize(cached, weights),
-            lambda c, s, w: quantize(swiglu(dequantize(c, s), w)),
+            lambda: fused.swiglu(cached, weights),
+            lambda c, s, w: (swiglu(dequantize(c, s), w),),
             (cached.data, cached.scale, weights),
-            lambda: parts(fused.swiglu_quantize(cached, weights)),
-            3 * one,
+            lambda: (fused.swiglu(cached, weights),),
+            4 * one,
         ),
         Case(
             "SwiGLU for W, cached",
@@ -125,16 +125,16 @@ def swiglu_cases(rows: int) -> list[Case]:
         ),
         Case(
             "SwiGLU backward",
-            lambda: fused.swiglu_backward_quantize(grad, gate_up, weights, groups),
-            plain_backward,
+            lambda: fused.swiglu_backward(grad, gate_up, weights),
+            swiglu_backward,
             (grad, gate_up, weights),
             lambda: backward(gate_up),
             10 * one,
         ),
         Case(
             "SwiGLU backward, cached",
-            lambda: fused.swiglu_backward_quantize(grad, cached, weights, groups),
-            lambda g, c, s, w: plain_backward(g, dequantize(c, s), w),
+            lambda: fused.swiglu_backward(grad, cached, weights),
+            lambda g, c, s, w: swiglu_backward(g, dequantize(c, s), w),
             (grad, cached.data, cached.scale, weights),
             lambda: backward(cached),
             8 * one,

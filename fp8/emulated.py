@@ -22,20 +22,36 @@ from torch.autograd.function import once_differentiable
 from . import gemm
 from .gemm import Operand
 from .kept import Kept
-from .operations import restore
+from .operations import has_kernel, restore
 from .quantize import BlockQuantized
 from .recipe import LinearRecipe, Quantizer
 from .saved_tensors import memory_of
 
 
+def keeps_nothing(recipe: LinearRecipe | None) -> bool:
+    """Whether a layer with this recipe has no cache, or no gradient will follow."""
+    return recipe is None or recipe.cache is None or not recipe.quantises or not torch.is_grad_enabled()
+
+
 def keep(recipe: LinearRecipe | None, x: Tensor) -> Kept | None:
     """x `[..., K]` as the cache of a layer with this recipe; None for a recipe without a cache, and where no
     gradient will follow."""
-    if recipe is None or recipe.cache is None or not recipe.quantises or not torch.is_grad_enabled():
+    if keeps_nothing(recipe):
         return None
+    assert recipe is not None and recipe.cache is not None
     if recipe.cache.format is None:
         return Kept((x.detach(),), lambda x: x)
     return _kept(recipe.cache.encode(x.flatten(0, -2), 1), x.shape, x.dtype)
+
+
+def one_kernel_cache(recipe: LinearRecipe | None, gate_up: Tensor) -> Quantizer | None:
+    """Quantizer of the cache that `swiglu_keeping` makes of this SwiGLU's input; None where it makes none."""
+    if keeps_nothing(recipe) or gate_up.dtype != torch.bfloat16 or not has_kernel(gate_up.device):
+        return None
+    assert recipe is not None and recipe.cache is not None
+    format = recipe.cache.format
+    plain = format is not None and (format.fmt, format.tile(1)) == ("e4m3", (1, 128))
+    return recipe.cache if plain and recipe.cache.monitor.observer is None else None
 
 
 def _kept(codes: BlockQuantized, shape: torch.Size, dtype: torch.dtype | None) -> Kept:

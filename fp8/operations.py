@@ -10,6 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.op import fused
@@ -21,6 +22,9 @@ from .triton import dequantize_rows as _dequantize_on_gpu
 from .triton import packs
 from .triton import quantize_for_dispatch as _message_on_gpu
 from .triton import quantize_rows as _quantize_on_gpu
+from .triton import swiglu as _swiglu_on_gpu
+from .triton import swiglu_backward as _swiglu_backward_on_gpu
+from .triton import swiglu_keeping as _swiglu_keeping_on_gpu
 
 _ROWS = (1, SIDE)
 
@@ -61,6 +65,30 @@ def quantize_messages(x: Tensor, met: Tensor | None = None) -> Tensor:
     return messages
 
 
+def swiglu_keeping(
+    gate_up: Tensor, weights: Tensor | None, pow2_scales: bool, met: Tensor | None
+) -> tuple[Tensor, BlockQuantized]:
+    """`silu(gate) up weight` BF16 `[R, I]` of gate_up BF16 `[R, 2I]`, and gate_up in E4M3 with tiles of (1, 128).
+
+    `weights` FP32 `[R]`, or None for 1.
+    """
+    hidden, data, scale = _swiglu_keeping(gate_up.detach().contiguous(), weights, pow2_scales, met)
+    return hidden, _restored(data, scale, "e4m3", gate_up.shape[1], pow2_scales)
+
+
+def swiglu_of(cache: BlockQuantized, weights: Tensor | None) -> Tensor:
+    """`silu(gate) up weight` BF16 `[R, I]` of a cache that `swiglu_keeping` made, restored in BF16."""
+    hidden: Tensor = _swiglu_of(cache.data, cache.scale, weights, cache.width, cache.pow2_scales)
+    return hidden
+
+
+def swiglu_backward_of(grad: Tensor, cache: BlockQuantized, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of gate and up BF16 `[R, 2I]`, and of `weights` FP32 `[R]`, of `swiglu_of` by `grad` BF16 `[R, I]`."""
+    rest = cache.data, cache.scale, weights, cache.width, cache.pow2_scales
+    made, grad_weights = _swiglu_backward_of(grad.contiguous(), *rest)
+    return made, None if weights is None else grad_weights
+
+
 def _quantize_shapes(x: Tensor, fmt: FormatName, pow2: bool, met: Tensor | None) -> tuple[Tensor, Tensor]:
     found = find_format(fmt)
     codes = x.new_empty(x.shape[0], found.bytes_per_row(x.shape[1]), dtype=found.dtype)
@@ -69,6 +97,21 @@ def _quantize_shapes(x: Tensor, fmt: FormatName, pow2: bool, met: Tensor | None)
 
 def _tensors(matrix: BlockQuantized) -> tuple[Tensor, Tensor]:
     return matrix.data, matrix.scale
+
+
+def _swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    gate, up = gate_up.float().chunk(2, -1)
+    hidden = F.silu(gate) * up
+    return (hidden if weights is None else hidden * weights.unsqueeze(-1)).to(gate_up.dtype)
+
+
+def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    gate, up = gate_up.float().chunk(2, -1)
+    grad_up, grad_silu = grad.float() * F.silu(gate), grad.float() * up
+    grad_weights = (grad_up * up).sum(-1)
+    if weights is not None:
+        grad_up, grad_silu = grad_up * weights.unsqueeze(-1), grad_silu * weights.unsqueeze(-1)
+    return torch.cat((torch.ops.aten.silu_backward(grad_silu, gate), grad_up), -1).to(gate_up.dtype), grad_weights
 
 
 def _restored(data: Tensor, scale: Tensor, fmt: FormatName, width: int, pow2: bool) -> BlockQuantized:
@@ -92,4 +135,59 @@ _quantize_messages = fused(
     gpu=lambda x, met: _message_on_gpu(x, met=met),
     formula=lambda x, met: pack_message(quantize(x, met=met)),
     shapes=lambda x, met: x.new_empty(x.shape[0], message_bytes(x.shape[1]), dtype=torch.uint8),
+)
+
+
+def _keep_formula(
+    gate_up: Tensor, weights: Tensor | None, pow2: bool, met: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _swiglu(gate_up, weights), *_tensors(quantize(gate_up, _ROWS, "e4m3", pow2, met=met))
+
+
+def _keep_on_gpu(
+    gate_up: Tensor, weights: Tensor | None, pow2: bool, met: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, cache = _swiglu_keeping_on_gpu(gate_up, weights, pow2, met)
+    return hidden, cache.data, cache.scale
+
+
+def _backward_on_gpu(
+    grad: Tensor, data: Tensor, scale: Tensor, weights: Tensor | None, width: int, pow2: bool
+) -> tuple[Tensor, Tensor]:
+    made, grad_weights = _swiglu_backward_on_gpu(grad, _restored(data, scale, "e4m3", width, pow2), weights)
+    return made, scale.new_empty(0) if grad_weights is None else grad_weights
+
+
+def _keep_shapes(
+    gate_up: Tensor, weights: Tensor | None, pow2: bool, met: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    return hidden, *_quantize_shapes(gate_up, "e4m3", pow2, met)
+
+
+_swiglu_keeping = fused(
+    "fp8_swiglu_keeping(Tensor gate_up, Tensor? weights, bool pow2, Tensor(a!)? met) -> (Tensor, Tensor, Tensor)",
+    gpu=_keep_on_gpu,
+    formula=_keep_formula,
+    shapes=_keep_shapes,
+)
+_swiglu_of = fused(
+    "fp8_swiglu(Tensor data, Tensor scale, Tensor? weights, int width, bool pow2) -> Tensor",
+    gpu=lambda data, scale, weights, *how: _swiglu_on_gpu(_restored(data, scale, "e4m3", *how), weights),
+    formula=lambda data, scale, weights, *how: _swiglu(
+        _restored(data, scale, "e4m3", *how).dequantize(torch.bfloat16), weights
+    ),
+    shapes=lambda data, scale, weights, width, pow2: data.new_empty(data.shape[0], width // 2, dtype=torch.bfloat16),
+)
+_swiglu_backward_of = fused(
+    "fp8_swiglu_backward(Tensor grad, Tensor data, Tensor scale, Tensor? weights, int width, bool pow2) "
+    "-> (Tensor, Tensor)",
+    gpu=_backward_on_gpu,
+    formula=lambda grad, data, scale, weights, *how: _swiglu_backward(
+        grad, _restored(data, scale, "e4m3", *how).dequantize(torch.bfloat16), weights
+    ),
+    shapes=lambda grad, data, scale, weights, width, pow2: (
+        grad.new_empty(grad.shape[0], width),
+        scale.new_empty(0 if weights is None else grad.shape[0]),
+    ),
 )

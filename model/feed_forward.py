@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.dispatcher import Dispatcher, Incoming
+from ..fp8.emulated import one_kernel_cache
 from ..fp8.kept import Kept
 from ..fp8.linear import GroupedLinear, Linear
 from ..fp8.quantize import BlockQuantized
 from ..fp8.recipe import LinearRecipe, Recipe
+from .cached_swiglu import cached_swiglu
 from .config import ModelConfig
 from .kernels import Kernels, SwiGLUFunction, swiglu
 from .recompute import Saved
@@ -31,7 +33,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, saved: Saved) -> Tensor:
         gate_up = self.gate_up(x, rebuilt=saved.rebuilds(x))
-        return self.down(*_swiglu(gate_up, None, self.down.keep(gate_up), self.kernels, saved))
+        return self.down(*_swiglu(gate_up, None, self.down, self.kernels, saved))
 
 
 class RoutedExperts(nn.Module):
@@ -56,7 +58,7 @@ class RoutedExperts(nn.Module):
     ) -> Tensor:
         """Run the experts; `offsets` are the ends of their rows, `counts` their numbers of rows on the host."""
         gate_up = self.gate_up(x, offsets, counts=counts, codes=codes)
-        activated, kept = _swiglu(gate_up, weights, self.down.keep(gate_up), self.kernels, saved)
+        activated, kept = _swiglu(gate_up, weights, self.down, self.kernels, saved)
         return self.down(activated, offsets, kept, counts, incoming=None if incoming is None else incoming.take)
 
 
@@ -116,9 +118,13 @@ class MixtureOfExperts(nn.Module):
 
 
 def _swiglu(
-    gate_up: Tensor, weights: Tensor | None, kept: Kept | None, kernels: Kernels, saved: Saved
+    gate_up: Tensor, weights: Tensor | None, down: Linear | GroupedLinear, kernels: Kernels, saved: Saved
 ) -> tuple[Tensor, Kept | None]:
-    """SwiGLU's output, and if its input is `kept`, the output's substitute for the backward; see `SwiGLUFunction`."""
+    """SwiGLU's output, and if `down` caches SwiGLU's input, the output's substitute for the backward."""
+    quantizer = one_kernel_cache(down.recipe, gate_up)
+    if quantizer is not None:
+        return cached_swiglu(gate_up, weights, quantizer)
+    kept = down.keep(gate_up)
     if kept is not None:
         hidden: Tensor = SwiGLUFunction.apply(gate_up, weights, kernels, kept)
         more = () if weights is None else (weights.detach(),)

@@ -140,7 +140,7 @@ def fused_attention(
     with torch.no_grad():
         made = kernel.forward(query, key, value, grad)
         attended = made.out.transpose(1, 2).flatten(2)
-        kept = keep(attended) if grad else None
+    kept = keep(attended) if grad else None
     if grad:
         attended = _FusedAttention.apply(query, key, value, attended, kernel, made, kept)
     return attended, kept

@@ -113,9 +113,12 @@ class Engine:
         with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
             y = module.forward(rows, counts, keep_original=True)
         restore = kept.restore
-        return _BeforeBackward.apply(
-            y, lambda *saved: held.hand_in(F.pad(restore(*saved).flatten(0, -2), (0, 0, 0, short))), *kept.tensors
-        )
+
+        def hand_in(*saved: Tensor) -> None:
+            original = restore(*saved).flatten(0, -2)
+            held.hand_in(F.pad(original, (0, 0, 0, short)) if short else original)
+
+        return _BeforeBackward.apply(y, hand_in, *kept.tensors)
 
     def _module_for(self, weight: nn.Parameter, sink: GradientSink | None) -> _Module:
         """Return the library's module, made at the first call: only then is the weight's memory and format final."""

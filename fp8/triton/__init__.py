@@ -7,9 +7,10 @@ Shapes: T tokens, K choices per token, H hidden, R rows, I inner width of a feed
 
 | function | reads | writes |
 | --- | --- | --- |
-| `swiglu_quantize` | gate and up, BF16 or E4M3 | silu(gate) up weight in tiles of (1, 128) |
+| `swiglu_keeping` | gate and up | silu(gate) up weight, and gate and up in E4M3 in tiles of (1, 128) |
+| `swiglu` | gate and up, BF16 or E4M3 | silu(gate) up weight |
 | `swiglu_quantize_columns` | the same | the same values in tiles of (128, 1), transposed: recomputed for W |
-| `swiglu_backward_quantize` | gradient, gate and up | gradients in both tilings, and the weights' |
+| `swiglu_backward` | gradient, gate and up, BF16 or E4M3 | gradients of gate and up, and the weights' |
 | `quantize_rows` | BF16 or FP32 | E4M3 or E5M6 in tiles of (1, 128) |
 | `dequantize_rows` | E4M3 or E5M6 in tiles of (1, 128) | BF16 or FP32 |
 | `quantize_both` | BF16 | both tilings |
@@ -30,8 +31,9 @@ from .ops import (
     quantize_both,
     quantize_for_dispatch,
     requantize_columns,
-    swiglu_backward_quantize,
-    swiglu_quantize,
+    swiglu,
+    swiglu_backward,
+    swiglu_keeping,
     swiglu_quantize_columns,
 )
 from .rows import dequantize_rows, packs, quantize_rows
@@ -48,8 +50,9 @@ __all__ = [
     "quantize_for_dispatch",
     "quantize_rows",
     "requantize_columns",
-    "swiglu_backward_quantize",
-    "swiglu_quantize",
+    "swiglu",
+    "swiglu_backward",
+    "swiglu_keeping",
     "swiglu_quantize_columns",
     "unpack_message",
 ]

@@ -13,36 +13,60 @@ from ..message import message_bytes, scale_start
 from ..quantize import BlockQuantized
 from ..tensor_formats import SIDE
 from .launch import RowGroups, alignment, check, check_rows_quantized, same_device, tiles_down
+from .rows import quantize_rows
 
 _ROWS, _COLUMNS = (1, SIDE), (SIDE, 1)
 
 
-def swiglu_quantize(
-    gate_up: Tensor | BlockQuantized, weights: Tensor | None = None, pow2_scales: bool = True
-) -> BlockQuantized:
-    """`silu(gate) * up * weight`, rounded to BF16 and quantised in tiles of (1, 128): `[R, I]`.
+def swiglu(gate_up: Tensor | BlockQuantized, weights: Tensor | None = None) -> Tensor:
+    """`silu(gate) * up * weight`, BF16 `[R, I]`.
 
     Args:
-        gate_up: `[R, 2I]`, gate first: BF16, or E4M3 in tiles of (1, 128) as it was cached, whose FP32 products of
-            code and scale are the values.
+        gate_up: `[R, 2I]`, gate first: BF16, or E4M3 in tiles of (1, 128) as it was cached, which is restored in BF16.
         weights: FP32 `[R]`, the gate weight of each row, or None for 1.
 
     Raises:
         UsageError: a shape, type or layout that is not the above, an odd width, or no Triton.
     """
     given = _check_gate_up(gate_up, weights)
-    codes, scales = _empty_rows(given.rows, given.inner, given.device)
-    block = 16
+    hidden = torch.empty(given.rows, given.inner, dtype=torch.bfloat16, device=given.device)
+    _swiglu_rows(given, hidden, (hidden, hidden), None, {"keep": False, "pow2": True})
+    return hidden
+
+
+def swiglu_keeping(
+    gate_up: Tensor, weights: Tensor | None = None, pow2_scales: bool = True, met: Tensor | None = None
+) -> tuple[Tensor, BlockQuantized]:
+    """`swiglu` of gate_up BF16, and gate_up `[R, 2I]` in tiles of (1, 128), from one read where 128 divides I.
+
+    Infinities and NaN in gate_up set `met` int32 `[1]` to 1.
+    """
+    given = _check_gate_up(gate_up, weights)
+    if given.inner % SIDE:
+        return swiglu(gate_up, weights), quantize_rows(gate_up, "e4m3", pow2_scales, met)
+    hidden = torch.empty(given.rows, given.inner, dtype=torch.bfloat16, device=given.device)
+    codes, scales = _empty_rows(given.rows, 2 * given.inner, given.device)
+    _swiglu_rows(given, hidden, (codes, scales), met, {"keep": True, "pow2": pow2_scales})
+    return hidden, BlockQuantized(codes, scales, _ROWS, "e4m3", 2 * given.inner, pow2_scales)
+
+
+def _swiglu_rows(
+    given: _GateUp, hidden: Tensor, cache: tuple[Tensor, Tensor], met: Tensor | None, constants: dict[str, Any]
+) -> None:
+    same_device(hidden=hidden, met=met)
+    tiles, block = -(-given.inner // SIDE), 16
     from .swiglu_kernels import swiglu_rows
 
     Launch(
         swiglu_rows,
-        -(-given.rows // block) * scales.shape[1],
-        (*given.pointers, codes, scales, given.rows, given.inner, given.cache_tiles, scales.shape[1]),
-        {**given.constants, "pow2": pow2_scales, "block": block},
+        -(-given.rows // block) * tiles,
+        (
+            *(*given.pointers, hidden, *cache, hidden if met is None else met),
+            *(given.rows, given.inner, given.cache_tiles, tiles),
+        ),
+        {**given.constants, **constants, "watched": met is not None, "block": block},
         num_warps=4,
     ).run()
-    return BlockQuantized(codes, scales, _ROWS, "e4m3", given.inner, pow2_scales)
 
 
 def swiglu_quantize_columns(
@@ -51,10 +75,9 @@ def swiglu_quantize_columns(
     groups: RowGroups | None = None,
     pow2_scales: bool = True,
 ) -> BlockQuantized:
-    """The values of `swiglu_quantize` in tiles of (128, 1), transposed: the input of W of the linear that follows.
+    """The values of `swiglu` in tiles of (128, 1), transposed: the input of W of the linear that follows.
 
-    Recomputed from gate and up, so that the values need not be kept (V3 §3.2.3). Arguments and errors as in
-    `swiglu_quantize`.
+    Recomputed from gate and up, so that the values need not be kept (V3 §3.2.3). Arguments and errors as in `swiglu`.
     """
     given = _check_gate_up(gate_up, weights)
     block = 64
@@ -72,48 +95,37 @@ def swiglu_quantize_columns(
     return _columns(codes, scales, given.inner, pow2_scales, groups)
 
 
-def swiglu_backward_quantize(
-    grad: Tensor,
-    gate_up: Tensor | BlockQuantized,
-    weights: Tensor | None = None,
-    groups: RowGroups | None = None,
-    pow2_scales: bool = True,
-) -> tuple[BlockQuantized, BlockQuantized, Tensor | None]:
-    """The backward of `swiglu_quantize`, quantised for dgrad and for wgrad.
+def swiglu_backward(
+    grad: Tensor, gate_up: Tensor | BlockQuantized, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The backward of `swiglu`.
 
     Args:
-        grad: BF16 `[R, I]`; the rest as in `swiglu_quantize`.
+        grad: BF16 `[R, I]`; the rest as in `swiglu`.
 
     Returns:
-        The gradient of gate and up `[R, 2I]`, rounded to BF16 and quantised in tiles of (1, 128); the same in tiles
-        of (128, 1), transposed; and the gradient of the weights FP32 `[R]`, or None.
+        The gradient of gate and up BF16 `[R, 2I]`, and the gradient of the weights FP32 `[R]`, or None.
     """
     given = _check_gate_up(gate_up, weights)
     rows, inner = given.rows, given.inner
     grad = check("grad", grad, torch.bfloat16, rows, inner)
     same_device(gate_up=given.pointers[0], grad=grad)
-    down, tiles = tiles_down(rows, groups), -(-2 * inner // SIDE)
-    across = inner // SIDE if inner % SIDE == 0 else tiles
-    codes, scales = _empty_rows(rows, 2 * inner, given.device)
-    codes_t, scales_t = _empty_columns(rows, 2 * inner, down, given.device)
-    # Parts are summed in a fixed order afterwards, without atomics; they are a fraction of a percent of the bytes.
-    parts = torch.empty(rows, across if weights is not None else 0, dtype=torch.float32, device=given.device)
-    results = (_table(groups, codes), codes, scales, codes_t, scales_t, parts)
-    from .swiglu_kernels import swiglu_backward
+    made = torch.empty(rows, 2 * inner, dtype=torch.bfloat16, device=given.device)
+    grad_weights = None if weights is None else torch.empty(rows, dtype=torch.float32, device=given.device)
+    block = 8
+    from .swiglu_kernels import swiglu_backward as kernel
 
     Launch(
-        swiglu_backward,
-        down * across,
-        (grad, *given.pointers, *results, rows, inner, given.cache_tiles, tiles, across),
-        {**given.constants, "groups": alignment(groups), "pow2": pow2_scales, "block": 16},
-        num_warps=8 if given.constants["even"] else 16,
-        most_registers=128,  # without a limit the assembler spills registers so that more programs fit
+        kernel,
+        -(-rows // block),
+        (
+            *(grad, *given.pointers, made, made if grad_weights is None else grad_weights),
+            *(rows, inner, given.cache_tiles, -(-inner // SIDE)),
+        ),
+        {**given.constants, "block": block},
+        num_warps=4,
     ).run()
-    return (
-        BlockQuantized(codes, scales, _ROWS, "e4m3", 2 * inner, pow2_scales),
-        _columns(codes_t, scales_t, 2 * inner, pow2_scales, groups),
-        None if weights is None else parts.sum(1),
-    )
+    return made, grad_weights
 
 
 def quantize_both(

@@ -228,36 +228,22 @@ def _slots(*shape: int) -> Tensor:
     return _meta(*shape, dtype=torch.int64)
 
 
-def _swiglu_backward_uneven() -> None:
-    fused.swiglu_backward_quantize(_meta(ROWS, 1040), _cached(ROWS, 2080, False), _weights(), None, False)
-
-
 def _combine_backward() -> None:
     rows, weights = _meta(TOKENS * TOP_K, HIDDEN), _meta(TOKENS, TOP_K, dtype=torch.float32)
     fused.combine_backward(_meta(TOKENS, HIDDEN), rows, weights, _slots(TOKENS * TOP_K))
 
 
 CASES: dict[str, Callable[[], object]] = {
-    "SwiGLU": lambda: fused.swiglu_quantize(_meta(ROWS, 2 * INNER), _weights()),
-    "SwiGLU, cached": lambda: fused.swiglu_quantize(_cached(ROWS, 2 * INNER), _weights()),
-    "SwiGLU, cached, uneven, FP32 scales": lambda: fused.swiglu_quantize(_cached(ROWS, 2080), pow2_scales=False),
+    "SwiGLU, keeping": lambda: fused.swiglu_keeping(_meta(ROWS, 2 * INNER), _weights(), met=_flag()),
+    "SwiGLU, cached": lambda: fused.swiglu(_cached(ROWS, 2 * INNER), _weights()),
+    "SwiGLU, cached, uneven": lambda: fused.swiglu(_cached(ROWS, 2080)),
     "SwiGLU for W, cached": lambda: fused.swiglu_quantize_columns(_cached(ROWS, 2 * INNER), _weights(), _groups()),
-    "SwiGLU backward": lambda: fused.swiglu_backward_quantize(
-        _meta(ROWS, INNER), _meta(ROWS, 2 * INNER), _weights(), _groups()
-    ),
-    "SwiGLU backward, cached": lambda: fused.swiglu_backward_quantize(
-        _meta(ROWS, INNER), _cached(ROWS, 2 * INNER), _weights(), _groups()
-    ),
-    "SwiGLU backward, cached, uneven, FP32 scales": _swiglu_backward_uneven,
+    "SwiGLU backward": lambda: fused.swiglu_backward(_meta(ROWS, INNER), _meta(ROWS, 2 * INNER), _weights()),
+    "SwiGLU backward, cached": lambda: fused.swiglu_backward(_meta(ROWS, INNER), _cached(ROWS, 2 * INNER), _weights()),
+    "SwiGLU backward, cached, uneven": lambda: fused.swiglu_backward(_meta(ROWS, 1040), _cached(ROWS, 2080)),
     "both tilings": lambda: fused.quantize_both(_meta(ROWS, HIDDEN), _groups()),
     "both tilings, FP32 scales, odd groups": lambda: fused.quantize_both(
         _meta(ROWS, HIDDEN), fused.group_rows((1001, ROWS), "meta"), False
-    ),
-    "SwiGLU backward, shared expert": lambda: fused.swiglu_backward_quantize(
-        _meta(ROWS, INNER), _meta(ROWS, 2 * INNER)
-    ),
-    "SwiGLU backward, odd groups": lambda: fused.swiglu_backward_quantize(
-        _meta(ROWS, INNER), _meta(ROWS, 2 * INNER), None, fused.group_rows((1001, ROWS), "meta")
     ),
     "requantise": lambda: fused.requantize_columns(_cached(ROWS, HIDDEN), _groups()),
     "requantise, FP32 scales": lambda: fused.requantize_columns(_cached(ROWS, HIDDEN, False)),

@@ -108,15 +108,19 @@ def test_swiglu_is_within_its_bound_and_nearly_always_torchs(inner: int, cache: 
     gate_up, weights = gates(ROWS, inner, inner)
     grad, _ = gates(ROWS, inner // 2, 1)
     given = gate_up if cache is None else quantize(gate_up, pow2_scales=cache)
-    values = gate_up if isinstance(given, Tensor) else given.dequantize(torch.float32)
+    values = gate_up if isinstance(given, Tensor) else given.dequantize(torch.bfloat16)
     for factor in (weights, None):
-        made = run("swiglu_quantize", given, factor), run("swiglu_quantize_columns", given, factor, on_device)
+        made = quantize(run("swiglu", given, factor)), run("swiglu_quantize_columns", given, factor, on_device)
         hidden = swiglu_by(torch.exp, values, factor)
-        rows, columns, grad_weights = run("swiglu_backward_quantize", grad, given, factor, on_device)
+        if isinstance(given, Tensor):
+            again, kept = run("swiglu_keeping", given, factor)
+            assert torch.equal(again, run("swiglu", given, factor))
+            assert_same(kept, quantize(gate_up))
+        grads, grad_weights = run("swiglu_backward", grad, given, factor)
         gradient = swiglu_backward_by(torch.exp, grad, values, factor)
         for ours, exact, plain in (
             *((q, exact_swiglu(values, factor), hidden) for q in made),
-            *((q, exact_swiglu_backward(grad, values, factor), gradient) for q in (rows, columns)),
+            (quantize(grads), exact_swiglu_backward(grad, values, factor), gradient),
         ):
             assert_within(ours, *exact)
             theirs = quantize(plain, ours.tile, offsets=ours.ends)
@@ -154,3 +158,16 @@ def test_combine_is_choices_sum_and_its_backward_autograds(width: int) -> None:
     terms = wide.double() * rows.double()
     off = (grad_weights.view(-1)[order.slot_of_row] - terms.sum(1)).abs()
     assert bool((off <= 2e-6 * terms.abs().sum(1)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("fmt", "width"), [("e4m3", 7168), ("e4m3", 130), ("e5m6", 16384), ("e5m6", 256)])
+@pytest.mark.parametrize("pow2", [True, False])
+def test_rows_are_quantizes_and_are_restored(fmt: str, width: int, pow2: bool, dtype: torch.dtype) -> None:
+    x = numbers(ROWS, width, width).to(dtype)
+    ours, theirs = run("quantize_rows", x, fmt, pow2), quantize(x, fmt=fmt, pow2_scales=pow2)  # type: ignore[arg-type]
+    assert torch.equal(ours.scale.view(torch.int32), theirs.scale.view(torch.int32))
+    for wide in (torch.bfloat16, torch.float32):
+        expected = theirs.dequantize(wide)
+        for made in (ours.dequantize(wide), run("dequantize_rows", theirs, wide)):
+            assert torch.equal(made.nan_to_num(), expected.nan_to_num()) and torch.equal(made.isnan(), expected.isnan())
