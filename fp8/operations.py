@@ -10,10 +10,10 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.op import fused
+from ..kernels.swiglu import swiglu_backward_formula, swiglu_formula
 from .message import message_bytes, pack_message
 from .number_formats import find_format
 from .quantize import BlockQuantized, quantize
@@ -99,21 +99,6 @@ def _tensors(matrix: BlockQuantized) -> tuple[Tensor, Tensor]:
     return matrix.data, matrix.scale
 
 
-def _swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
-    gate, up = gate_up.float().chunk(2, -1)
-    hidden = F.silu(gate) * up
-    return (hidden if weights is None else hidden * weights.unsqueeze(-1)).to(gate_up.dtype)
-
-
-def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    gate, up = gate_up.float().chunk(2, -1)
-    grad_up, grad_silu = grad.float() * F.silu(gate), grad.float() * up
-    grad_weights = (grad_up * up).sum(-1)
-    if weights is not None:
-        grad_up, grad_silu = grad_up * weights.unsqueeze(-1), grad_silu * weights.unsqueeze(-1)
-    return torch.cat((torch.ops.aten.silu_backward(grad_silu, gate), grad_up), -1).to(gate_up.dtype), grad_weights
-
-
 def _restored(data: Tensor, scale: Tensor, fmt: FormatName, width: int, pow2: bool) -> BlockQuantized:
     return BlockQuantized(data, scale, _ROWS, fmt, width, pow2)
 
@@ -141,7 +126,7 @@ _quantize_messages = fused(
 def _keep_formula(
     gate_up: Tensor, weights: Tensor | None, pow2: bool, met: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _swiglu(gate_up, weights), *_tensors(quantize(gate_up, _ROWS, "e4m3", pow2, met=met))
+    return swiglu_formula(gate_up, weights), *_tensors(quantize(gate_up, _ROWS, "e4m3", pow2, met=met))
 
 
 def _keep_on_gpu(
@@ -155,6 +140,14 @@ def _backward_on_gpu(
     grad: Tensor, data: Tensor, scale: Tensor, weights: Tensor | None, width: int, pow2: bool
 ) -> tuple[Tensor, Tensor]:
     made, grad_weights = _swiglu_backward_on_gpu(grad, _restored(data, scale, "e4m3", width, pow2), weights)
+    return made, scale.new_empty(0) if grad_weights is None else grad_weights
+
+
+def _backward_formula(
+    grad: Tensor, data: Tensor, scale: Tensor, weights: Tensor | None, width: int, pow2: bool
+) -> tuple[Tensor, Tensor]:
+    gate_up = _restored(data, scale, "e4m3", width, pow2).dequantize(torch.bfloat16)
+    made, grad_weights = swiglu_backward_formula(grad, gate_up, weights)
     return made, scale.new_empty(0) if grad_weights is None else grad_weights
 
 
@@ -174,7 +167,7 @@ _swiglu_keeping = fused(
 _swiglu_of = fused(
     "fp8_swiglu(Tensor data, Tensor scale, Tensor? weights, int width, bool pow2) -> Tensor",
     gpu=lambda data, scale, weights, *how: _swiglu_on_gpu(_restored(data, scale, "e4m3", *how), weights),
-    formula=lambda data, scale, weights, *how: _swiglu(
+    formula=lambda data, scale, weights, *how: swiglu_formula(
         _restored(data, scale, "e4m3", *how).dequantize(torch.bfloat16), weights
     ),
     shapes=lambda data, scale, weights, width, pow2: data.new_empty(data.shape[0], width // 2, dtype=torch.bfloat16),
@@ -183,9 +176,7 @@ _swiglu_backward_of = fused(
     "fp8_swiglu_backward(Tensor grad, Tensor data, Tensor scale, Tensor? weights, int width, bool pow2) "
     "-> (Tensor, Tensor)",
     gpu=_backward_on_gpu,
-    formula=lambda grad, data, scale, weights, *how: _swiglu_backward(
-        grad, _restored(data, scale, "e4m3", *how).dequantize(torch.bfloat16), weights
-    ),
+    formula=_backward_formula,
     shapes=lambda grad, data, scale, weights, width, pow2: (
         grad.new_empty(grad.shape[0], width),
         scale.new_empty(0 if weights is None else grad.shape[0]),
