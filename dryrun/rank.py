@@ -57,12 +57,14 @@ def dry_run(
     microbatches: int | None = None,
     routing: RoutingName = "drawn",
     layer: bool = True,
+    steps: int = 1,
 ) -> DryRun:
     """Run one step of `rank` of `world` ranks on shapes alone.
 
     Args:
         microbatches: of the step; by default those of the full global batch.
         layer: whether to count what one MoE layer does, by two more steps of small models.
+        steps: number of steps; the last one is counted.
 
     Raises:
         UsageError: the layout or the schedule does not work.
@@ -75,9 +77,9 @@ def dry_run(
     per_layer = moe_layer(config, layout, routing) if layer and config.model.num_moe_layers else None
     counted = time.perf_counter()
     with _fake_world(world, rank):
-        groups = make_groups(config, layout, "cpu")
+        groups = make_groups(config, layout, "meta")
         grouped = time.perf_counter()
-        run = _Step(config, groups, TokenRouting(routing, config, layout, rank), per_layer)
+        run = _Step(config, groups, TokenRouting(routing, config, layout, rank), per_layer, steps=steps)
         seconds = {"layer": counted - started, "groups": grouped - counted}
         return run.result(seconds)
 
@@ -99,7 +101,7 @@ def moe_layer(config: Config, layout: Layout, routing: RoutingName = "drawn") ->
         small = _stack_of(config, layers)
         alone = Layout(layout.ep, 1, layout.ep, layout.gpus_per_node)
         with _fake_world(layout.ep, 0):
-            groups = make_groups(small, alone, "cpu")
+            groups = make_groups(small, alone, "meta")
             step = _Step(small, groups, TokenRouting(routing, small, alone, 0), None, only=1)
             step.run()
             counts.append(step.total())
@@ -117,9 +119,15 @@ class _Step:
     """One step of the trainer under a recorder. With `only`, labels of other micro-batches differ from its own."""
 
     def __init__(
-        self, config: Config, groups: Groups, routing: TokenRouting, layer: Layer | None, only: int | None = None
+        self,
+        config: Config,
+        groups: Groups,
+        routing: TokenRouting,
+        layer: Layer | None,
+        only: int | None = None,
+        steps: int = 1,
     ) -> None:
-        self.config, self.routing, self.layer, self.only = config, routing, layer, only
+        self.config, self.routing, self.layer, self.only, self.steps = config, routing, layer, only, steps
         self.recorder = Recorder()
         self.meter = RecordedMeter(groups.meter.node_of, recorder=self.recorder)
         self.groups = replace(groups, meter=self.meter)
@@ -136,6 +144,8 @@ class _Step:
             dispatcher.read_counts = self.routing.reader(dispatcher)  # type: ignore[assignment, method-assign]
             self.built = recorder.memory.alive
             self.times.append(time.perf_counter())
+            for _ in range(1, self.steps):
+                trainer.step()
             recorder.restart()
             self.meter.all.clear()
             recorder.label = "begin"
@@ -180,6 +190,7 @@ class _Step:
             traffic=self.meter.all,
             sent=recorder.sent,
             communicators=recorder.communicators,
+            program=recorder.program,
             operations=frozenset(recorder.used),
             seconds={**seconds, "build": built, "step": stepped},
         )

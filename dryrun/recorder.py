@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -12,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .memory import Memory
 from .operations import bytes_moved, flops, launches, name_of, tensors_in
+from .rules import Event, HostWait, Launch, Wait
 
 WAITS = frozenset(
     ["nonzero", "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount", "equal"]
@@ -75,6 +76,9 @@ class Recorder(TorchDispatchMode):
         """Global ranks of each communicator, by its name."""
         self.purposes: list[str] = []
         """Purposes that the meter has counted since the last collective."""
+        self.program: list[Event] = []
+        """Everything that ranks could wait for each other in, from the beginning on, see `rules.py`."""
+        self.works: list[RecordedWork] = []
 
     def restart(self) -> None:
         """Forget what ran so far; what is alive stays."""
@@ -106,7 +110,7 @@ class Recorder(TorchDispatchMode):
             return result
         work = self.work[self.label]
         if slow or self._to_device(name, given, on_device, kwargs):
-            work.waits[f"{name} at {_caller()}"] += 1
+            self._wait(work, name)
         if launches(func, given, made):
             work.kernels[name] += 1
             work.bytes[name] += bytes_moved(func, args, kwargs, made)
@@ -130,10 +134,16 @@ class Recorder(TorchDispatchMode):
         else:
             return None
         work = self.work[self.label]
-        work.waits[f"{name} at {_caller()}"] += 1
+        self._wait(work, name)
         work.kernels[name] += 1
         work.bytes[name] += first.nbytes
         return answer
+
+    def _wait(self, work: Work, name: str) -> None:
+        """Write a wait of the host down."""
+        place = f"{name} at {_caller()}"
+        work.waits[place] += 1
+        self.program.append(HostWait(label=place))
 
     @staticmethod
     def _to_device(name: str, given: list[Tensor], on_device: list[Tensor], kwargs: dict[str, Any]) -> bool:
@@ -164,8 +174,24 @@ class Recorder(TorchDispatchMode):
         if name != "recv":
             self.purposes.clear()
         self.sent.append(Sent(name, communicator, size, purpose, self.label))
-        work = FakeWork().boxed()
+        peer = dist.get_process_group_ranks(group)[args[2]] if name in ("send", "recv") else None
+        made = RecordedWork(self, len(self.works))
+        self.works.append(made)  # torch finds the methods of Python's object only while it lives
+        self.program.append(Launch(group.group_desc, name, peer, label=self.label))
+        work = made.boxed()
         return work if len(func._schema.returns) == 1 else (args[0], work)
+
+
+class RecordedWork(dist.Work):
+    """Handle of a collective that nothing runs: whoever waits for it is written down."""
+
+    def __init__(self, recorder: Recorder, number: int) -> None:
+        super().__init__()
+        self._recorder, self._number = recorder, number
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        self._recorder.program.append(Wait(self._number))
+        return True
 
 
 def _grouped_shape(args: tuple[Any, ...]) -> Tensor:

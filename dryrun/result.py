@@ -11,6 +11,7 @@ from typing import Any
 from ..comm.meter import Traffic
 from .operations import is_product
 from .recorder import Sent, Work
+from .rules import Event
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class DryRun:
     """Count of the product's own meter."""
     sent: Sequence[Sent]
     communicators: Mapping[str, Sequence[int]]
+    program: Sequence[Event]
+    """Launches and waits of all steps, for a rehearsal."""
     operations: frozenset[str]
     """Operations with a kernel, with their overloads."""
     seconds: Mapping[str, float] = field(default_factory=dict)

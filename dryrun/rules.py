@@ -7,6 +7,7 @@ itself. `rehearse` runs the programs of all ranks by these rules:
 - A kernel starts after everything that its stream had to wait for when the host launched it.
 - A kernel ends when every member of the communicator has started its own. A send ends only once it is received.
 - A kernel takes multiprocessors from its start to its end, and starts only with all of them.
+- Streams share the hardware's queues (`CUDA_DEVICE_MAX_CONNECTIONS`), in which what is first holds up all behind it.
 - With `NCCL_LAUNCH_ORDER_IMPLICIT` a rank's kernels start in the order of the host's calls: on drivers for CUDA 12.3
   and newer each after the start of the one before, on older ones after its end.
 
@@ -69,8 +70,10 @@ class Rules:
 
     multiprocessors: int = 132
     """Multiprocessors of a GPU that NCCL's kernels may take in all."""
-    order: Literal["none", "start", "end"] = "start"
+    order: Literal["none", "start", "end"] = "none"
     """Order of kernels of different communicators: none, or each after the start or the end of the one before."""
+    connections: int | None = None
+    """Queues of the hardware, which streams take in turn when they are first used; None for as many as needed."""
     seed: int = 0
     """Choice of the kernels that get multiprocessors first where the order is none, by a random generator."""
 
@@ -180,11 +183,42 @@ class _Stream:
         return item.ended if isinstance(item, _Kernel) else item[0].done >= item[1]
 
 
+class _Hardware:
+    """Queues in which the streams of a GPU share what they launch."""
+
+    def __init__(self, connections: int | None) -> None:
+        self.connections = connections
+        self.of_stream: dict[str, deque[_Kernel | tuple[_Stream, int]]] = {}
+        self.queues: list[deque[_Kernel | tuple[_Stream, int]]] = []
+
+    def add(self, stream: str, item: _Kernel | tuple[_Stream, int]) -> None:
+        """Put a kernel, or a wait of a stream up to a number of its items, into the queue of its stream."""
+        if self.connections is None:
+            return
+        if stream not in self.of_stream:
+            if len(self.queues) < self.connections:
+                self.queues.append(deque())
+            self.of_stream[stream] = self.queues[len(self.of_stream) % self.connections]
+        self.of_stream[stream].append(item)
+
+    def before(self, stream: str, kernel: _Kernel) -> _Kernel | tuple[_Stream, int] | None:
+        """What holds a kernel up in its queue; None if it is first."""
+        queue = self.of_stream[stream]
+        while queue[0] is not kernel and self._has_passed(queue[0]):
+            queue.popleft()
+        return None if queue[0] is kernel else queue[0]
+
+    @staticmethod
+    def _has_passed(item: _Kernel | tuple[_Stream, int]) -> bool:
+        return item.started if isinstance(item, _Kernel) else item[0].done >= item[1]
+
+
 class _Rank:
     """Host, streams and communicators of one rank."""
 
-    def __init__(self, rank: int, program: Program, groups: Mapping[str, Group]) -> None:
+    def __init__(self, rank: int, program: Program, groups: Mapping[str, Group], connections: int | None) -> None:
         self.rank, self.program, self.groups = rank, program, groups
+        self.hardware = _Hardware(connections)
         self.position = 0
         self.launched: list[_Kernel] = []
         self.waiting: list[_Kernel] = []
@@ -211,10 +245,10 @@ class _Rank:
             if isinstance(event, Launch):
                 self._launch(event)
             elif isinstance(event, Wait):
-                self.stream(event.stream).items.append(self.launched[event.launch])
+                self._hold(event.stream, self.launched[event.launch])
             elif isinstance(event, Join):
                 other = self.stream(event.other)
-                self.stream(event.stream).items.append((other, len(other.items)))
+                self._hold(event.stream, (other, len(other.items)))
             else:
                 stream = self.stream(event.stream)
                 stream.advance()
@@ -222,6 +256,12 @@ class _Rank:
                     break
             self.position += 1
         return self.position > before
+
+    def _hold(self, name: str, item: _Kernel | tuple[_Stream, int]) -> None:
+        """Let a stream wait for a kernel, or for another stream."""
+        stream = self.stream(name)
+        stream.items.append(item)
+        self.hardware.add(name, (stream, len(stream.items)))
 
     def _launch(self, event: Launch) -> None:
         after = len(self.stream(event.stream).items)
@@ -231,11 +271,19 @@ class _Rank:
         self.launched.append(kernel)
         self.waiting.append(kernel)
         self.queues.setdefault(event.communicator, deque()).append(kernel)
+        self.hardware.add(f"of {event.communicator}", kernel)
 
     def is_ready(self, kernel: _Kernel) -> bool:
-        """Whether its queue and its stream let a kernel start."""
-        first = self.queues[kernel.launch.communicator][0]
-        return first is kernel and self.stream(kernel.launch.stream).done >= kernel.after
+        """Whether its queues and its stream let a kernel start."""
+        if self.queues[kernel.launch.communicator][0] is not kernel:
+            return False
+        if self.stream(kernel.launch.stream).done < kernel.after:
+            return False
+        return self.hardware.connections is None or self.before(kernel) is None
+
+    def before(self, kernel: _Kernel) -> _Kernel | tuple[_Stream, int] | None:
+        """What holds a kernel up in its queue of the hardware."""
+        return self.hardware.before(f"of {kernel.launch.communicator}", kernel)
 
 
 class _Machine:
@@ -245,7 +293,7 @@ class _Machine:
         self, programs: Mapping[int, Program], groups: Mapping[int, Mapping[str, Group]], rules: Rules
     ) -> None:
         self.rules = rules
-        self.ranks = {rank: _Rank(rank, program, groups[rank]) for rank, program in programs.items()}
+        self.ranks = {rank: _Rank(rank, program, groups[rank], rules.connections) for rank, program in programs.items()}
         self.met: dict[tuple[_Kind, int], list[_Kernel]] = {}
         self.random = random.Random(rules.seed)
 
@@ -346,6 +394,10 @@ class _Machine:
         if stream.done < kernel.after:
             waited_for = stream.next()
             return f"{kernel} starts when its stream is past {waited_for}", waited_for
+        before = rank.before(kernel) if self.rules.connections is not None else None
+        if before is not None:
+            first = before if isinstance(before, _Kernel) else before[0].next()
+            return f"{kernel} shares a queue of the hardware with one that waits for {first}", first
         if self.rules.order != "none" and rank.waiting[0] is not kernel:
             return f"{kernel} starts after {rank.waiting[0]}, which was launched before", rank.waiting[0]
         if self.rules.order == "end" and rank.running:

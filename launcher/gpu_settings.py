@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..settings import UsageError
+
 TRACE_LENGTH = 2000
 """Collectives that each rank keeps a record of, for the dump after a timeout."""
 
@@ -30,9 +32,8 @@ def gpu_variables(environ: Mapping[str, str], dumps: Path | None = None, determi
         deterministic: whether cuBLAS gets a workspace with which its sums have one order (`run.deterministic`).
     """
     wanted = {
-        # Kernels of several communicators start in the order of the host's calls, so that all GPUs start them alike.
-        "NCCL_LAUNCH_ORDER_IMPLICIT": "1",
-        # Streams of different communicators share no hardware queue, in which one would wait behind another.
+        # With the 8 queues of the default, streams would share one: a receive that waits for a pipeline rank would hold
+        # up the exchange that the other rank needs first (dryrun/rehearsal.py).
         "CUDA_DEVICE_MAX_CONNECTIONS": "32",
         # The rows of the experts differ in each micro-batch, and blocks of fixed sizes would not fit the next ones.
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
@@ -50,6 +51,19 @@ def gpu_variables(environ: Mapping[str, str], dumps: Path | None = None, determi
         for name, value in wanted.items()
         if name not in environ and _OLD_NAMES.get(name, name) not in environ
     }
+
+
+def refuse_launch_order(environ: Mapping[str, str], pp: int) -> None:
+    """Raise UsageError where NCCL would start the kernels of a pipeline in the order of the host's calls.
+
+    A receive is posted behind one that has not arrived. In that order it would hold up everything launched after it,
+    also what has to run before the first can arrive: a rehearsal of most schedules ends in a circle of waits.
+    """
+    if pp > 1 and environ.get("NCCL_LAUNCH_ORDER_IMPLICIT", "0") not in ("", "0"):
+        raise UsageError(
+            f"NCCL_LAUNCH_ORDER_IMPLICIT is set, and with parallel.pp {pp} ranks would wait for each other for ever: "
+            "unset it. The caps of comm.max_ctas leave room for all communicators of a rank at once instead"
+        )
 
 
 def describe_gpu_settings(environ: Mapping[str, str]) -> str:

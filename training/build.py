@@ -117,12 +117,16 @@ def embedding_holders(schedule: Schedule, with_mtp: bool) -> tuple[int, ...]:
 
 def make_groups(config: Config, layout: Layout, device_type: str, ranks: Sequence[int] | None = None) -> Groups:
     """The process groups of a run: the layout's, and those of every set of pipeline ranks that share parameters."""
+    holders, links = sharing_of_run(config, layout)
+    return Groups.create(layout, device_type, ranks, config.parallel.timeout, holders, links, config.comm.max_ctas)
+
+
+def sharing_of_run(config: Config, layout: Layout) -> tuple[list[tuple[int, ...]], list[tuple[int, int]]]:
+    """Sets of pipeline ranks that hold a parameter in common, and pairs of them that send to each other."""
     schedule = example_schedule(config)
     holders = {schedule.holders(stage) for stage in range(schedule.num_stages)}
     holders.add(embedding_holders(schedule, config.model.num_nextn_predict_layers > 0))
-    links = sorted(links_of_run(config, layout))
-    timeout, caps = config.parallel.timeout, config.comm.max_ctas
-    return Groups.create(layout, device_type, ranks, timeout, sorted(holders), links, caps)
+    return sorted(holders), sorted(links_of_run(config, layout))
 
 
 def build_model(

@@ -71,10 +71,13 @@ def _work(args: argparse.Namespace, worker: WorkerEnvironment) -> int:
     import torch.distributed as dist
 
     from ..bootstrap import bootstrap, device_type
+    from ..gpu_settings import refuse_launch_order
     from ..logs import open_log
 
     cache, device = cache_folder(os.environ), device_type(config.run.device)
     plan = prepare_run(config, worker.world_size, worker.local_world_size, cache, fresh, device)
+    if device == "cuda":
+        refuse_launch_order(os.environ, config.parallel.pp)
     run, dumps = config.run, plan.run_dir / "logs" / DUMPS
     with (
         bootstrap(

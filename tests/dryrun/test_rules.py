@@ -103,6 +103,23 @@ def test_opposite_orders_end_where_kernels_only_start_in_order() -> None:
     ]
 
 
+def test_streams_that_share_a_queue_hold_each_other_up() -> None:
+    behind: list[Event] = [Launch("a", "alltoall"), Launch("a", "alltoall"), Launch("b", "alltoall"), Wait(2)]
+    first: list[Event] = [*behind, HostWait(), Wait(1)]
+    second: list[Event] = [
+        Launch("b", "alltoall"),
+        Wait(0),
+        HostWait(),
+        Launch("a", "alltoall"),
+        Launch("a", "alltoall"),
+    ]
+    assert told(first, second) == [] == told(first, second, rules=Rules(connections=3))
+    circle = told(first, second, rules=Rules(connections=1))
+    shares = "rank 0: alltoall 0 of b (0, 1) shares a queue of the hardware with one that waits for alltoall 1 of a"
+    assert any(line.startswith(shares) for line in circle), circle
+    assert told(first, second, rules=Rules(order="start")), "an order of starts is one queue for all"
+
+
 def test_kernels_without_room_wait_for_those_that_have_it() -> None:
     groups = pair(66, "dp", "edp")[0]
     assert always_room(groups, Rules(multiprocessors=132)) and not always_room(groups, Rules(multiprocessors=131))
@@ -115,10 +132,10 @@ def test_kernels_without_room_wait_for_those_that_have_it() -> None:
 
 def test_without_an_order_the_hardware_may_choose_wrongly() -> None:
     same: list[Event] = [Launch("dp", "reduce_scatter"), Launch("edp", "reduce_scatter"), Wait(0), Wait(1)]
-    crowded = [told(same, same, rules=Rules(100, "none", seed), ctas=66) for seed in range(20)]
+    crowded = [told(same, same, rules=Rules(100, "none", seed=seed), ctas=66) for seed in range(20)]
     assert any(crowded) and not all(crowded)
     assert told(same, same, rules=Rules(100, "start"), ctas=66) == [], "with an order all ranks choose alike"
-    assert not any(told(same, same, rules=Rules(132, "none", seed), ctas=66) for seed in range(20))
+    assert not any(told(same, same, rules=Rules(132, "none", seed=seed), ctas=66) for seed in range(20))
 
 
 def test_what_does_not_belong_together_is_named() -> None:

@@ -15,7 +15,12 @@ import torch.distributed as dist
 from counterflow.launcher.bootstrap import bootstrap, choose_device, refuse_shared_gpu
 from counterflow.launcher.environment import WorkerEnvironment, read_environment, threads_per_process, usable_cores
 from counterflow.launcher.failures import FailureRecord, is_lost_peer
-from counterflow.launcher.gpu_settings import describe_gpu_settings, gpu_variables, set_product_precision
+from counterflow.launcher.gpu_settings import (
+    describe_gpu_settings,
+    gpu_variables,
+    refuse_launch_order,
+    set_product_precision,
+)
 from counterflow.launcher.logs import open_log
 from counterflow.settings import UsageError
 
@@ -157,16 +162,23 @@ def test_a_task_that_would_train_alone_is_refused(variable: str) -> None:
 
 def test_gpu_settings_leave_what_the_user_has_set() -> None:
     added = gpu_variables({}, Path("logs/nccl-"), deterministic=True)
-    assert added["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1" and added["TORCH_FR_DUMP_TEMP_FILE"] == "logs/nccl-"
+    assert added["CUDA_DEVICE_MAX_CONNECTIONS"] == "32" and added["TORCH_FR_DUMP_TEMP_FILE"] == "logs/nccl-"
     assert added["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert added["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert {"TORCH_FR_DUMP_TEMP_FILE", "CUBLAS_WORKSPACE_CONFIG"}.isdisjoint(gpu_variables({}))
-    users = {"NCCL_LAUNCH_ORDER_IMPLICIT": "0", "PYTORCH_CUDA_ALLOC_CONF": "", "TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}
+    users = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "PYTORCH_CUDA_ALLOC_CONF": "", "TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}
     left_out = added.keys() - gpu_variables(users, Path("logs/nccl-"), deterministic=True).keys()
-    assert left_out == {"NCCL_LAUNCH_ORDER_IMPLICIT", "PYTORCH_ALLOC_CONF", "TORCH_FR_BUFFER_SIZE"}
+    assert left_out == {"CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "TORCH_FR_BUFFER_SIZE"}
     assert describe_gpu_settings({"PATH": "x", "NCCL_DEBUG": "INFO", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}) == (
         "CUDA_DEVICE_MAX_CONNECTIONS=8, NCCL_DEBUG=INFO"
     )
+
+
+def test_an_order_of_launches_is_refused_for_pipelines() -> None:
+    with pytest.raises(UsageError, match=r"NCCL_LAUNCH_ORDER_IMPLICIT is set, and with parallel\.pp 4"):
+        refuse_launch_order({"NCCL_LAUNCH_ORDER_IMPLICIT": "1"}, pp=4)
+    for environ, pp in (({"NCCL_LAUNCH_ORDER_IMPLICIT": "1"}, 1), ({"NCCL_LAUNCH_ORDER_IMPLICIT": "0"}, 4), ({}, 4)):
+        refuse_launch_order(environ, pp)
 
 
 def test_this_torch_reads_the_variables_that_are_set() -> None:
