@@ -116,6 +116,8 @@ def flops(operation: OpOverload, args: tuple[Any, ...], results: list[Tensor]) -
         batch, heads, length, width = query.shape
         forward = float(batch * heads * length * length * (width + value.shape[-1]))
         return 2.5 * forward if name.endswith("_backward") else forward
+    if name == "counterflow::add_product":  # the sum, [T, N] and [T, K]
+        return 2.0 * args[1].numel() * args[2].shape[1]
     if name.startswith("counterflow::"):
         return transformer_engine.flops(name.removeprefix("counterflow::"), args)
     left, right = list(tensors_in(args))[-2:] if name in ("addmm", "baddbmm", "addmv") else list(tensors_in(args))[:2]

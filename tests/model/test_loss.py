@@ -176,7 +176,10 @@ def test_bf16_gradients_are_scaled_by_the_mean_over_the_batch_and_not_by_its_rou
 
 
 def in_a_pipeline(x: Tensor, weight: Tensor, labels: Tensor, scale: float, summed: bool) -> list[Tensor]:
-    """As `with_gradients`, with the scale known in the forward; `summed` collects the weight's gradient in a sum."""
+    """Loss and gradients as `with_gradients` gives them, with the scale known in the forward.
+
+    With `summed` the weight's gradient goes to a sum.
+    """
     x, weight = x.detach().clone().requires_grad_(), nn.Parameter(weight.detach().clone())
     told: list[int] = []
     total = GradientSum(torch.zeros(weight.shape), lambda: told.append(1))
