@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import assemble, norm, swiglu
+from . import adamw, assemble, norm, swiglu
 from .op import OPERATIONS
 
-MODULES = (norm, swiglu, assemble)
+MODULES = (adamw, norm, swiglu, assemble)
 """Modules whose import defines the operations."""
 
 TOKENS, HIDDEN, HEADS, PLAIN, ROTATED, VALUE = 4096, 7168, 128, 128, 64, 128
 ROWS, INNER, SHARED_ROWS, DENSE = 32768, 2048, TOKENS, 18432
+SHARD = 4 * 2 * INNER * HIDDEN // 4
 EPS = 1e-6
 
 Make = Callable[..., Tensor]
@@ -63,6 +64,12 @@ def _grads_of_attention(make: Make) -> tuple[Any, ...]:
     return *grads, make(TOKENS, ROTATED // 2, dtype=torch.complex64), 0.1
 
 
+def _shard(make: Make, moments: torch.dtype) -> tuple[Any, ...]:
+    """Weights, gradient and moments of a quarter of a rank's gate and up projections, and a step's numbers."""
+    state = (make(SHARD, dtype=dtype) for dtype in (torch.float32, torch.float32, moments))
+    return *state, make(SHARD, dtype=moments).abs_(), 0.9, 0.95, 1e-8, 0.7, 0.4, 0.999, 1e-3
+
+
 def _wide(make: Make, width: int = HIDDEN) -> Tensor:
     return make(TOKENS, width)
 
@@ -99,6 +106,8 @@ EXAMPLES = [
     ),
     Example("swiglu_backward", "shared expert", lambda make: (make(TOKENS, INNER), make(TOKENS, 2 * INNER), None)),
     Example("swiglu_backward", "dense", lambda make: (make(TOKENS, DENSE), make(TOKENS, 2 * DENSE), None)),
+    Example("adamw", "moments in BF16", lambda make: _shard(make, torch.bfloat16)),
+    Example("adamw", "moments in FP32", lambda make: _shard(make, torch.float32)),
     Example("assemble", "attention", _assembled),
     Example("assemble_backward", "attention", _grads_of_attention),
 ]

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.adamw import update
 from ..config import OptimConfig
-
-CHUNK = 2**20  # elements updated at a time: temporaries stay in the cache and cost no memory
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,6 @@ def adamw(
     """
     correction1 = 1.0 - config.beta1**now.step
     correction2 = 1.0 - config.beta2**now.step
-    for start in range(0, master.numel(), CHUNK):
-        piece = slice(start, start + CHUNK)
-        grad = gradient[piece] * now.gradient_scale
-        # FP32 moments are copied too, because the next lines change the copies in place.
-        first = exp_avg[piece].to(torch.float32, copy=True)
-        second = exp_avg_sq[piece].to(torch.float32, copy=True)
-        first.lerp_(grad, 1.0 - config.beta1)
-        second.mul_(config.beta2).addcmul_(grad, grad, value=1.0 - config.beta2)
-        exp_avg[piece] = first
-        exp_avg_sq[piece] = second
-        denominator = second.div_(correction2).sqrt_().add_(config.eps)
-        weights = master[piece]
-        weights.mul_(1.0 - now.lr * decay)
-        weights.addcdiv_(first, denominator, value=-now.lr / correction1)
+    kept, rate = 1.0 - now.lr * decay, now.lr / correction1
+    state = master, gradient, exp_avg, exp_avg_sq
+    update(*state, config.beta1, config.beta2, config.eps, now.gradient_scale, correction2, kept, rate)

@@ -7,8 +7,11 @@ average costs a GPU neither memory nor time. V3 does not publish the decay.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +32,17 @@ class Ema:
 
     def __init__(self, weights: Sequence[Tensor], decay: float, background: bool | None = None) -> None:
         """Keep references to `weights`, all on one device. `background` forces the thread, or its absence."""
-        on_gpu = any(weight.is_cuda for weight in weights)
+        on_gpu = bool(weights) and weights[0].device.type == "cuda"
         self.decay = decay
         self.updates = 0
         """Steps in the average."""
         self._weights = list(weights)
-        self._shards = [_on_host(weight, on_gpu) for weight in weights]
+        self._shards = _parts(_zeros(weights), weights)
         self._copy = DeviceCopy(self._weights) if on_gpu else None
-        self._thread = ThreadPoolExecutor(1, "ema") if (on_gpu if background is None else background) else None
+        # A new thread is on GPU 0, and the first call there would make a context on it for every rank of the node.
+        enter = partial(torch.cuda.set_device, weights[0].device) if on_gpu else None
+        in_thread = on_gpu if background is None else background
+        self._thread = ThreadPoolExecutor(1, "ema", enter) if in_thread else None
         self._pending: Future[None] | None = None
 
     @torch.no_grad()
@@ -90,11 +96,18 @@ def share_of_newest(decay: float, updates: int) -> float:
 
 
 class DeviceCopy:
-    """Copies of GPU tensors in pinned memory, made on a separate stream. Only `wait` blocks the calling thread."""
+    """Copies of GPU tensors in pinned memory, made on a separate stream. Only `wait` blocks the calling thread.
+
+    The copies are one block of ordinary memory that is pinned afterwards: PyTorch's own allocator of pinned memory
+    rounds every tensor up to a power of two.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
-        self._copies = [_on_host(tensor, pinned=True) for tensor in tensors]
+        block, runtime = _zeros(tensors), torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+        weakref.finalize(self, _unpin, runtime, block).atexit = False  # the system frees all at a process's end
+        self._copies = _parts(block, tensors)
         self._device = tensors[0].device
         self._stream = torch.cuda.Stream(self._device)
         self._done = torch.cuda.Event(blocking=True)  # blocking: a waiting thread sleeps and frees its core
@@ -117,5 +130,16 @@ class DeviceCopy:
         return self._copies
 
 
-def _on_host(tensor: Tensor, pinned: bool) -> Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+def _unpin(runtime: Any, block: Tensor) -> None:
+    runtime.cudaHostUnregister(block.data_ptr())
+
+
+def _zeros(tensors: Sequence[Tensor]) -> Tensor:
+    """Zeros in CPU memory, FP32, as many as the tensors have elements together."""
+    return torch.zeros(sum(tensor.numel() for tensor in tensors), device="cpu")
+
+
+def _parts(block: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a flat block in the shapes of `tensors`, one after another."""
+    parts = block.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

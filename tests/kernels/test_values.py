@@ -134,6 +134,32 @@ def test_three_tensors_are_added_and_rounded_once(
     close(run("add_three", *each), sum(x.double() for x in each), sum(x.double().abs() for x in each))
 
 
+# AdamW
+
+
+@pytest.mark.parametrize("moments", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 5000])
+def test_the_update_is_the_formula(run: Callable[..., Any], count: int, moments: torch.dtype) -> None:
+    """Gradients of many sizes, some of them zero: after a step from rest the weights move by the rate at most."""
+    size = 10 ** -(torch.arange(count) % 9 - 1.0)
+    master, gradient = numbers(count, dtype=torch.float32), numbers(count, dtype=torch.float32, seed=1) * size
+    first = (numbers(count, dtype=torch.float32, seed=2) * size).to(moments)
+    second = (numbers(count, dtype=torch.float32, seed=3) * size).square().to(moments)
+    for part in (gradient, first, second):
+        part[::7] = 0.0
+    beta1, beta2, eps, scale, correction, kept, rate = 0.9, 0.95, 1e-8, 0.7, 0.4, 0.9995, 1e-3
+    state = (master.clone(), gradient, first.clone(), second.clone())  # updated in place, and processes share memory
+    made = run("adamw", *state, beta1, beta2, eps, scale, correction, kept, rate)
+    wide = gradient.double() * scale
+    new_first = beta1 * first.double() + (1 - beta1) * wide
+    new_second = beta2 * second.double() + (1 - beta2) * wide.square()
+    step = rate * new_first / ((new_second / correction).sqrt() + eps)
+    close(made[0], kept * master.double() - step, master.double().abs() + step.abs())
+    close(made[1], new_first, first.double().abs() + wide.abs())
+    close(made[2], new_second)
+    assert made[1].dtype == made[2].dtype == moments
+
+
 # SwiGLU
 
 

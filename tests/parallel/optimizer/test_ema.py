@@ -181,10 +181,7 @@ def test_the_copy_runs_between_two_steps_on_a_gpu() -> None:
     cuda.Stream.return_value, cuda.Event.return_value = side, event
     cuda.current_stream.return_value = current
     weight = torch.arange(6.0)
-    with (
-        mock.patch.object(ema_module.torch, "cuda", cuda),
-        mock.patch.object(ema_module, "_on_host", lambda tensor, pinned: torch.zeros_like(tensor)),
-    ):
+    with mock.patch.object(ema_module.torch, "cuda", cuda):
         log = mock.Mock()
         for name, stand_in in (("side", side), ("event", event), ("current", current), ("cuda", cuda)):
             log.attach_mock(stand_in, name)
@@ -204,6 +201,39 @@ def test_the_copy_runs_between_two_steps_on_a_gpu() -> None:
         mock.call.current.wait_event(event),  # the next update of the weights begins after the copy
         mock.call.event.synchronize(),
     ]
+
+
+def test_copies_of_a_gpu_are_one_pinned_block_of_just_their_size() -> None:
+    cuda = mock.MagicMock()
+    runtime = cuda.cudart.return_value
+    weights = [torch.zeros(3, 5), torch.zeros(7)]
+    with mock.patch.object(ema_module.torch, "cuda", cuda):
+        copies = DeviceCopy(weights)
+        copies.start()
+        arrived = copies.wait()
+    ((start, size, flags),) = (call.args for call in runtime.cudaHostRegister.mock_calls)
+    assert size == (15 + 7) * 4 and flags == 0
+    cuda.check_error.assert_called_once_with(runtime.cudaHostRegister.return_value)
+    assert [copy.data_ptr() - start for copy in arrived] == [0, 15 * 4]
+    assert all(torch.equal(copy, weight) for copy, weight in zip(arrived, weights, strict=True))
+    runtime.cudaHostUnregister.assert_not_called()
+    del copies
+    runtime.cudaHostUnregister.assert_called_once_with(start)
+
+
+def test_the_thread_of_a_gpus_average_works_on_that_gpu() -> None:
+    """A new thread begins on GPU 0, where waiting for an event would make a context."""
+    device = torch.device("cuda", 3)
+    weight = mock.MagicMock(spec=Tensor, device=device, shape=torch.Size([4]))
+    weight.numel.return_value = 4
+    cuda = mock.MagicMock()
+    entered: list[torch.device] = []
+    cuda.set_device.side_effect = entered.append
+    with mock.patch.object(ema_module.torch, "cuda", cuda):
+        average = Ema([weight], DECAY)
+        assert average._thread is not None
+        average._thread.submit(lambda: None).result()
+    assert entered == [device]
 
 
 def test_an_error_in_the_thread_ends_the_next_step() -> None:
