@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ ROUNDING = 512
 
 NOTICEABLE = 1.001
 """Growth of the peak at which the list of what lives at it is made again."""
+
+
+@dataclass
+class _Block:
+    """A storage in the books."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    size: int
+    label: str
 
 
 class Memory:
@@ -29,7 +39,7 @@ class Memory:
         self.by_label: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
         self._at_peak_total = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._known: dict[int, _Block] = {}
 
     def add(self, tensor: Tensor, label: str) -> None:
         """Count the storage of `tensor` under `label`, if it is new and on this device."""
@@ -46,16 +56,24 @@ class Memory:
         self.by_label[label] += size
 
         def freed(_: object) -> None:
-            self.alive -= size
-            self.by_label[label] -= size
-            self._known.pop(key, None)
+            block = self._known.pop(key)
+            self.alive -= block.size
+            self.by_label[block.label] -= block.size
 
-        self._known[key] = weakref.ref(storage, freed)
+        self._known[key] = _Block(weakref.ref(storage, freed), size, label)
         if self.alive > self.peak:
             self.peak, self.peak_label = self.alive, label
             if self.alive > NOTICEABLE * self._at_peak_total:
                 self.at_peak = {name: bytes for name, bytes in self.by_label.items() if bytes}
                 self._at_peak_total = self.alive
+
+    def relabel(self, tensor: Tensor, label: str) -> None:
+        """Count the storage of `tensor`, if it is alive on this device, under another label from now on."""
+        block = self._known.get(tensor.untyped_storage()._cdata)
+        if block is not None:
+            self.by_label[block.label] -= block.size
+            self.by_label[label] += block.size
+            block.label = label
 
     def restart(self) -> None:
         """Begin again to look for a peak, from what is alive now."""

@@ -131,6 +131,8 @@ class _Step:
         self.recorder = Recorder()
         self.meter = RecordedMeter(groups.meter.node_of, recorder=self.recorder)
         self.groups = replace(groups, meter=self.meter)
+        self.microbatches = config.batch.microbatches(config.batch.global_sequences, groups.layout.dp)
+        self.program = Program.of(make_schedule(config, self.microbatches), groups.coordinates.pp)
         self.after_actions: list[tuple[str, int]] = []
         self.times = [time.perf_counter()]
 
@@ -138,10 +140,11 @@ class _Step:
         """Build the rank and run the step."""
         recorder = self.recorder
         with recorder:
-            recorder.label = "weights and optimizer"
+            recorder.label = "other state"
             trainer = Trainer(self.config, self.groups, torch.device("meta"), cast(Data, _NoData(self.config)))
             dispatcher = trainer.model.dispatcher
             dispatcher.read_counts = self.routing.reader(dispatcher)  # type: ignore[assignment, method-assign]
+            _name_state(recorder, trainer)
             self.built = recorder.memory.alive
             self.times.append(time.perf_counter())
             for _ in range(1, self.steps):
@@ -167,16 +170,14 @@ class _Step:
     def result(self, seconds: dict[str, float]) -> DryRun:
         trainer = self.run()
         recorder, config, groups = self.recorder, self.config, self.groups
-        number = config.batch.microbatches(config.batch.global_sequences, groups.layout.dp)
-        program = Program.of(make_schedule(config, number), groups.coordinates.pp)
         built, stepped = (self.times[i + 1] - self.times[i] for i in range(2))
         return DryRun(
             config=config.run.name,
             layout=f"pp {groups.layout.pp} x edp {groups.layout.edp} x ep {groups.layout.ep}",
             rank=groups.rank,
             coordinates=groups.coordinates,
-            microbatches=number,
-            in_flight=program.peak_microbatches,
+            microbatches=self.microbatches,
+            in_flight=self.program.peak_microbatches,
             parameters=sum(parameter.numel() for _, parameter in trainer.model.parameters()),
             routing=self.routing.name,
             load=self.routing.load,
@@ -196,11 +197,24 @@ class _Step:
         )
 
 
+def _name_state(recorder: Recorder, trainer: Trainer) -> None:
+    """Label what is alive between two steps by its use."""
+    optimizer = trainer.optimizer
+    for _, parameter in trainer.model.parameters():
+        recorder.memory.relabel(parameter, "weights")
+        recorder.memory.relabel(optimizer.gradient_buffer(parameter), "sums of gradients")
+        master, *moments = optimizer.shards(parameter)
+        recorder.memory.relabel(master, "master weights")
+        for moment in moments:
+            recorder.memory.relabel(moment, "moments")
+
+
 class _Watch:
     """Labels for the recorder from the executor, and the bytes alive after each action."""
 
     def __init__(self, step: _Step) -> None:
         self._step = step
+        self._left = len(step.program.actions)
         self._recorder = step.recorder
         self._aside = ""
 
@@ -211,7 +225,8 @@ class _Watch:
 
     def end(self, action: Action | Overlap) -> None:
         self._step.after_actions.append((str(action), self._recorder.memory.alive))
-        self._recorder.label = "update"
+        self._left -= 1
+        self._recorder.label = "transfers" if self._left else "update"
 
     def phase(self, side: str, name: str | None) -> None:
         self._recorder.label = self._aside + ("W" if name is None else f"{side}.{name}")
