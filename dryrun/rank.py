@@ -144,6 +144,8 @@ class _Step:
             trainer = Trainer(self.config, self.groups, torch.device("meta"), cast(Data, _NoData(self.config)))
             dispatcher = trainer.model.dispatcher
             dispatcher.read_counts = self.routing.reader(dispatcher)  # type: ignore[assignment, method-assign]
+            ends = self.routing.ends(dispatcher.options.alignment)
+            recorder.known[ends.shape, ends.dtype] = ends
             _name_state(recorder, trainer)
             self.built = recorder.memory.alive
             self.times.append(time.perf_counter())

@@ -58,7 +58,7 @@ class Work:
 class Recorder(TorchDispatchMode):
     """Books of a dry run: memory, kernels, host waits and collectives, each by the label at the time.
 
-    Everything that the host reads from the device is 1, or True. `device_type` is `meta`; a test compares with a real
+    Everything that the host reads from the device is 1, or True, but for what is `known`. `device_type` is `meta`; a test compares with a real
     run on `cpu`, where operations give their own values and collectives happen.
     """
 
@@ -74,6 +74,8 @@ class Recorder(TorchDispatchMode):
         self.sent: list[Sent] = []
         self.communicators: dict[str, list[int]] = {}
         """Global ranks of each communicator, by its name."""
+        self.known: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        """Values that the host reads in tensors of these shapes and types, in place of 1."""
         self.purposes: list[str] = []
         """Purposes that the meter has counted since the last collective."""
         self.program: list[Event] = []
@@ -124,7 +126,9 @@ class Recorder(TorchDispatchMode):
         if name == "_local_scalar_dense":
             answer: Any = torch.ones((), dtype=first.dtype).item()
         elif name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type == "cpu":
-            answer = torch.ones(first.shape, dtype=kwargs.get("dtype") or first.dtype)
+            values = self.known.get((first.shape, first.dtype))
+            answer = torch.ones(first.shape) if values is None else values.clone()
+            answer = answer.to(kwargs.get("dtype") or first.dtype)
         elif name == "copy_" and first.device.type == "cpu":
             answer = first.fill_(1)
         elif name in WAITS:

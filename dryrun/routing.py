@@ -62,6 +62,11 @@ class TokenRouting:
         """Rows of this rank's experts."""
         return int(self._to_here().sum())
 
+    def ends(self, alignment: int) -> Tensor:
+        """Ends of the rows of this rank's experts, int32 [E / G], as `Dispatched.offsets`."""
+        rows = self._to_here().sum(0)
+        return (-(-rows // alignment) * alignment).cumsum(0).int()
+
     @property
     def load(self) -> float:
         """Rows of this rank's experts over the mean of the ranks."""
