@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ..comm.meter import LinkKind, Meter
 from ..configs.config import Config
 from ..data.open import Data
 from ..fp8.te.library import STAND_INS
@@ -42,6 +41,7 @@ from ..plan.pipeline import make_schedule
 from ..training.build import make_groups
 from ..training.trainer import Trainer
 from . import transformer_engine
+from .metering import RecordedMeter
 from .recorder import Recorder, Work
 from .result import DryRun, Layer
 from .routing import RoutingName, TokenRouting
@@ -129,7 +129,7 @@ class _Step:
     ) -> None:
         self.config, self.routing, self.layer, self.only, self.steps = config, routing, layer, only, steps
         self.recorder = Recorder()
-        self.meter = RecordedMeter(groups.meter.node_of, recorder=self.recorder)
+        self.meter = RecordedMeter(groups.meter.node_of, self.recorder.purposes)
         self.groups = replace(groups, meter=self.meter)
         self.microbatches = config.batch.microbatches(config.batch.global_sequences, groups.layout.dp)
         self.program = Program.of(make_schedule(config, self.microbatches), groups.coordinates.pp)
@@ -152,7 +152,7 @@ class _Step:
             for _ in range(1, self.steps):
                 trainer.step()
             recorder.restart()
-            self.meter.all.clear()
+            self.meter.restart()
             recorder.label = "begin"
             trainer.step(watch=_Watch(self))
             self.times.append(time.perf_counter())
@@ -190,7 +190,7 @@ class _Step:
             after_actions=self.after_actions,
             work=dict(recorder.work),
             layer=self.layer,
-            traffic=self.meter.all,
+            traffic=self.meter.by_group,
             sent=recorder.sent,
             communicators=recorder.communicators,
             program=recorder.program,
@@ -232,22 +232,6 @@ class _Watch:
 
     def phase(self, side: str, name: str | None) -> None:
         self._recorder.label = self._aside + ("W" if name is None else f"{side}.{name}")
-
-
-class RecordedMeter(Meter):
-    """The product's meter, which also tells a recorder each purpose, and keeps all traffic of the step."""
-
-    def __init__(self, node_of: Any, recorder: Recorder) -> None:
-        super().__init__(node_of)
-        self.all: dict[Any, Any] = {}
-        self._recorder = recorder
-
-    def count(self, purpose: str, collective: str, link: LinkKind, bytes: int, messages: int = 1) -> None:
-        before, self.traffic = self.traffic, self.all
-        super().count(purpose, collective, link, bytes, messages)
-        self.traffic = before
-        super().count(purpose, collective, link, bytes, messages)
-        self._recorder.purposes.append(purpose)
 
 
 class _NoData:

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .memory import Memory
+from .metering import Communicator
 from .operations import bytes_moved, flops, launches, name_of, tensors_in
 from .rules import Event, HostWait, Launch, Wait
 
@@ -72,8 +73,8 @@ class Recorder(TorchDispatchMode):
         self.used: set[str] = set()
         """Names of all operations with a kernel, with overloads."""
         self.sent: list[Sent] = []
-        self.communicators: dict[str, list[int]] = {}
-        """Global ranks of each communicator, by its name."""
+        self.communicators: dict[str, Communicator] = {}
+        """Communicators that were used, by name."""
         self.known: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         """Values that the host reads in tensors of these shapes and types, in place of 1."""
         self.purposes: list[str] = []
@@ -173,7 +174,7 @@ class Recorder(TorchDispatchMode):
             size = 0
         communicator = group.group_name
         if communicator not in self.communicators:
-            self.communicators[communicator] = dist.get_process_group_ranks(group)
+            self.communicators[communicator] = Communicator.of(group)
         purpose = "" if name == "recv" else ", ".join(dict.fromkeys(self.purposes))
         if name != "recv":
             self.purposes.clear()

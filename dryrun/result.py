@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..comm.meter import Traffic
+from .metering import Communicator
 from .operations import is_product
 from .recorder import Sent, Work
 from .rules import Event
@@ -60,10 +61,10 @@ class DryRun:
     """By phase: F.NAME and B.NAME, W for weight gradients outside of phases, `update` for all that follows."""
     layer: Layer | None
     """None if the model has no MoE layer."""
-    traffic: Traffic
-    """Count of the product's own meter."""
+    traffic: Mapping[str, Traffic]
+    """Count of the product's own meter, by communicator."""
     sent: Sequence[Sent]
-    communicators: Mapping[str, Sequence[int]]
+    communicators: Mapping[str, Communicator]
     program: Sequence[Event]
     """Launches and waits of all steps, for a rehearsal."""
     operations: frozenset[str]
@@ -107,9 +108,13 @@ class DryRun:
             "flops_by_phase": {label: work.flops for label, work in self.work.items() if work.flops},
             "host_waits": {label: _largest_first(work.waits) for label, work in self.work.items() if work.waits},
             "traffic": [
-                {**vars(kind), "bytes": tally.bytes, "messages": tally.messages} for kind, tally in self.traffic.items()
+                {**vars(kind), "communicator": name, "bytes": tally.bytes, "messages": tally.messages}
+                for name, traffic in self.traffic.items()
+                for kind, tally in traffic.items()
             ],
-            "communicators": {name: _compact(ranks) for name, ranks in self.communicators.items()},
+            "communicators": {
+                name: {"use": each.use, "ranks": _compact(each.ranks)} for name, each in self.communicators.items()
+            },
             "collectives": [list(each) for each in self.sent],
             "operations": sorted(self.operations),
             "seconds": dict(self.seconds),

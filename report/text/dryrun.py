@@ -27,19 +27,21 @@ def dry_run_text(run: Mapping[str, Any]) -> str:
         "other kernels": f"{run['bytes_without_products'] / 1e9:.1f} GB in and out",
     }
     lines = [run["config"], *name_rows(rows), "", "At the peak, by what was running when it was allocated"]
-    total = run["peak_bytes"]
-    largest = [(name, bytes) for name, bytes in run["at_peak"].items() if bytes >= total / 1000]
-    lines += align([("", "bytes", ""), *((n, format_bytes(b), share(b / total)) for n, b in largest)], frozenset({0}))
+    peak = run["peak_bytes"]
+    largest = [(name, bytes) for name, bytes in run["at_peak"].items() if bytes >= peak / 1000]
+    lines += align([("", "bytes", ""), *((n, format_bytes(b), share(b / peak)) for n, b in largest)], frozenset({0}))
     if run["moe_layer"] is not None:
         lines += ["", "One MoE layer and micro-batch, forward + backward + W", *_layer_rows(run)]
     lines += ["", "Phases", *_phases(run)]
     if run["traffic"]:
         lines += ["", "Sent by this rank in the step, payload"]
         heading = ("", "collective", "nodes", "bytes", "messages")
-        sent = [
-            (each["purpose"], each["collective"], each["link"], format_bytes(each["bytes"]), str(each["messages"]))
-            for each in run["traffic"]
-        ]
+        totals: dict[tuple[str, str, str], list[int]] = {}
+        for each in run["traffic"]:
+            total = totals.setdefault((each["purpose"], each["collective"], each["link"]), [0, 0])
+            total[0] += each["bytes"]
+            total[1] += each["messages"]
+        sent = [(*kind, format_bytes(bytes), str(messages)) for kind, (bytes, messages) in totals.items()]
         lines += align([heading, *sent], frozenset({0, 1, 2}))
     lines += ["", f"{sum(run['seconds'].values()):.1f} s, {len(run['collectives'])} collectives"]
     return "\n".join(lines)
