@@ -195,6 +195,7 @@ class _Step:
             communicators=recorder.communicators,
             program=recorder.program,
             operations=frozenset(recorder.used),
+            mixed=dict(recorder.mixed),
             seconds={**seconds, "build": built, "step": stepped},
         )
 

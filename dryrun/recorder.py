@@ -26,6 +26,8 @@ WAITS = frozenset(
 )
 """Operations whose result or its shape depends on values, so that the host waits for them on a GPU."""
 
+DEVICE = "meta"
+
 _PACKAGE = str(Path(__file__).parent.parent) + "/"
 
 
@@ -59,19 +61,19 @@ class Work:
 class Recorder(TorchDispatchMode):
     """Books of a dry run: memory, kernels, host waits and collectives, each by the label at the time.
 
-    Everything that the host reads from the device is 1, or True, but for what is `known`. `device_type` is `meta`; a test compares with a real
-    run on `cpu`, where operations give their own values and collectives happen.
+    Everything that the host reads from the device is 1, or True, but for what is `known`.
     """
 
-    def __init__(self, device_type: str = "meta", rounding: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device_type = device_type
-        self.memory = Memory(device_type) if rounding is None else Memory(device_type, rounding)
+        self.memory = Memory(DEVICE)
         self.label = "begin"
         self.work: dict[str, Work] = defaultdict(Work)
         self.operations = 0
         self.used: set[str] = set()
         """Names of all operations with a kernel, with overloads."""
+        self.mixed: Counter[str] = Counter()
+        """Operations between tensors of the device and of the host, which a GPU refuses, by their place."""
         self.sent: list[Sent] = []
         self.communicators: dict[str, Communicator] = {}
         """Communicators that were used, by name."""
@@ -93,20 +95,21 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "c10d" and self.device_type == "meta":
+        if func.namespace == "c10d":
             return self._collective(func, args)
         self.operations += 1
         name = name_of(func)
         given = list(tensors_in(args))
-        here = any(tensor.device.type == self.device_type for tensor in given)
-        if here and self.device_type == "meta":
+        here = any(tensor.device.type == DEVICE for tensor in given)
+        if here:
+            self._check_devices(name, given)
             answer = self._from_device(func, name, args, kwargs)
             if answer is not None:
                 return answer
-        slow = name == "_grouped_mm" and here and self.device_type == "meta" and args[0].dtype != torch.bfloat16
+        slow = name == "_grouped_mm" and here and args[0].dtype != torch.bfloat16
         result = _grouped_shape(args) if slow else func(*args, **kwargs)
         made = list(tensors_in(result))
-        on_device = [tensor for tensor in made if tensor.device.type == self.device_type]
+        on_device = [tensor for tensor in made if tensor.device.type == DEVICE]
         for tensor in on_device:
             self.memory.add(tensor, self.label)
         if not (on_device or here):
@@ -120,6 +123,11 @@ class Recorder(TorchDispatchMode):
             work.flops += flops(func, args, made)
             self.used.add(str(func))
         return result
+
+    def _check_devices(self, name: str, given: list[Tensor]) -> None:
+        """Note an operation between the device and the host; numbers of no dimension may lie anywhere."""
+        if name not in ("copy_", "_to_copy") and any(t.device.type != DEVICE and t.dim() for t in given):
+            self.mixed[f"{name} at {_caller()}"] += 1
 
     def _from_device(self, func: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Values for the host in place of the device's; None where the operation reads none."""

@@ -69,6 +69,8 @@ class DryRun:
     """Launches and waits of all steps, for a rehearsal."""
     operations: frozenset[str]
     """Operations with a kernel, with their overloads."""
+    mixed: Mapping[str, int]
+    """Operations between the device and the host, by their place: a GPU refuses them, so there should be none."""
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -117,6 +119,7 @@ class DryRun:
             },
             "collectives": [list(each) for each in self.sent],
             "operations": sorted(self.operations),
+            "mixed_devices": dict(self.mixed),
             "seconds": dict(self.seconds),
         }
 
