@@ -109,12 +109,16 @@ class Tape:
         self._pieces.append(_Redo(redo))
 
     def backward(
-        self, gradient: Tensor | None, queue: WeightQueue, deferred: deque[Callable[[], None]] | None
+        self,
+        gradient: Tensor | None,
+        queue: WeightQueue,
+        deferred: deque[Callable[[], None]] | None,
+        until_w: bool = False,
     ) -> Generator[str, None, tuple[Tensor | None, None]]:
         """Run the phases in reverse, each named before its piece runs; returns the gradient of the chunk's input.
 
         `gradient` is the gradient of the chunk's output. Weight gradients go to `deferred`, or are computed at once if
-        None. Every piece is freed as soon as it has run.
+        None; `until_w` as in `WeightQueue.into`. Every piece is freed as soon as it has run.
         """
         if self._output is not None:
             self._output.gradient = gradient
@@ -126,7 +130,7 @@ class Tape:
                 yield from piece.run()
                 continue
             yield piece.name
-            with queue.into(deferred):
+            with queue.into(deferred, until_w):
                 piece.backward()
             del piece
         return (None if self._input is None else self._input.gradient), None
@@ -169,6 +173,8 @@ class _Piece:
 
     def backward(self) -> None:
         roots = [(cut.edge, cut.gradient) for cut in self.cuts if cut.gradient is not None]
+        for cut in self.cuts:
+            cut.gradient = None  # the graph of the phases behind may hold the cut
         self.cuts.clear()
         if roots:
             edges, gradients = zip(*roots, strict=True)

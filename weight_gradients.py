@@ -80,9 +80,13 @@ class WeightQueue:
 
     Linear layers read `deferring` in their backward. While the queue defers, they compute only the gradient of their
     input and `put` the gradient of their weight here, where it waits until the target list is drained.
+
+    `of_pairs` is the queue of layers with much to hold and little to compute: it defers to the end of a pair, and never
+    to a W action, which may come much later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_pairs: WeightQueue | None = None) -> None:
+        self.of_pairs = of_pairs or self
         self._target: deque[Callable[[], None]] | None = None
 
     @property
@@ -94,13 +98,23 @@ class WeightQueue:
         self._target.append(work)
 
     @contextmanager
-    def into(self, target: deque[Callable[[], None]] | None) -> Iterator[None]:
-        """Context in which weight gradients go to `target`; None computes them at once."""
-        outer, self._target = self._target, target
+    def into(self, target: deque[Callable[[], None]] | None, until_w: bool = False) -> Iterator[None]:
+        """Context in which weight gradients go to `target`; None computes them at once.
+
+        `until_w` says that the target is drained by a W action, so that the layers of `of_pairs` do not defer.
+        """
+        queues = {self.of_pairs: None if until_w else target, self: target}
+        outer = {queue: queue._target for queue in queues}
+        self._aim(queues)
         try:
             yield
         finally:
-            self._target = outer
+            self._aim(outer)
+
+    @staticmethod
+    def _aim(targets: dict[WeightQueue, deque[Callable[[], None]] | None]) -> None:
+        for queue, target in targets.items():
+            queue._target = target
 
 
 def now_or_later(queue: WeightQueue | None, work: Callable[[], None]) -> None:

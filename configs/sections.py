@@ -135,6 +135,11 @@ class MemoryConfig(Section):
     recompute: Literal["none", "v3", "full"] = key(
         "none", "activations computed again in the backward: v3 is RMSNorms, MLA up-projections and SwiGLU (V3 §3.2.3)"
     )
+    deferred_weights: Annotated[int, Field(ge=1)] | Literal["auto"] | None = key(
+        "auto",
+        "most weight gradients (W) that a pipeline rank defers at a time: auto defers no more than fit into the memory "
+        "of the steady state, or a fourth of the forwards in flight there; null leaves the schedule as it is",
+    )
 
 
 class TrainConfig(Section):

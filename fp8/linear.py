@@ -26,6 +26,7 @@ class _Layer(nn.Module):
     """State that a plain and a grouped linear layer share.
 
     `weight_queue` takes the gradient of the weight while it defers; None always computes the gradient at once.
+    `may_wait` False asks for a queue that never defers to a W action (`WeightQueue.of_pairs`).
     `gradients` adds the gradients up, and autograd gets none; with None, and in `plain_autograd`, autograd gets every
     gradient.
     """
@@ -34,6 +35,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
         self.weight_queue: WeightQueue | None = None
+        self.may_wait = True
         self.gradients: GradientSink | None = None
         self.recipe = recipe
         self._products = Products() if recipe is None else recipe.products
@@ -155,7 +157,8 @@ class _LinearFunction(torch.autograd.Function):
         x, *more = ctx.saved_tensors
         offsets = more[0] if more else None
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        later, grad_weight, rows, grad_rows = ctx.later, None, x.flatten(0, -2), grad.flatten(0, -2)
+        later, grad_weight, grad_rows = ctx.later, None, grad.flatten(0, -2)
+        rows = x.detach().flatten(0, -2)  # a deferred W would otherwise hold the graph that x came from
         if later.total is not None and x.device.type != "cpu":
             later.add_products(rows, grad_rows, offsets, ctx.counts)
         elif needs_weight or later.total is not None:

@@ -34,9 +34,14 @@ class LatentAttention(nn.Module):
         self.kv_down = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, quantized)
         self.kv_norm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, kernels)
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), quantized)
+        for up in self._up_projections():  # a fifth of a layer's deferred bytes, a tenth of its W
+            up.may_wait = False
         self.out = Linear(heads * config.v_head_dim, hidden, recipe.linear("attention_out"))
         self._library = recipe.attention(heads, config.qk_head_dim, config.v_head_dim)
         self._products = recipe.products
+
+    def _up_projections(self) -> tuple[Linear, ...]:
+        return (self.kv_up,) if self.config.q_lora_rank is None else (self.q_up, self.kv_up)
 
     def forward(self, x: Tensor, rotary: Tensor, saved: Saved, same: Tensor | None = None) -> Tensor:
         """`same` is x once more, for a gradient of its own."""

@@ -157,10 +157,10 @@ class Transformer(nn.Module):
         )
         self.before_use: Callable[..., None] = _nothing_to_wait_for
         """Hook, called with modules and parameters before the forward reads them: new weights may still arrive."""
-        self.weight_queue = WeightQueue()
+        self.weight_queue = WeightQueue(of_pairs=WeightQueue())
         for module in self.modules():
             if isinstance(module, Linear | GroupedLinear):
-                module.weight_queue = self.weight_queue
+                module.weight_queue = self.weight_queue if module.may_wait else self.weight_queue.of_pairs
         self._table: Tensor | None = None
 
     def forward(

@@ -256,7 +256,8 @@ class _Run:
         live = self._live[action.stage, action.microbatch]
         assert live.tape is not None, f"{action} has run before"
         tape, live.tape = live.tape, None
-        phases = tape.backward(gradient, self.executor.chunks[action.stage].weight_queue, deferred)
+        queue, until_w = self.executor.chunks[action.stage].weight_queue, action.kind == "I"
+        phases = tape.backward(gradient, queue, deferred, until_w)
         return phases if self.watch is None else _watched("B", phases, self.watch)
 
     def _end_forward(self, action: Action, made: tuple[Tensor | None, Any]) -> None:

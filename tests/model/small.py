@@ -15,7 +15,7 @@ from counterflow.model.config import ModelConfig, RopeScaling
 from counterflow.model.kernels import Kernels
 from counterflow.model.naming import local_parameters, router_biases
 from counterflow.model.recompute import RecomputePolicy
-from counterflow.model.transformer import Output, Transformer
+from counterflow.model.transformer import Output, Part, Transformer
 from counterflow.seeds import seed_of
 
 
@@ -94,15 +94,14 @@ def build(
     kernels: Kernels | None = None,
     dtype: torch.dtype = torch.float32,
     recipe: Recipe | None = None,
+    part: Part | None = None,
 ) -> Transformer:
-    """Model in this process alone, with random weights, gains and router biases that depend on the seed only.
+    """Model, or a part of it, in this process alone. Weights, gains and router biases are random by the seed only.
 
     The biases are FP32 whatever the weights' `dtype`.
     """
     dispatcher = FlatDispatcher(None, config.n_routed_experts)
-    model = Transformer(
-        config, dispatcher, experts or range(config.n_routed_experts), recompute, kernels, recipe=recipe
-    )
+    model = Transformer(config, dispatcher, experts or range(config.n_routed_experts), recompute, kernels, part, recipe)
     with torch.no_grad():
         for name, tensor in (global_tensors(model) | router_biases(model)).items():
             tensor.copy_(_random_tensor(name, tensor.shape, seed))

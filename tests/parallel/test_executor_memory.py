@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 import torch
 
 from counterflow.comm.p2p import PipelineChannels
+from counterflow.fp8.linear import GroupedLinear, Linear
 from counterflow.model.recompute import RecomputePolicy
-from counterflow.model.transformer import MicroBatch
+from counterflow.model.transformer import MicroBatch, Part
 from counterflow.parallel.executor import Executor, Program
 from counterflow.parallel.schedule.actions import Action, Overlap, Schedule
 from counterflow.parallel.schedule.catalogue import find_schedule
 from counterflow.phases import Tape, run
 from counterflow.tests.allocations import Allocations
 from counterflow.tests.model.small import build, random_tokens, small_config
+from counterflow.weight_gradients import drain
 
 SEQUENCES, LENGTH, MICRO_BATCHES = 2, 64, 4
 
@@ -83,6 +87,44 @@ def test_deferred_weight_gradients_hold_their_inputs_and_end_with_w() -> None:
     assert any(0.2 * one < alive[name] for name in alive if name[0] == "W"), "x and gradients of every linear layer"
     assert max(alive.values()) < 2.2 * one
     assert alive["end"] == 0
+
+
+@pytest.mark.parametrize("recompute", ["none", "v3", "full"])
+def test_a_deferred_w_holds_nothing_of_the_up_projections_nor_of_the_graph(recompute: RecomputePolicy) -> None:
+    """The bytes are those of the operands of every other linear layer, each once."""
+    config = small_config(num_nextn_predict_layers=0)
+    part = Part(range(1, 3), first=False, last=False)
+    shape = SEQUENCES, LENGTH, config.hidden_size
+    gradients = []
+    for until_w in (False, True):
+        model = build(config, recompute=recompute, part=part)
+        batch = MicroBatch(random_tokens(config, SEQUENCES, LENGTH, 3), torch.ones(SEQUENCES, dtype=torch.bool))
+        generator = torch.Generator().manual_seed(7)
+        run(model.phases(batch, torch.zeros(shape), Tape()))  # makes the rotary table
+        with Allocations() as allocations:
+            tape, deferred = Tape(), deque()
+            x, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+            run(model.phases(batch, tape.enter(x), tape))
+            del x
+            run(tape.backward(gradient, model.weight_queue, deferred, until_w))
+            del tape, gradient
+            made = [p.grad for p in model.parameters() if p.grad is not None]
+            held = allocations.bytes_alive() - sum(gradient.nbytes for gradient in made)
+        tokens = SEQUENCES * LENGTH
+        for name, module in model.named_modules():
+            if name.endswith(("q_up", "kv_up")):
+                operands = 4 * tokens * sum(module.weight.shape)
+                assert module.weight.grad is not None if until_w else module.weight.grad is None
+                held -= 0 if until_w else operands
+            elif isinstance(module, Linear | GroupedLinear):
+                rows = tokens * config.num_experts_per_tok if isinstance(module, GroupedLinear) else tokens
+                shared_input = name.endswith("kv_down")  # q_down's input
+                held -= 4 * rows * (module.weight.shape[-2] + (0 if shared_input else module.weight.shape[-1]))
+        assert 0 <= held < 0.01 * 4 * tokens * config.hidden_size, held  # ends of the experts' rows
+        drain(deferred)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 def test_full_recompute_holds_a_small_part() -> None:

@@ -13,6 +13,7 @@ from counterflow.model.counts import count_parameters, flops_per_token
 from counterflow.parallel.layout import Layout
 from counterflow.parallel.schedule.catalogue import find_schedule
 from counterflow.parallel.schedule.choose import default_schedule
+from counterflow.parallel.schedule.simulate import simulate
 from counterflow.parallel.stages import Split
 from counterflow.plan.costs import PAIR_RATIO, part_costs, stage_costs, stage_work
 from counterflow.plan.pipeline import example_schedule, make_schedule, make_split
@@ -148,6 +149,23 @@ def test_v3_has_four_layers_a_stage_and_one_beside_head_and_mtp() -> None:
     assert make_schedule(v3, 24).name == "dualpipe"
     # github.com/deepseek-ai/profile-data: "each chunk contains 4 MoE layers".
     assert make_split(v3).sizes == (4,) * 15 + (1,)
+
+
+def test_v3_keeps_dualpipes_published_order_and_full_recompute_defers_fewer_w() -> None:
+    v3 = load_config("deepseek-v3-671b")
+    published = find_schedule("dualpipe")(16, 120)
+    for overrides in ([], ["precision.recipe=bf16"], ["memory.recompute=none"], ["memory.deferred_weights=8"]):
+        assert make_schedule(load_config("deepseek-v3-671b", overrides), 120) == published, overrides
+    full = load_config("deepseek-v3-671b", ["memory.recompute=full"])
+    limited = make_schedule(full, 120)
+    assert limited != published
+    costs = stage_costs(full, make_split(full))
+    assert simulate(limited, costs).step_time <= 1.01 * simulate(published, costs).step_time
+    free = load_config("deepseek-v3-671b", ["memory.recompute=full", "memory.deferred_weights=null"])
+    assert make_schedule(free, 120) == published
+    # The ramp begins with 24 micro-batches: the memory is there for as many forwards as in the full batch.
+    first, costs = find_schedule("dualpipe")(16, 24), stage_costs(v3, make_split(v3))
+    assert simulate(make_schedule(v3, 24), costs).step_time <= 1.01 * simulate(first, costs).step_time
 
 
 @pytest.mark.parametrize("recompute", ["none", "v3", "full"])
