@@ -74,14 +74,29 @@ class Bucket:
         assert not self._reduced, f"{name} got a gradient after its gradients were reduced"
         raise AssertionError(f"{name} got a gradient more than announced for this step")
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the copy of the gradients that is sent; 0 if they are sent as they lie."""
+        if self.plan.ranks == 1 or (self.plan.in_shard_order and self._format == self.gradient.dtype):
+            return 0
+        return self.plan.ranks * self.plan.shard_numel * self._format.itemsize
+
+    @property
+    def reduced(self) -> bool:
+        """Whether no reduction is under way, or one that `finish_reduce` need not wait for."""
+        return self._reducing is None or self._reducing.done
+
     @torch.no_grad()
     def start_reduce(self) -> None:
         """Start to sum over the replicas; no gradient may be added afterwards."""
         self._reduced = True
         if self.plan.ranks == 1:
             return
-        pieces = self.gradient.new_empty(self.plan.ranks, self.plan.shard_numel, dtype=self._format)
-        self.plan.to_shards(self.gradient, pieces)
+        if self.packed_bytes:
+            pieces = self.gradient.new_empty(self.plan.ranks, self.plan.shard_numel, dtype=self._format)
+            self.plan.to_shards(self.gradient, pieces)
+        else:
+            pieces = self.gradient.view(self.plan.ranks, -1)
         self._reducing = begin_reduce_scatter(pieces, self.shard_gradient, self.group, self._meter)
 
     @torch.no_grad()
@@ -105,6 +120,11 @@ class Bucket:
         else:
             self._gathering = begin_all_gather(shard, self.group, self._meter)
         return self._gathering is not None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether weights were requested and `finish_gather` need not wait for them."""
+        return self._gathering is not None and self._gathering.done
 
     @torch.no_grad()
     def invalidate(self) -> None:

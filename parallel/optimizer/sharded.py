@@ -32,6 +32,10 @@ from .bucket import Bucket, check_agreement
 from .ema import Ema
 from .shards import plan_buckets
 
+PACKED_BYTES = 2 * 2**30
+"""Most bytes of packed gradients under way at a time: four buckets of an expert projection of V3. All of them would be
+a second copy of a rank's gradients."""
+
 
 class ShardedOptimizer:
     """AdamW over `parameters`, its state sharded over each parameter's replicas."""
@@ -62,6 +66,7 @@ class ShardedOptimizer:
         """The moving average of the master weights, if the configuration has one."""
         self._averaged = False
         self._to_reduce: deque[Bucket] = deque(reversed(self._buckets))
+        self._reducing: deque[Bucket] = deque()
         self._arriving: set[int] = set()
         numbered = [(b, s, slot) for b, bucket in enumerate(self._buckets) for s, slot in enumerate(bucket.plan.slots)]
         self._slots = {slot.local.parameter: (b, s) for b, s, slot in numbered}
@@ -107,6 +112,7 @@ class ShardedOptimizer:
         for bucket in self._buckets:
             bucket.begin(expected)
         self._to_reduce = deque(reversed(self._buckets))
+        self._reducing.clear()
         self.launched_early = 0
 
     def gradient_buffer(self, parameter: nn.Parameter) -> Tensor:
@@ -137,7 +143,9 @@ class ShardedOptimizer:
     def reduce_gradients(self) -> float:
         """Sum gradients over the replicas; returns the norm over every parameter of the model, each counted once."""
         while self._to_reduce:
-            self._to_reduce.popleft().start_reduce()
+            while not self._has_room():  # every rank is here by now, or on its way: nobody waits for this one
+                self._reducing.popleft().finish_reduce()
+            self._start_reduce()
         self.finish_gathers()  # of parameters that no micro-batch has used
         for bucket in self._buckets:
             bucket.finish_reduce()
@@ -176,9 +184,16 @@ class ShardedOptimizer:
             self.publish()
 
     def wait_for(self, *parts: nn.Module | nn.Parameter) -> None:
-        """Wait until `parts`, parameters and modules of parameters, have the weights of the last step."""
+        """Wait until `parts`, parameters and modules of parameters, have the weights of the last step.
+
+        Other weights that have arrived are written too: until then their memory is held beside the parameters'.
+        """
         if not self._arriving:
             return
+        for index in sorted(self._arriving):
+            if not self._buckets[index].arrived:
+                break
+            self._arrive(index)
         for part in parts:
             for parameter in part.parameters() if isinstance(part, nn.Module) else (part,):
                 self._arrive(self._slots[parameter][0])
@@ -265,7 +280,8 @@ class ShardedOptimizer:
 
         def arrived() -> None:
             bucket.count(slot)
-            if bucket.final and (optimizer := reference()) is not None:
+            optimizer = reference()
+            if optimizer is not None and optimizer._to_reduce and optimizer._to_reduce[0].final:
                 optimizer._reduce_final()
 
         return GradientSum(bucket.plan.slots[slot].in_bucket(bucket.gradient).view(parameter.shape), arrived)
@@ -285,11 +301,25 @@ class ShardedOptimizer:
             parameter.register_post_accumulate_grad_hook(partial(hook, weakref.ref(total)))
 
     def _reduce_final(self) -> None:
-        """Start the reductions of final buckets that are next in the fixed order."""
-        while self._to_reduce and self._to_reduce[0].final:
-            bucket = self._to_reduce.popleft()
-            bucket.start_reduce()
+        """Start the reductions of final buckets that are next in the fixed order, as long as there is room for them.
+
+        Nothing is waited for: another rank may need this one's backward before it can take part.
+        """
+        while self._reducing and self._reducing[0].reduced:
+            self._reducing.popleft().finish_reduce()
+        while self._to_reduce and self._to_reduce[0].final and self._has_room():
+            self._start_reduce()
             self.launched_early += 1
+
+    def _has_room(self) -> bool:
+        """Whether the packed gradients of the next bucket may be under way beside the others."""
+        others = sum(bucket.packed_bytes for bucket in self._reducing)
+        return not others or others + self._to_reduce[0].packed_bytes <= PACKED_BYTES
+
+    def _start_reduce(self) -> None:
+        bucket = self._to_reduce.popleft()
+        bucket.start_reduce()
+        self._reducing.append(bucket)
 
     def _named(self, field: str) -> Iterable[tuple[str, DTensor]]:
         for bucket in self._buckets:

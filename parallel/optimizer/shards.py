@@ -117,6 +117,12 @@ class Plan:
     def shard_numel(self) -> int:
         return self.slots[-1].shard_start + self.slots[-1].shard_numel
 
+    @property
+    def in_shard_order(self) -> bool:
+        """Whether the gradients of the bucket lie as its shards do, so that they need not be packed."""
+        slot = self.slots[0]
+        return len(self.slots) == len(slot.local.names) == 1 and slot.rows % self.ranks == 0
+
     def to_shards(self, flat: Tensor, shards: Tensor) -> None:
         """Copy a bucket `[P]` into `[R, shard]`; padding rows become zero."""
         for slot in self.slots:

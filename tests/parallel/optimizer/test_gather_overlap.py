@@ -230,3 +230,21 @@ def test_gradients_go_to_the_holders_of_the_same_parameter_alone(pool: Pool, cas
             same = [other for other in everyone if other % case.ep == rank % case.ep]
             expected = tuple(sorted(same if "experts" in names[0] else everyone))
             assert [launch.ranks for launch in launches] == ([expected] if len(expected) > 1 else []), names
+
+
+def _written_on_arrival(worker: Worker) -> list[list[int]]:
+    """Layers without weights after waits for the first layer alone, while a GPU says that some gathers have ended."""
+    model, found = Layers(), []
+    model.step()
+    ended: set[int] = set()
+    number = {id(b._gathering): index for index, b in enumerate(model.optimizer._buckets)}
+    with patch.object(Collective, "done", property(lambda collective: number[id(collective)] in ended)):
+        for now in ([], [3], [1], [2]):
+            ended.update(now)
+            model.optimizer.wait_for(model.layers[0])
+            found.append(model.missing())
+    return found
+
+
+def test_weights_that_have_arrived_are_written_in_their_order_at_the_next_wait(pool: Pool) -> None:
+    assert pool.run(_written_on_arrival, 2) == [[[1, 2, 3], [1, 2, 3], [2, 3], []]] * 2

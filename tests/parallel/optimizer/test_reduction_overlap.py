@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from counterflow.local_parameter import LocalParameter
 from counterflow.parallel.config import OptimConfig
 from counterflow.parallel.groups import Groups
 from counterflow.parallel.layout import Layout
+from counterflow.parallel.optimizer import sharded
+from counterflow.parallel.optimizer.collectives import Collective
 from counterflow.parallel.optimizer.sharded import ShardedOptimizer
 from counterflow.tests.gather import gathered
 from counterflow.tests.parallel.seen import Launch, recorded
@@ -249,3 +252,71 @@ def test_steps_with_and_without_overlap_may_follow_each_other(pool: Pool) -> Non
     for norms in pool.run(_steps_of_both_kinds, 4):
         assert norms[0] > 0 and set(norms[:4]) == {norms[0]}
         assert norms[4:] == [0.0, 0.0]
+
+
+def _bounded(worker: Worker, done: bool) -> dict[str, Any]:
+    """Train a step on six layers with room for two packed buckets, and one without a bound.
+
+    With `done` a reduction has ended as soon as anybody asks, as on a fast GPU.
+    """
+    found: dict[str, Any] = {}
+    groups = Groups.create(Layout(2), "cpu")
+    for bound in (2 * 64, 2**30):  # a bucket's two shards of two rows, one of them padding, are 64 bytes
+        layers = [nn.Parameter(torch.ones(3, 4)) for _ in range(6)]
+        local_parameters = [LocalParameter(layer, (f"layers.{i}",)) for i, layer in enumerate(layers)]
+        optimizer = ShardedOptimizer(local_parameters, groups, optim(1))
+        with (
+            patch.object(sharded, "PACKED_BYTES", bound),
+            patch.object(Collective, "done", done),
+            recorded() as seen,
+        ):
+            optimizer.begin_step(dict.fromkeys(layers, 1))
+            for number, layer in enumerate(reversed(layers)):
+                (layer * (number + worker.rank + 1)).sum().backward()
+            early = optimizer.launched_early
+            optimizer.reduce_gradients()
+        waiting, most = 0, 0
+        for event in seen.events:
+            waiting += 1 if event > 0 else -1
+            most = max(most, waiting)
+        reduced = {name: gathered(tensor) for name, tensor in optimizer.reduced_gradients().items()}
+        found["bounded" if bound < 2**30 else "free"] = (early, most, seen.launches, reduced)
+    return found
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_no_more_packed_gradients_are_under_way_than_there_is_room_for(pool: Pool, done: bool) -> None:
+    for found in pool.run(_bounded, 2, done):
+        early, most, launches, reduced = found["bounded"]
+        assert (early, most) == ((6, 1) if done else (2, 2))
+        free = found["free"]
+        assert free[:2] == ((6, 1) if done else (6, 6))
+        assert launches == free[2] and len(launches) == 6
+        assert_same_bits(reduced, free[3])
+
+
+def _as_they_lie(worker: Worker) -> tuple[list[int], bool]:
+    """Bytes packed for a matrix whose rows both ranks divide, a stack, and a matrix with padding; and their sums."""
+    groups = Groups.create(Layout(2), "cpu")
+    shapes = {"even": (4, 3), "stack": (2, 4, 3), "odd": (3, 3)}
+    layers = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    local_parameters = [
+        LocalParameter(layer, (name,) if layer.dim() == 2 else (f"{name}.0", f"{name}.1"))
+        for name, layer in layers.items()
+    ]
+    optimizer = ShardedOptimizer(local_parameters, groups, optim(1))
+    optimizer.begin_step(dict.fromkeys(layers.values(), 1))
+    for number, layer in enumerate(layers.values()):
+        (layer * (torch.arange(layer.numel()).view(layer.shape) + number + worker.rank)).sum().backward()
+    optimizer.reduce_gradients()
+    right = True
+    for name, tensor in optimizer.reduced_gradients().items():
+        kind, _, part = name.partition(".")
+        number, size = list(shapes).index(kind), 9 if kind == "odd" else 12
+        values = torch.arange(size).view(-1, 3) + number + 12 * int(part or 0)
+        right = right and torch.equal(gathered(tensor), (2.0 * values + 1))
+    return [bucket.packed_bytes for bucket in optimizer._buckets], right
+
+
+def test_gradients_that_lie_in_the_order_of_shards_are_sent_without_a_copy(pool: Pool) -> None:
+    assert pool.run(_as_they_lie, 2) == [([0, 24 * 4, 12 * 4], True)] * 2
