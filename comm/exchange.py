@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import comm_errors
 from .meter import GroupMeter
+from .streams import Owner
 
 
 class Exchange:
@@ -47,7 +48,7 @@ class Exchange:
         if received is None:
             received = torch.empty((sum(receive_splits), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         self._received, self._group = received, group
-        self._stream = torch.cuda.current_stream(rows.device) if rows.device.type == "cuda" else None
+        self._owner = Owner(rows.device)
         if meter is not None:
             meter.all_to_all(purpose, send_splits, rows[:1].numel() * rows.element_size())
         with comm_errors(self._description):
@@ -56,7 +57,7 @@ class Exchange:
     def wait(self) -> Tensor:
         """Return the received rows `[sum(receive_splits), ...]`, ordered by source rank. Call once: no row is kept.
 
-        On a GPU the current stream waits, not the host. Rows of another stream's memory are recorded on this one.
+        On a GPU the current stream waits, not the host. It may be another stream than at the launch.
         """
         works, self._works = self._works, []
         with comm_errors(self._description) if works else nullcontext():
@@ -65,11 +66,8 @@ class Exchange:
         sent, received = self._sent, self._received
         assert sent is not None and received is not None, "waited twice for one exchange"
         self._sent = self._received = None
-        if works and self._stream is not None:
-            now = torch.cuda.current_stream(received.device)
-            if now != self._stream:
-                sent.record_stream(now)
-                received.record_stream(now)
+        if works:
+            self._owner.lend(sent, received)
         return received
 
     def _description(self) -> str:

@@ -69,8 +69,8 @@ class HoppedTransfer(Generic[Result]):
 class InFlight:
     """Transfers of a rank that have hops left to launch.
 
-    Between two hops the host has to receive and sort rows, which it cannot do while it computes. The runner of a
-    model's phases therefore calls `boundary` after each phase. A transfer launches its next hop once
+    Between two hops on CPUs the host has to receive and sort rows, which it cannot do while it computes. The runner of
+    a model's phases therefore calls `boundary` after each phase. A transfer launches its next hop once
     `phases_before_next_hop` phases have run since the phase in which its last hop was launched. The ranks of a group
     run the same phases in the same order, so they launch the same hops in the same order, as collective libraries
     require.
@@ -80,6 +80,7 @@ class InFlight:
         self._transfers: list[HoppedTransfer[Any]] = []
 
     def add(self, transfer: HoppedTransfer[Any]) -> None:
+        """Take a transfer in, to be advanced by `boundary`."""
         if transfer.can_advance:
             self._transfers.append(transfer)
 

@@ -199,8 +199,13 @@ class _SharedState:
         dispatcher = self._dispatcher
         # The exchanges of a group of one rank order no streams.
         between = partial(beside, device, "relay") if dispatcher.size > 1 else nullcontext
-        self._transfer = HoppedTransfer(hops, dispatcher.hops, dispatcher.phases_before_next_hop[way], between)
-        self._dispatcher.options.in_flight.add(self._transfer)
+        transfer = HoppedTransfer(hops, dispatcher.hops, dispatcher.phases_before_next_hop[way], between)
+        self._transfer = transfer
+        if device.type == "cpu":
+            dispatcher.options.in_flight.add(transfer)
+            return
+        while transfer.can_advance:  # a stream beside the one that computes waits between the hops, not the host
+            transfer.advance()
 
     def wait(self) -> Any:
         assert self._transfer is not None, "waited twice for one transfer"

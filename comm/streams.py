@@ -29,6 +29,26 @@ def _stream(device: torch.device, purpose: Purpose) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
+class Owner:
+    """Stream whose memory new tensors of a device get; none without a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def lend(self, *tensors: Tensor) -> None:
+        """Record that the current stream uses these tensors of the owner's memory, if it is another stream.
+
+        Once they are freed, their memory is used again only after all that the current stream has to do until then.
+        """
+        if self._stream is None:
+            return
+        user = torch.cuda.current_stream(self._device)
+        if user != self._stream:
+            for tensor in tensors:
+                tensor.record_stream(user)
+
+
 class OnItsWay:
     """Numbers that the host will read: they are exchanged and copied while the computing stream continues.
 

@@ -27,7 +27,8 @@ V3 = (
     "B.finish",  # sends gradients to the experts: combine(B)
     "W",  # combine(F) of the layer before, combine(B)
     "F.finish",
-    "F.attention",  # combine(B)
+    "F.attention",  # combine(B); its end sends the counts of rows
+    "B.combine",  # work for a GPU while the host waits for these counts
     "F.dispatch",
     "B.redo.attention",  # with full recompute: combine(B), dispatch(F)
     "B.redo.dispatch",

@@ -28,7 +28,7 @@ VIEWS = {
 }
 
 
-RANK = 1
+RANK = 0
 
 
 @dataclass(frozen=True)
