@@ -52,6 +52,7 @@ def deepep_job(config: Config, layout: Layout, rank: int = 0) -> Job:
         DTYPES[config.precision.format],
         fp8=wire_format(config) == "fp8",
         sms=config.comm.sms,
+        timeout=config.parallel.timeout,
     )
 
 

@@ -81,6 +81,7 @@ class Trainer:
         self.experts = ExpertBalance(config, groups, self.model, self.optimizer, device)
         self.progress = Progress()
         self._loader: Loader | None = None
+        self._after_pause = True
         self._programs: dict[tuple[int, bool], tuple[Schedule, Program]] = {}
         self._flops = flops_per_token(config.model, config.batch.sequence_length)
 
@@ -123,6 +124,7 @@ class Trainer:
 
         `timed` and `watch`: see `Executor.train`.
         """
+        self._synchronise()
         self.model.recipe.monitor.clear()
         for chunk in self.model.chunks.values():
             chunk.train()
@@ -149,6 +151,7 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean next-token loss over the held-out sequences, in nats per token."""
+        self._synchronise()
         self.optimizer.finish_gathers()
         for chunk in self.model.chunks.values():
             chunk.eval()
@@ -170,11 +173,18 @@ class Trainer:
         if self.groups.coordinates.pp == 0:  # every pipeline rank has the same sequences
             sums[1] = sum(int(batch.valid.sum()) for batch in batches) * self.config.batch.sequence_length
         self.groups.sum(sums)
+        self._after_pause = True
         return float(sums[0] / sums[1])
+
+    def _synchronise(self) -> None:
+        """Bring the ranks that exchange tokens together after a pause in training, which may be of any length."""
+        if self._after_pause:
+            self.model.dispatcher.synchronise()
+        self._after_pause = False
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this point into `folder`. Every rank calls it."""
-        optimizer = self.optimizer
+        optimizer, self._after_pause = self.optimizer, True
         record = {**vars(self.progress), "optimizer_steps": optimizer.steps, "data_digest": self.data.digest}
         record |= self.experts.record()
         if optimizer.ema is not None:
@@ -192,6 +202,7 @@ class Trainer:
     def restore(self, path: Path) -> dict[str, Any]:
         """Continue from checkpoint `path`, whatever layout wrote it; returns its progress record."""
         model = self.config.model.model_dump(mode="json")
+        self._after_pause = True
         manifest = read_manifest(path)
         check_same_model(manifest, model, path)
         self.experts.restore(manifest.progress)

@@ -24,12 +24,15 @@ from ...fp8.message import unpack_message
 from ...fp8.operations import restore
 from ...fp8.quantize import BlockQuantized
 from ...fp8.tensor_formats import SIDE, WIRE_FORMAT
+from ...kernels.routes.index import Arrivals
 from ...settings import UsageError
-from ..expand import Expansion
 from ..hops import Hops
 from ..routed import Arrived, DispatchOptions, Returned, RoutedDispatcher
+from ..steps.branch import takes_fused_kernels
+from ..steps.expansion_fused import FusedExpansion
+from ..steps.expansion_plain import PlainExpansion
 from ..wire import Decoded, Direction, FP8Wire
-from .buffers import Buffer, Payload
+from .buffers import Buffer, Payload, Received
 from .crossings import BYTES_PER_CHOICE, Crossings
 
 
@@ -60,6 +63,10 @@ class DeepEPDispatcher(RoutedDispatcher):
         assert nodes is None or len(nodes) == self.ranks, f"{len(nodes)} nodes for {self.ranks} ranks"
         assert self.ranks % self.nodes == 0, f"{self.ranks} ranks cannot be shared evenly by {self.nodes} nodes"
 
+    def synchronise(self) -> None:
+        """Wait for the ranks of the group: a kernel of DeepEP that waits for long ends the run."""
+        dist.barrier(self.group)
+
     def close(self) -> None:
         self.buffer.close()
 
@@ -87,8 +94,7 @@ class DeepEPRoute:
             per_rank = dispatcher.num_experts // dispatcher.ranks
             self._crossings = Crossings(expert_ids, dispatcher.rank, dispatcher.ranks, dispatcher.nodes, per_rank)
         self._handle: Any = None
-        self._expansion: Expansion | None = None
-        self._arrival: Tensor | None = None
+        self._expansion: FusedExpansion | PlainExpansion | None = None
 
     def complete(self) -> None:
         """Do nothing: DeepEP sends the counts with the tokens, and waits for them in its dispatch."""
@@ -103,19 +109,17 @@ class DeepEPRoute:
         self._count("dispatch", _row_bytes(payload) + self._expert_ids.shape[1] * BYTES_PER_CHOICE)
         del x, weights, payload
         yield
-        payload, local_ids, arrived_weights, self._arrival = sent.launched.wait()
-        if self._arrival is not None:
-            local_ids = local_ids.index_select(0, self._arrival)
-            arrived_weights = arrived_weights.index_select(0, self._arrival)
-        expansion = self._expand(local_ids, sent.tokens_per_expert)
-        values, codes = self._rows(payload, dtype, width)
-        return Arrived(values, expansion.weights(arrived_weights), codes)
+        received = sent.launched.wait()
+        expansion = self._expand(received, sent.tokens_per_expert)
+        self.tokens_per_expert, self.offsets = expansion.tokens_per_expert, expansion.offsets
+        values, codes = self._rows(received.payload, dtype, width)
+        return Arrived(values, expansion.row_weights, codes)
 
     def dispatch_backward(self, rows: Tensor | None, weights: Tensor | None) -> Hops[Returned]:
         assert self._expansion is not None
-        slots = None if weights is None else self._by_arrival(self._expansion.slots(weights)).contiguous()
+        slots = None if weights is None else self._expansion.slots(weights).contiguous()
         if rows is not None:
-            partial = self._by_arrival(self._expansion.sum(rows))
+            partial = self._expansion.sum(rows)
         else:  # DeepEP combines no weights without rows
             assert slots is not None
             partial = slots.new_zeros((slots.shape[0], self._width), dtype=self._dtype)
@@ -130,7 +134,7 @@ class DeepEPRoute:
 
     def combine(self, y: Tensor) -> Hops[Tensor]:
         assert self._expansion is not None
-        partial = self._by_arrival(self._expansion.sum(y)).contiguous()
+        partial = self._expansion.sum(y).contiguous()
         del y
         launched = self._dispatcher.buffer.combine(partial, self._handle, None)
         self._count("combine", _row_bytes(partial))
@@ -167,19 +171,18 @@ class DeepEPRoute:
         codes = BlockQuantized(data, self._expansion.rows(scale), (1, SIDE), WIRE_FORMAT.fmt, width, WIRE_FORMAT.pow2)
         return Decoded(restore(codes, dtype), codes)
 
-    def _expand(self, local_ids: Tensor, rows_per_expert: list[int]) -> Expansion:
-        counts = torch.tensor(rows_per_expert).to(local_ids.device, non_blocking=True)
-        alignment = self._dispatcher.options.alignment
-        expansion = Expansion(local_ids, counts, rows_per_expert, alignment, self._arrival)
-        self._expansion = expansion
-        self.tokens_per_expert, self.offsets = expansion.aligned.tokens_per_expert, expansion.aligned.offsets
-        return expansion
-
-    def _by_arrival(self, rows: Tensor) -> Tensor:
-        """Rows in the order of arrival, from the order of (source rank, token)."""
-        if self._arrival is None:
-            return rows
-        return torch.empty_like(rows).index_copy_(0, self._arrival, rows)
+    def _expand(self, received: Received, rows_per_expert: list[int]) -> FusedExpansion | PlainExpansion:
+        fused = takes_fused_kernels(received.local_ids)
+        kind = FusedExpansion if fused else PlainExpansion
+        # Counts, the number of tokens and their place, in one copy. From memory that is not pinned the host waits.
+        numbers = torch.tensor([*rows_per_expert, len(received.local_ids), 0])
+        if received.local_ids.device.type == "cuda":
+            numbers = numbers.pin_memory()
+        numbers = numbers.to(received.local_ids.device, non_blocking=True)
+        counts, tokens, order = numbers.split((len(rows_per_expert), 1, 1))
+        arrivals = Arrivals(received.local_ids, received.weights, counts.unsqueeze(0), tokens, order, received.arrival)
+        self._expansion = kind(arrivals, rows_per_expert, 0, self._dispatcher.options.alignment)
+        return self._expansion
 
     def _count(self, purpose: str, unit: int) -> None:
         if self._crossings is not None:

@@ -10,7 +10,9 @@ T tokens of this rank, K top-k, H hidden, A tokens that arrive, E_local experts 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -25,6 +27,9 @@ Result = TypeVar("Result")
 Payload = Tensor | tuple[Tensor, Tensor]
 """Rows BF16 [T, H], or their codes E4M3 [T, H] with scales FP32 [T, H / 128]."""
 
+TIMEOUTS = ("num_cpu_timeout_secs", "num_gpu_timeout_secs")
+"""Arguments of the elastic generation for the time that the host and the kernels wait for other ranks. The legacy
+generation waits 100 s, a constant of its kernels."""
 QUEUE_PAIRS = 24
 """Queue pairs per rank by the legacy generation's default; its kernels need at least one per SM."""
 
@@ -159,13 +164,17 @@ class ElasticBuffer:
     """
 
     def __init__(self, library: Library, group: dist.ProcessGroup, job: Job) -> None:
-        self._buffer = library.module.ElasticBuffer(
+        kind = library.module.ElasticBuffer
+        known = signature(kind.__init__).parameters
+        seconds = max(math.ceil(job.timeout), 1)
+        self._buffer = kind(
             group,
             num_max_tokens_per_rank=job.tokens,
             hidden=job.hidden,
             num_topk=job.top_k,
             use_fp8_dispatch=job.fp8,
             explicitly_destroy=True,
+            **{name: seconds for name in TIMEOUTS if name in known},
         )
         self._sms = job.sms
         self.tokens: int | None = job.tokens

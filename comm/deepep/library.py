@@ -64,6 +64,7 @@ class Job:
     hidden: H. top_k: K. tokens: largest number of tokens of a rank in one dispatch.
     dtype: type of activations. fp8: whether tokens are sent to the experts in FP8.
     sms: streaming multiprocessors for DeepEP's kernels.
+    timeout: seconds that a kernel, and the host, may wait for other ranks.
     """
 
     nodes: Sequence[int]
@@ -73,6 +74,7 @@ class Job:
     dtype: torch.dtype = torch.bfloat16
     fp8: bool = False
     sms: int = SMS
+    timeout: float = 600.0
 
 
 def find_library() -> Library:

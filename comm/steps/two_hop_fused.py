@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.routes.index import count_tokens, expand_tokens, number_copies
-from ...kernels.routes.rows import gather_rows, pick_numbers, spread_messages, spread_rows, sum_copies
+from ...kernels.routes.index import Arrivals, count_tokens, number_copies
+from ...kernels.routes.rows import spread_messages, spread_rows, sum_copies
 from ..message import MessageLayout
 from ..nodes import NodeMap
+from .expansion_fused import FusedExpansion
 from .two_hop_plain import Blocks, Parts
 
 
@@ -46,8 +47,7 @@ class FusedSteps:
         return self._numbers
 
     def complete(self, received: Tensor, rows_per_expert: list[int], copies: tuple[int, int], blocks: Blocks) -> None:
-        self._received, self._copies = received, copies
-        self.tokens_per_expert = [-(-rows // self._alignment) * self._alignment for rows in rows_per_expert]
+        self._received, self._rows_per_expert, self._copies = received, rows_per_expert, copies
 
     def join(self, payload: Tensor, weights: Tensor, layout: MessageLayout) -> Parts:
         return _by_rows(payload), weights
@@ -62,17 +62,18 @@ class FusedSteps:
 
     def expand(self, arrived: Tensor, layout: MessageLayout) -> tuple[Tensor, Tensor]:
         places, own = self._places, self._places.per_rank + self._places.rank - self._places.members.start
-        self._arrival_of_row, row_weights, self._row_of_slot, self.offsets = expand_tokens(
+        turns = places.table("turns", arrived.device, _Tables(places).turns)
+        arrivals = Arrivals(
             _part(arrived, layout, 3),
             _part(arrived, layout, 2),
             self._received[:, : places.per_rank],
             self._received[:, own],
-            places.table("turns", arrived.device, _Tables(places).turns),
-            places.rank * places.per_rank,
-            self._alignment,
-            sum(self.tokens_per_expert),
+            turns,
         )
-        return self.to_experts(layout.payload(arrived)), row_weights
+        first = places.rank * places.per_rank
+        self._expansion = FusedExpansion(arrivals, self._rows_per_expert, first, self._alignment)
+        self.tokens_per_expert, self.offsets = self._expansion.tokens_per_expert, self._expansion.offsets
+        return self._expansion.rows(layout.payload(arrived)), self._expansion.row_weights
 
     def from_source(self, rows: Tensor) -> Tensor:
         return spread_rows(_by_rows(rows), self._source, self._copies[0])
@@ -81,13 +82,13 @@ class FusedSteps:
         return spread_rows(rows, self._relay, self._copies[1])
 
     def to_experts(self, rows: Tensor) -> Tensor:
-        return gather_rows(rows, self._arrival_of_row)
+        return self._expansion.rows(rows)
 
     def sum_here(self, rows: Tensor) -> Tensor:
-        return sum_copies(_by_rows(rows), self._row_of_slot)
+        return self._expansion.sum(rows)
 
     def slots(self, weights: Tensor) -> Tensor:
-        return pick_numbers(weights, self._row_of_slot)
+        return self._expansion.slots(weights)
 
     def sum_at_relay(self, rows: Tensor) -> Tensor:
         return sum_copies(rows, self._relay)

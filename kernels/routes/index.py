@@ -7,6 +7,8 @@ stands for none.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -160,56 +162,108 @@ and bounds int32 `[B + 1]` ascend.
 Expanded = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+class Arrivals(NamedTuple):
+    """Tokens that have arrived: arguments of `expand_tokens`."""
+
+    ids: Tensor
+    """Integers `[A, K]` with any stride between rows, the experts of the tokens in the order of arrival."""
+    weights: Tensor
+    """FP32 `[A, K]` likewise."""
+    counts: Tensor
+    """int64 `[G, E_local]`, rows of each source for each expert."""
+    tokens: Tensor
+    """int64 `[G]`, tokens of each source."""
+    order: Tensor
+    """Integers `[G]`, place of each source among the sources."""
+    moved: Tensor | None = None
+    """Integers `[A]`, arrival of each token in the order of sources; None if they arrived in this order."""
+
+
 def _expand_tokens(
-    ids: Tensor, weights: Tensor, counts: Tensor, tokens: Tensor, order: Tensor, first: int, unit: int, rows: int
+    ids: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    tokens: Tensor,
+    order: Tensor,
+    moved: Tensor | None,
+    first: int,
+    unit: int,
+    rows: int,
 ) -> Expanded:
     from .index_kernels import expand_tokens as kernel
 
-    made = _expand_tokens_shapes(ids, weights, counts, tokens, order, first, unit, rows)
+    made = _empty_rows(ids, counts, rows)
     sources, experts = counts.shape
+    assert ids.stride(1) == weights.stride(1) == counts.stride(1) == 1
+    strides = ids.stride(0), weights.stride(0), counts.stride(0), tokens.stride(0)
     sizes = {"sources": power_of_two(sources), "experts": power_of_two(experts)}
+    tables = order, order if moved is None else moved
     Launch(
         kernel,
         sources * experts,
-        (ids, weights, counts, tokens, order, *made, first, sources, experts, *_strides(ids, weights, counts, tokens)),
-        {**sizes, "unit": unit, "top_k": ids.shape[1], "slots": power_of_two(ids.shape[1]), "block": 512},
+        (ids, weights, counts, tokens, *tables, *made, first, sources, experts, *strides),
+        {
+            **sizes,
+            "unit": unit,
+            "sorted_by_source": moved is None,
+            "top_k": ids.shape[1],
+            "slots": power_of_two(ids.shape[1]),
+            "block": 512,
+        },
         num_warps=4,
     ).run()
     return made
 
 
-def _strides(ids: Tensor, weights: Tensor, counts: Tensor, tokens: Tensor) -> tuple[int, ...]:
-    assert ids.stride(1) == weights.stride(1) == counts.stride(1) == 1
-    return ids.stride(0), weights.stride(0), counts.stride(0), tokens.stride(0)
-
-
 def _expand_tokens_formula(
-    ids: Tensor, weights: Tensor, counts: Tensor, tokens: Tensor, order: Tensor, first: int, unit: int, rows: int
+    ids: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    tokens: Tensor,
+    order: Tensor,
+    moved: Tensor | None,
+    first: int,
+    unit: int,
+    rows: int,
 ) -> Expanded:
-    made = _expand_tokens_shapes(ids, weights, counts, tokens, order, first, unit, rows)
+    made = _empty_rows(ids, counts, rows)
     arrival_of_row, row_weights, row_of_slot, offsets = made
     arrival_of_row.fill_(-1), row_weights.zero_(), row_of_slot.fill_(-1)
-    by_arrival = order.argsort()
+    place = torch.arange(len(ids)) if moved is None else moved.long()
+    by_turn = order.argsort()
     starts = torch.empty_like(tokens)
-    starts[by_arrival] = tokens[by_arrival].cumsum(0) - tokens[by_arrival]
+    starts[by_turn] = tokens[by_turn].cumsum(0) - tokens[by_turn]
     end = 0
     for expert in range(counts.shape[1]):
         row = end
         for start, number in zip(starts.tolist(), tokens.tolist(), strict=True):
-            token, slot = (ids[start : start + number] == first + expert).nonzero(as_tuple=True)
-            place = slice(row, row + token.numel())
-            arrival_of_row[place] = (start + token).to(torch.int32)
-            row_weights[place] = weights[start + token, slot]
-            row_of_slot[start + token, slot] = torch.arange(row, place.stop, dtype=torch.int32)
-            row = place.stop
+            token, slot = (ids[place[start : start + number]] == first + expert).nonzero(as_tuple=True)
+            token = place[start + token]
+            here = slice(row, row + token.numel())
+            arrival_of_row[here] = token.to(torch.int32)
+            row_weights[here] = weights[token, slot]
+            row_of_slot[token, slot] = torch.arange(row, here.stop, dtype=torch.int32)
+            row = here.stop
         end += -(-(row - end) // unit) * unit
         offsets[expert] = end
     return made
 
 
 def _expand_tokens_shapes(
-    ids: Tensor, weights: Tensor, counts: Tensor, tokens: Tensor, order: Tensor, first: int, unit: int, rows: int
+    ids: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    tokens: Tensor,
+    order: Tensor,
+    moved: Tensor | None,
+    first: int,
+    unit: int,
+    rows: int,
 ) -> Expanded:
+    return _empty_rows(ids, counts, rows)
+
+
+def _empty_rows(ids: Tensor, counts: Tensor, rows: int) -> Expanded:
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=ids.device)
 
@@ -217,18 +271,16 @@ def _expand_tokens_shapes(
 
 
 expand_tokens = fused(
-    "expand_tokens(Tensor ids, Tensor weights, Tensor counts, Tensor tokens, Tensor order, int first, int unit, "
-    "int rows) -> (Tensor, Tensor, Tensor, Tensor)",
+    "expand_tokens(Tensor ids, Tensor weights, Tensor counts, Tensor tokens, Tensor order, Tensor? moved, int first, "
+    "int unit, int rows) -> (Tensor, Tensor, Tensor, Tensor)",
     _expand_tokens,
     _expand_tokens_formula,
     _expand_tokens_shapes,
 )
 """Rows of this rank's experts, made of the tokens that arrived: sorted by expert, source rank and token.
 
-ids: integers `[A, K]` with any stride between rows, the experts of the tokens in the order of arrival; weights: FP32
-`[A, K]` likewise. counts: int64 `[G, E_local]`, rows of each source for each expert; tokens: int64 `[G]`, tokens of
-each source; order: int32 `[G]`, place of each source in the order of arrival. first: number of this rank's first
-expert. unit: multiple to which each expert's rows are filled up; rows: their number in all.
+The first arguments are those of `Arrivals`. first: number of this rank's first expert. unit: multiple to which each
+expert's rows are filled up; rows: their number in all.
 
 Returns the arrival of each row `[rows]`, -1 for the rows that fill up; the rows' weights FP32 `[rows]`, 0 for these;
 the row of each slot `[A, K]`, -1 for experts of other ranks; the end of each expert's rows `[E_local]`.

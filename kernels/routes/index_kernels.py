@@ -126,6 +126,7 @@ def expand_tokens(
     counts,
     arriving,
     order,
+    moved,
     arrival_of_row,
     row_weights,
     row_of_slot,
@@ -140,11 +141,15 @@ def expand_tokens(
     sources: tl.constexpr,
     experts: tl.constexpr,
     unit: tl.constexpr,
+    sorted_by_source: tl.constexpr,
     top_k: tl.constexpr,
     slots: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Make the rows of one source's tokens for one expert per program."""
+    """Make the rows of one source's tokens for one expert per program.
+
+    Tokens lie in memory sorted by source, or else where `moved` says for each token of that order.
+    """
     source, expert = tl.program_id(0) // num_experts, tl.program_id(0) % num_experts
     row, end, wide_end = place_of_block(
         counts, count_stride, source, expert, num_sources, num_experts, unit, sources, experts
@@ -157,13 +162,15 @@ def expand_tokens(
     stop = begin + tl.sum(tl.where(s == source, sizes, 0), axis=0)
     for start in range(begin, stop, block):
         token = start + tl.arange(0, block)
-        found = load_ids(ids, token, stop, id_stride, top_k, slots)
         inside = (token[:, None] < stop) & (slot[None, :] < top_k)
+        if not sorted_by_source:
+            token = tl.load(moved + token, mask=token < stop, other=0).to(tl.int32)
+        where = token[:, None].to(tl.int64)
+        found = tl.load(ids + where * id_stride + slot[None, :], mask=inside, other=-1).to(tl.int32)
         hit = inside & (found == first_expert + expert)
         wanted = tl.max(hit.to(tl.int32), axis=1)
         number = row + tl.cumsum(wanted, axis=0) - wanted
         tl.store(arrival_of_row + number, token, mask=wanted > 0)
-        where = token[:, None].to(tl.int64)
         weight = tl.load(weights + where * weight_stride + slot[None, :], mask=hit, other=0.0)
         tl.store(row_weights + number, tl.sum(weight, axis=1), mask=wanted > 0)
         where = where * top_k + slot[None, :]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from counterflow.comm.deepep import adapter
 from counterflow.comm.deepep.adapter import DeepEPDispatcher
 from counterflow.comm.deepep.buffers import open_buffer
 from counterflow.comm.deepep.library import Generation, Job
@@ -99,6 +102,23 @@ def _compare(worker: Worker, peers: int, seeds: range) -> None:
             other_bits = differing(found, by_node)
             allowed = {"out", "x"} if generation == "elastic" else set()
             assert set(other_bits) <= allowed, f"{generation}, {name}: {other_bits}"
+
+
+def test_fused_kernels_have_the_bits_of_plain_operations(pool: Pool) -> None:
+    def compare(worker: Worker) -> None:
+        for seed, alignment, fp8 in itertools.product(range(0, 20, 4), (1, 4), (False, True)):
+            case = random_routing(seed, 4, torch.bfloat16 if fp8 else torch.float32, HIDDEN, INNER)
+            for generation in GENERATIONS:
+                found = []
+                for active in (False, True):
+                    with mock.patch.object(adapter, "takes_fused_kernels", return_value=active):
+                        options = DispatchOptions(alignment, FP8Wire() if fp8 else PlainWire())
+                        made = dispatcher(generation, len(case.up), 2, options)
+                        found.append(outputs_and_gradients(case, worker.rank, 4, made))
+                        made.close()
+                assert differing(*found) == [], (seed, alignment, fp8, generation)
+
+    pool.run(compare, 4)
 
 
 # 200 routings; any twenty consecutive ones have every special case.

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import torch.distributed as dist
 
 import counterflow
 from counterflow.comm.deepep import library as libraries
+from counterflow.comm.deepep.buffers import open_buffer
 from counterflow.comm.deepep.library import Generation, Job, deepep_available, deepep_faults, find_library, read_library
 from counterflow.settings import UsageError
 from counterflow.tests.comm.deepep_parts import RECORDED, Settings
@@ -75,6 +78,41 @@ def test_the_newer_generation_is_preferred_and_one_that_is_missing_refused() -> 
         OLD.choose("elastic")
     with pytest.raises(UsageError, match="neither ElasticBuffer nor Buffer"):
         read_library(os)
+
+
+class _WithTimeouts:
+    def __init__(
+        self, group: Any, num_gpu_timeout_secs: int = 100, num_cpu_timeout_secs: int = 300, **rest: Any
+    ) -> None:
+        self.seconds = num_gpu_timeout_secs, num_cpu_timeout_secs
+
+
+class _WithoutTimeouts:
+    def __init__(
+        self,
+        group: Any,
+        num_max_tokens_per_rank: int = 0,
+        hidden: int = 0,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        explicitly_destroy: bool = False,
+    ) -> None:
+        self.seconds = None
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(_WithTimeouts, (1801, 1801)), (_WithoutTimeouts, None)])
+def test_its_kernels_wait_as_long_as_collectives_do(kind: Any, expected: Any) -> None:
+    made: list[Any] = []
+
+    class Recorded(kind):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            made.append(self)
+
+    Recorded.__init__.__signature__ = inspect.signature(kind.__init__)  # type: ignore[attr-defined]
+    group: Any = mock.Mock(size=lambda: 64)
+    open_buffer(read_library(SimpleNamespace(ElasticBuffer=Recorded)), group, replace(V3, timeout=1800.5))
+    assert made[0].seconds == expected
 
 
 # Faults

@@ -49,8 +49,11 @@ def in_messages(ids: Tensor, weights: Tensor, id_type: torch.dtype) -> tuple[Ten
     return place, inner
 
 
-def arrival(seed: int, sources: int, local: int, top_k: int, unit: int) -> Arguments:
-    """Arguments of `expand_tokens`: tokens of several sources, some of which send none, in any order of sources."""
+def arrival(seed: int, sources: int, local: int, top_k: int, unit: int, moved: bool = False) -> Arguments:
+    """Arguments of `expand_tokens`: tokens of several sources, some of which send none, in any order of sources.
+
+    With `moved` they arrive in any order.
+    """
     generator = torch.Generator().manual_seed(seed)
     first, experts = 2 * local, 5 * local
     order = torch.randperm(sources, generator=generator)
@@ -60,10 +63,13 @@ def arrival(seed: int, sources: int, local: int, top_k: int, unit: int) -> Argum
     counts = everywhere[:, first : first + local]
     ids = torch.cat([parts[int(n)] for n in order.argsort()])
     weights = torch.rand(ids.shape, generator=generator)
+    places = torch.randperm(len(ids), generator=generator) if moved else None
+    if places is not None:
+        ids = torch.empty_like(ids).index_copy_(0, places, ids)
     padded = int((-(-counts.sum(0) // unit) * unit).sum())
     received = torch.cat((counts, torch.tensor(numbers)[:, None]), 1)  # as counts arrive: strided views
     typed = in_messages(ids, weights, torch.int16)
-    return (*typed, received[:, :local], received[:, local], order.to(torch.int32), first, unit, padded)
+    return (*typed, received[:, :local], received[:, local], order.to(torch.int32), places, first, unit, padded)
 
 
 def values(count: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -93,7 +99,7 @@ def _spread_messages(width: int, dtype: torch.dtype) -> None:
 
 def _expand_tokens() -> None:
     received = _meta(64, 13, dtype=torch.int64)
-    on_gpu("expand_tokens")(*_messages(), received[:, :4], received[:, 4], _meta(64), 36, 16, 32_800)
+    on_gpu("expand_tokens")(*_messages(), received[:, :4], received[:, 4], _meta(64), None, 36, 16, 32_800)
 
 
 def _gather_rows() -> None:

@@ -68,8 +68,9 @@ def test_counts_and_copies(run: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("unit", [1, 16])
 def test_rows_of_the_experts(run: Callable[..., Any], unit: int) -> None:
     for seed, (sources, local, top_k) in enumerate(((1, 3, 2), (5, 1, 4), (7, 3, 8))):
-        case = arrival(seed, sources, local, top_k, unit)
-        assert_same(run("expand_tokens", *case), index.expand_tokens(*case))
+        for moved in (True, False):
+            case = arrival(seed, sources, local, top_k, unit, moved)
+            assert_same(run("expand_tokens", *case), index.expand_tokens(*case))
         sizes = case[2].contiguous()
         arguments = sizes, unit, int(sizes.sum()), case[-1]
         assert_same(run("sort_blocks", *arguments), index.sort_blocks(*arguments))

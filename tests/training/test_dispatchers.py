@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -173,3 +174,24 @@ def test_a_step_counts_what_all_its_ranks_send(pool: Pool, text: Path) -> None:
     tokens = batch.global_sequences * batch.sequence_length * config.model.num_experts_per_tok * layers
     assert 0.2 * tokens < rows < 0.8 * tokens
     assert not any(link == "within" for _, link in found)
+
+
+def test_ranks_that_exchange_tokens_meet_after_every_pause(pool: Pool, text: Path, tmp_path: Path) -> None:
+    def log_of(worker: Worker) -> list[str]:
+        trainer, log = make_trainer(tiny(text), 1, 1), []
+        with mock.patch.object(trainer.model.dispatcher, "synchronise", side_effect=partial(log.append, "meet")):
+            for name, act in (
+                ("step", trainer.step),
+                ("step", trainer.step),
+                ("evaluate", trainer.evaluate),
+                ("evaluate", trainer.evaluate),
+                ("save", lambda: trainer.save(tmp_path)),
+                ("step", trainer.step),
+            ):
+                act()
+                log.append(name)
+        trainer.close()
+        return log
+
+    expected = "meet step step evaluate meet evaluate save meet step"
+    assert pool.run(log_of, 1) == [expected.split()]
