@@ -18,6 +18,7 @@ are then exact in BF16, else in FP32. Its results differ from those of `promoted
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -58,21 +59,23 @@ def fprop(
     w: Operand,
     *,
     offsets: Tensor | None = None,
+    ends: Sequence[int] | None = None,
     mode: Mode = "fast",
     out_dtype: torch.dtype = torch.bfloat16,
     accumulator: Accumulator | None = None,
     products: Products | None = None,
 ) -> Tensor:
-    """`x w^T`, `[T, N]`. `accumulator` is for `promoted`: partial sums are then those of a tensor core, not exact.
+    """`x w^T`, `[T, N]`. `ends` are `offsets` on the host, copied from the device where they are needed and not given.
+    `accumulator` is for `promoted`: partial sums are then those of a tensor core, not exact.
 
     Raises UsageError for shapes or tiles that do not go together.
     """
     if mode == "fast":
-        return _fast(_values(x, 1), _values(w, 1).mT, offsets, out_dtype, products)
+        return _fast(_values(x, 1), _values(w, 1).mT, offsets, ends, out_dtype, products)
     left, right = _encoded(x, w)
     if offsets is None:
         return promoted(left, right, out_dtype, accumulator)
-    parts = _groups(left, right, offsets)
+    parts = _groups(left, right, _on_host(offsets, ends))
     return torch.cat([promoted(a, b, out_dtype, accumulator) for a, b in parts])
 
 
@@ -81,6 +84,7 @@ def dgrad(
     w: Operand,
     *,
     offsets: Tensor | None = None,
+    ends: Sequence[int] | None = None,
     mode: Mode = "fast",
     out_dtype: torch.dtype = torch.bfloat16,
     accumulator: Accumulator | None = None,
@@ -88,11 +92,11 @@ def dgrad(
 ) -> Tensor:
     """`dy w`, `[T, K]`; the rest as `fprop`."""
     if mode == "fast":
-        return _fast(_values(dy, 1), _values(w, 0), offsets, out_dtype, products)
+        return _fast(_values(dy, 1), _values(w, 0), offsets, ends, out_dtype, products)
     left, right = _encoded(dy, w)
     if offsets is None:
         return promoted(left, right.transpose(), out_dtype, accumulator)
-    parts = _groups(left, right, offsets)
+    parts = _groups(left, right, _on_host(offsets, ends))
     return torch.cat([promoted(a, b.transpose(), out_dtype, accumulator) for a, b in parts])
 
 
@@ -101,6 +105,7 @@ def wgrad(
     x: Operand,
     *,
     offsets: Tensor | None = None,
+    ends: Sequence[int] | None = None,
     mode: Mode = "fast",
     out_dtype: torch.dtype = torch.bfloat16,
     accumulator: Accumulator | None = None,
@@ -111,13 +116,13 @@ def wgrad(
     Grouped operands must be quantised with the same offsets, so that no tile spans two experts.
     """
     if offsets is not None:
-        _check_groups((dy, x), offsets)
+        _check_groups((dy, x), _on_host(offsets, ends))
     if mode == "fast":
-        return _fast(_values(dy, 0).mT, _values(x, 0), offsets, out_dtype, products)
+        return _fast(_values(dy, 0).mT, _values(x, 0), offsets, ends, out_dtype, products)
     left, right = _encoded(dy, x)
     if offsets is None:
         return promoted(left.transpose(), right.transpose(), out_dtype, accumulator)
-    parts = _groups(left, right, offsets)
+    parts = _groups(left, right, _on_host(offsets, ends))
     return torch.stack([promoted(a.transpose(), b.transpose(), out_dtype, accumulator) for a, b in parts])
 
 
@@ -199,7 +204,12 @@ def _power(exponent: Tensor) -> Tensor:
 
 
 def _fast(
-    left: Tensor, right: Tensor, offsets: Tensor | None, out_dtype: torch.dtype, products: Products | None
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor | None,
+    ends: Sequence[int] | None,
+    out_dtype: torch.dtype,
+    products: Products | None,
 ) -> Tensor:
     """`left right`, grouped by rows of left where right is a stack, or by the contraction where right is a matrix."""
     if left.dtype != right.dtype or (out_dtype == torch.float32 and left.dtype != out_dtype):
@@ -207,7 +217,7 @@ def _fast(
     inner = right.shape[-2]
     if left.shape[-1] != inner:
         raise UsageError(f"cannot contract {left.shape[-1]} columns with {inner}")
-    return (products or Products()).multiply(left, right, offsets).to(out_dtype)
+    return (products or Products()).multiply(left, right, offsets, ends).to(out_dtype)
 
 
 def _values(operand: Operand, contracted: int) -> Tensor:
@@ -233,8 +243,11 @@ def _check(operand: BlockQuantized, contracted: int) -> None:
         )
 
 
-def _check_groups(operands: tuple[Operand, ...], offsets: Tensor) -> None:
-    ends = tuple(offsets.tolist())
+def _on_host(offsets: Tensor, ends: Sequence[int] | None) -> tuple[int, ...]:
+    return tuple(offsets.tolist() if ends is None else ends)
+
+
+def _check_groups(operands: tuple[Operand, ...], ends: tuple[int, ...]) -> None:
     for operand in operands:
         if isinstance(operand, BlockQuantized) and operand.ends != ends:
             raise UsageError(
@@ -244,12 +257,11 @@ def _check_groups(operands: tuple[Operand, ...], offsets: Tensor) -> None:
 
 
 def _groups(
-    left: BlockQuantized, right: BlockQuantized, offsets: Tensor
+    left: BlockQuantized, right: BlockQuantized, ends: tuple[int, ...]
 ) -> list[tuple[BlockQuantized, BlockQuantized]]:
     """Each group's rows of left, and its rows or its matrix of right."""
-    ends = tuple(offsets.tolist())
     if left.tile[0] == 1:  # tiles of one row are the same with any groups
         left = replace(left, ends=ends)
     elif left.ends != ends:
-        _check_groups((left,), offsets)
+        _check_groups((left,), ends)
     return [(left.group(index), right.group(index)) for index, _ in enumerate(pairwise((0, *ends)))]

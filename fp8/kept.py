@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .quantize import BlockQuantized
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -17,6 +19,9 @@ class Kept:
 
     tensors: tuple[Tensor, ...]
     restore: Callable[..., Tensor]
+    columns: Callable[..., BlockQuantized] | None = None
+    """Where one kernel of a GPU does it: quantise the restored matrix to E4M3 in tiles of (128, 1), for W. Takes the
+    tensors, then `groups` and `pow2_scales` as in `fp8/operations.py`."""
 
     def and_then(self, more: tuple[Tensor, ...], compute: Callable[..., Tensor]) -> Kept:
         """Tensors that restore to `compute(restored, *more)`; `more` is kept as well."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -66,8 +67,11 @@ class _Layer(nn.Module):
         later = _WeightGradient(weight, self.weight_queue, total)
         if self._quantized is not None:
             grad = torch.is_grad_enabled()
+            ends = None
+            if offsets is not None:
+                ends = tuple(offsets.tolist() if counts is None else accumulate(counts))
             quantized: Tensor = QuantizedFunction.apply(
-                x, weight, self._quantized, offsets, kept, rebuilt, grad, later, codes, incoming
+                x, weight, self._quantized, offsets, ends, kept, rebuilt, grad, later, codes, incoming
             )
             return quantized
         # Autograd must reach the node of a layer whose input needs no gradient. Elsewhere it need not know the weight.
@@ -175,11 +179,16 @@ class _WeightGradient:
     def __init__(self, weight: nn.Parameter, queue: WeightQueue | None, total: GradientSum | None) -> None:
         self.weight, self.queue, self.total = weight, queue, total
 
+    @property
+    def deferring(self) -> bool:
+        """Whether the computation of the gradient waits in the queue."""
+        return self.queue is not None and self.queue.deferring
+
     def __call__(self, compute: Callable[[], Tensor]) -> Tensor | None:
         """Take the computation of the gradient, in a backward. Returns the gradient if autograd is to have it now."""
         if self.total is not None:
             now_or_later(self.queue, partial(_add, compute, self.total))
-        elif self.queue is not None and self.queue.deferring:
+        elif self.queue is not None and self.deferring:
             # As the root of a backward of its own, the parameter runs the hooks that add gradients up.
             self.queue.put(lambda: torch.autograd.backward(self.weight, _without_graph(compute)))
         else:

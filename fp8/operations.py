@@ -6,6 +6,7 @@ where a flag is given: the host waits for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -18,13 +19,16 @@ from .message import message_bytes, pack_message
 from .number_formats import find_format
 from .quantize import BlockQuantized, quantize
 from .tensor_formats import SIDE, FormatName
+from .triton import RowGroups, group_rows, packs
 from .triton import dequantize_rows as _dequantize_on_gpu
-from .triton import packs
+from .triton import quantize_both as _both_by_kernel
 from .triton import quantize_for_dispatch as _message_on_gpu
 from .triton import quantize_rows as _quantize_on_gpu
+from .triton import requantize_columns as _requantize_by_kernel
 from .triton import swiglu as _swiglu_on_gpu
 from .triton import swiglu_backward as _swiglu_backward_on_gpu
 from .triton import swiglu_keeping as _swiglu_keeping_on_gpu
+from .triton import swiglu_quantize_columns as _swiglu_columns_by_kernel
 
 _ROWS = (1, SIDE)
 
@@ -87,6 +91,58 @@ def swiglu_backward_of(grad: Tensor, cache: BlockQuantized, weights: Tensor | No
     rest = cache.data, cache.scale, weights, cache.width, cache.pow2_scales
     made, grad_weights = _swiglu_backward_of(grad.contiguous(), *rest)
     return made, None if weights is None else grad_weights
+
+
+def groups_on(device: torch.device, ends: Sequence[int] | None) -> RowGroups | None:
+    """Groups of rows that end at these rows, for kernels of `device`."""
+    return None if ends is None else group_rows(ends, device)
+
+
+def quantize_both(
+    x: Tensor, groups: RowGroups | None, pow2_scales: bool = True, met: Tensor | None = None
+) -> tuple[BlockQuantized, BlockQuantized]:
+    """x BF16 `[M, N]` in E4M3 in tiles of (1, 128), and of (128, 1) that begin again with each group of rows."""
+    codes, scale, codes_t, scale_t = _quantize_both(x.detach().contiguous(), *_table(groups), pow2_scales, met)
+    rows = _restored(codes, scale, "e4m3", x.shape[1], pow2_scales)
+    return rows, _columns(codes_t, scale_t, x.shape[1], pow2_scales, groups)
+
+
+def requantize_columns(x: BlockQuantized, groups: RowGroups | None, pow2_scales: bool) -> BlockQuantized:
+    """x E4M3 in tiles of (1, 128), restored and quantised in tiles of (128, 1): `BlockQuantized.requantize`."""
+    codes, scale = _requantize_columns(x.data, x.scale, x.width, x.pow2_scales, *_table(groups), pow2_scales)
+    return _columns(codes, scale, x.width, pow2_scales, groups)
+
+
+def swiglu_columns_of(
+    cache: BlockQuantized, weights: Tensor | None, groups: RowGroups | None, pow2_scales: bool
+) -> BlockQuantized:
+    """`swiglu_of`, quantised to E4M3 in tiles of (128, 1)."""
+    given = cache.data, cache.scale, weights, cache.width, cache.pow2_scales
+    codes, scale = _swiglu_columns(*given, *_table(groups), pow2_scales)
+    return _columns(codes, scale, cache.width // 2, pow2_scales, groups)
+
+
+def _table(groups: RowGroups | None) -> tuple[Tensor | None, list[int] | None]:
+    return (None, None) if groups is None else (groups.table, list(groups.ends))
+
+
+def _groups(table: Tensor | None, ends: list[int] | None) -> RowGroups | None:
+    return None if table is None or ends is None else RowGroups(tuple(ends), table)
+
+
+def _columns(codes: Tensor, scale: Tensor, width: int, pow2: bool, groups: RowGroups | None) -> BlockQuantized:
+    ends = None if groups is None else groups.ends
+    return BlockQuantized(codes.mT, scale, (SIDE, 1), "e4m3", width, pow2, ends)
+
+
+def _transposed(matrix: BlockQuantized) -> tuple[Tensor, Tensor]:
+    return matrix.data.mT.contiguous(), matrix.scale
+
+
+def _column_shapes(x: Tensor, width: int, table: Tensor | None) -> tuple[Tensor, Tensor]:
+    down = -(-x.shape[0] // SIDE) if table is None else table.shape[0]
+    codes = x.new_empty(width, x.shape[0], dtype=torch.float8_e4m3fn)
+    return codes, x.new_empty(down, width, dtype=torch.float32)
 
 
 def _quantize_shapes(x: Tensor, fmt: FormatName, pow2: bool, met: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -181,4 +237,57 @@ _swiglu_backward_of = fused(
         grad.new_empty(grad.shape[0], width),
         scale.new_empty(0 if weights is None else grad.shape[0]),
     ),
+)
+
+
+def _both_on_gpu(
+    x: Tensor, table: Tensor | None, ends: list[int] | None, pow2: bool, met: Tensor | None
+) -> tuple[Tensor, ...]:
+    rows, columns = _both_by_kernel(x, _groups(table, ends), pow2, met)
+    return *_tensors(rows), columns.data.mT, columns.scale
+
+
+def _both_formula(
+    x: Tensor, table: Tensor | None, ends: list[int] | None, pow2: bool, met: Tensor | None
+) -> tuple[Tensor, ...]:
+    columns = quantize(x, (SIDE, 1), pow2_scales=pow2, offsets=ends)
+    return *_tensors(quantize(x, pow2_scales=pow2, met=met)), *_transposed(columns)
+
+
+_quantize_both = fused(
+    "fp8_quantize_both(Tensor x, Tensor? table, int[]? ends, bool pow2, Tensor(a!)? met) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    gpu=_both_on_gpu,
+    formula=_both_formula,
+    shapes=lambda x, table, ends, pow2, met: (
+        *_quantize_shapes(x, "e4m3", pow2, met),
+        *_column_shapes(x, x.shape[1], table),
+    ),
+)
+_requantize_columns = fused(
+    "fp8_requantize_columns(Tensor data, Tensor scale, int width, bool from_pow2, Tensor? table, int[]? ends, "
+    "bool pow2) -> (Tensor, Tensor)",
+    gpu=lambda data, scale, width, kind, table, ends, pow2: _transposed(
+        _requantize_by_kernel(_restored(data, scale, "e4m3", width, kind), _groups(table, ends), pow2)
+    ),
+    formula=lambda data, scale, width, kind, table, ends, pow2: _transposed(
+        _restored(data, scale, "e4m3", width, kind).requantize(pow2_scales=pow2, offsets=ends)
+    ),
+    shapes=lambda data, scale, width, kind, table, ends, pow2: _column_shapes(data, width, table),
+)
+_swiglu_columns = fused(
+    "fp8_swiglu_columns(Tensor data, Tensor scale, Tensor? weights, int width, bool from_pow2, Tensor? table, "
+    "int[]? ends, bool pow2) -> (Tensor, Tensor)",
+    gpu=lambda data, scale, weights, width, kind, table, ends, pow2: _transposed(
+        _swiglu_columns_by_kernel(_restored(data, scale, "e4m3", width, kind), weights, _groups(table, ends), pow2)
+    ),
+    formula=lambda data, scale, weights, width, kind, table, ends, pow2: _transposed(
+        quantize(
+            swiglu_formula(_restored(data, scale, "e4m3", width, kind).dequantize(torch.bfloat16), weights),
+            (SIDE, 1),
+            pow2_scales=pow2,
+            offsets=ends,
+        )
+    ),
+    shapes=lambda data, scale, weights, width, kind, table, ends, pow2: _column_shapes(data, width // 2, table),
 )

@@ -10,7 +10,7 @@ Products of other formats, and products on other devices, are always PyTorch's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -70,25 +70,29 @@ class Products:
         """Type in which operands of type `dtype` are multiplied on `device`."""
         return torch.float32 if self.widened and device.type == "cpu" and dtype == torch.bfloat16 else dtype
 
-    def multiply(self, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def multiply(
+        self, a: Tensor, b: Tensor, offsets: Tensor | None = None, ends: Sequence[int] | None = None
+    ) -> Tensor:
         """`a b` of a `[..., M, K]` and b `[..., K, N]`, in their format.
 
         `offsets` `[E]` are the ends of groups. Either the rows of a `[R, K]` are grouped, one group per matrix of b
         `[E, K, N]`, and the result is `[R, N]`; or the contraction of a `[M, R]` and b `[R, N]` is grouped, and the
-        result is `[E, M, N]`.
+        result is `[E, M, N]`. `ends` are `offsets` on the host, copied from the device where they are needed and not
+        given: for products in FP32.
         """
         if offsets is not None:
-            return self._grouped(a, b, offsets)
+            return self._grouped(a, b, offsets, ends)
         if self.widens(a):
             return torch.matmul(a.float(), b.float()).to(a.dtype)
         return torch.matmul(a, b)
 
-    def _grouped(self, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-        if not self.widens(a):
+    def _grouped(self, a: Tensor, b: Tensor, offsets: Tensor, ends: Sequence[int] | None) -> Tensor:
+        # Off the CPU torch's grouped product is for BF16. For FP32 it copies the offsets to the host every time.
+        if not self.widens(a) and (a.device.type == "cpu" or a.dtype == torch.bfloat16):
             if a.shape[0 if b.dim() == 3 else 1] == 0:  # no row at all: CUDA's kernel would read from no memory
                 return a.new_zeros(*offsets.shape[: 3 - b.dim()], a.shape[0], b.shape[-1])
             return F.grouped_mm(a, b, offs=offsets)
-        groups = [slice(start, stop) for start, stop in pairwise((0, *offsets.tolist()))]
+        groups = [slice(start, stop) for start, stop in pairwise((0, *(offsets.tolist() if ends is None else ends)))]
         # One group at a time: there is no FP32 copy of all experts, and the copy of one expert stays in the cache.
         if b.dim() == 3:
             rows = a.new_empty(a.shape[0], b.shape[-1])

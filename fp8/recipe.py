@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ..weight_gradients import GradientSink, WeightQueue
 from .gemm import Mode, Operand
 from .kept import Kept
-from .operations import has_kernel, quantize_rows, restore
+from .operations import groups_on, has_kernel, quantize_both, quantize_rows, restore
 from .products import Products
 from .quantize import BlockQuantized, FP8RangeError, fake_quantize, quantize, quantize_with_values, reads_values
 from .tensor_formats import WITH_CACHE, Formats, Kind, TensorFormat
 
-Observer = Callable[[str, Tensor, Tensor, TensorFormat, int, Tensor | None], None]
+Observer = Callable[[str, Tensor, Tensor, TensorFormat, int, Tensor | Sequence[int] | None], None]
 """Observer of one quantisation: class, tensor, dequantised values, format, contracted dimension, ends of groups.
 
 The contracted dimension and the format give the tiles; those of 128 rows begin again with each group.
@@ -121,7 +121,7 @@ class Quantizer:
             codes.pow2_scales,
         )
 
-    def values(self, x: Tensor, contracted: int, offsets: Tensor | None = None) -> Tensor:
+    def values(self, x: Tensor, contracted: int, offsets: Tensor | Sequence[int] | None = None) -> Tensor:
         """Dequantised values of the quantised x `[M, K]`, or of a stack; `offsets` as in `quantize`."""
         if self.format is None:
             return x
@@ -136,12 +136,12 @@ class Quantizer:
         self._observe(x, values, contracted, offsets)
         return values
 
-    def encode(self, x: Tensor, contracted: int, offsets: Tensor | None = None) -> BlockQuantized:
+    def encode(self, x: Tensor, contracted: int, offsets: Tensor | Sequence[int] | None = None) -> BlockQuantized:
         """x quantised; the class must have a format."""
         return self.encode_with_values(x, contracted, offsets, with_values=False)[0]
 
     def encode_with_values(
-        self, x: Tensor, contracted: int, offsets: Tensor | None = None, with_values: bool = True
+        self, x: Tensor, contracted: int, offsets: Tensor | Sequence[int] | None = None, with_values: bool = True
     ) -> tuple[BlockQuantized, Tensor | None]:
         """x quantised, to keep, and its values, to compute with."""
         assert self.format is not None
@@ -168,7 +168,24 @@ class Quantizer:
             self._observe(x, values, contracted, offsets)
         return codes, values
 
-    def _observe(self, x: Tensor, values: Tensor, contracted: int, offsets: Tensor | None) -> None:
+    def encode_both(self, x: Tensor, ends: Sequence[int] | None = None) -> tuple[BlockQuantized, BlockQuantized]:
+        """x `[M, K]` quantised along the columns, as `encode(x, 1)`, and along the rows, as `encode(x, 0, ends)`."""
+        if self.has_kernel(x):
+            assert self.format is not None
+            return quantize_both(x, groups_on(x.device, ends), self.format.pow2, self.monitor.flag(x.device))
+        return self.encode(x, 1, ends), self.encode(x, 0, ends)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the class is in E4M3 with tiles along the contraction, and nothing observes its values."""
+        format = self.format
+        return format is not None and (format.fmt, format.square) == ("e4m3", False) and self.monitor.observer is None
+
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether one kernel quantises x `[M, K]` along both dimensions, off the CPU."""
+        return self.is_plain and x.dtype == torch.bfloat16 and has_kernel(x.device)
+
+    def _observe(self, x: Tensor, values: Tensor, contracted: int, offsets: Tensor | Sequence[int] | None) -> None:
         if self.monitor.observer is not None:
             assert self.format is not None
             self.monitor.observer(self.name, x, values, self.format, contracted, offsets)
@@ -194,7 +211,9 @@ class LinearRecipe:
         """Whether any class has a format. Without one the layer multiplies in the format of its operands."""
         return any(q is not None and q.format is not None for q in (self.input, self.weight, self.gradient, self.cache))
 
-    def operand(self, quantizer: Quantizer, x: Tensor, contracted: int, offsets: Tensor | None = None) -> Operand:
+    def operand(
+        self, quantizer: Quantizer, x: Tensor, contracted: int, offsets: Tensor | Sequence[int] | None = None
+    ) -> Operand:
         """x as an operand of a product: its values for `fast`, codes and scales for `promoted`."""
         if self.mode == "promoted" and quantizer.format is not None:
             return quantizer.encode(x, contracted, offsets)

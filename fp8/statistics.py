@@ -89,7 +89,13 @@ class Statistics:
         """By class, of operands of W."""
 
     def __call__(
-        self, name: str, x: Tensor, values: Tensor, format: TensorFormat, contracted: int, offsets: Tensor | None
+        self,
+        name: str,
+        x: Tensor,
+        values: Tensor,
+        format: TensorFormat,
+        contracted: int,
+        offsets: Tensor | Sequence[int] | None,
     ) -> None:
         """Add one quantisation; see `fp8.recipe.Observer`."""
         weight = name.endswith(".weight")  # its product with dy contracts dimension 0, and is dgrad, not W
@@ -98,7 +104,13 @@ class Statistics:
 
 
 @torch.no_grad()
-def measure(x: Tensor, values: Tensor, format: TensorFormat, contracted: int, offsets: Tensor | None = None) -> Sums:
+def measure(
+    x: Tensor,
+    values: Tensor,
+    format: TensorFormat,
+    contracted: int,
+    offsets: Tensor | Sequence[int] | None = None,
+) -> Sums:
     """Sums over x `[M, K]` or a stack `[E, M, K]`, and over the dequantised `values` of the same shape.
 
     Sums are in FP64. `contracted` and `offsets` give the tiles, as in `Quantizer.values`.
@@ -137,11 +149,11 @@ def _add_rows(total: Sums, matrix: Tensor, quantized: Tensor, contracted: int) -
     total.worst_row = math.sqrt(float(errors.max())) if errors.numel() else 0.0
 
 
-def _segments(x: Tensor, offsets: Tensor | None, height: int) -> Sequence[int]:
+def _segments(x: Tensor, offsets: Tensor | Sequence[int] | None, height: int) -> Sequence[int]:
     """Rows of the segments in which tiles begin again."""
     if x.dim() == 3:
         return (x.shape[1],) * x.shape[0]
     if offsets is None or height == 1:
         return (x.shape[0],)
-    ends = offsets.tolist()
+    ends = offsets.tolist() if isinstance(offsets, Tensor) else offsets
     return [end - start for start, end in zip((0, *ends), ends, strict=False)]

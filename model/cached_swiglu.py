@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..fp8.kept import Kept
-from ..fp8.operations import swiglu_backward_of, swiglu_keeping, swiglu_of
+from ..fp8.operations import swiglu_backward_of, swiglu_columns_of, swiglu_keeping, swiglu_of
 from ..fp8.quantize import BlockQuantized
 from ..fp8.recipe import Quantizer
 
@@ -36,6 +36,7 @@ def cached_swiglu(gate_up: Tensor, weights: Tensor | None, quantizer: Quantizer)
     return result, Kept(
         (cache.data, cache.scale, *more),
         lambda data, scale, weights=None: swiglu_of(rest(data, scale), weights).view(shape),
+        lambda data, scale, weights=None, **how: swiglu_columns_of(rest(data, scale), weights, **how),
     )
 
 

@@ -129,11 +129,12 @@ def swiglu_backward(
 
 
 def quantize_both(
-    x: Tensor, groups: RowGroups | None = None, pow2_scales: bool = True
+    x: Tensor, groups: RowGroups | None = None, pow2_scales: bool = True, met: Tensor | None = None
 ) -> tuple[BlockQuantized, BlockQuantized]:
     """x BF16 `[M, N]` in tiles of (1, 128), and in tiles of (128, 1), transposed, from one read.
 
-    Raises UsageError for another shape, type or layout, and without Triton.
+    Infinities and NaN set `met` int32 `[1]` to 1. Raises UsageError for another shape, type or layout, and without
+    Triton.
     """
     x = check("x", x, torch.bfloat16, None, None)
     rows, width = x.shape
@@ -147,8 +148,11 @@ def quantize_both(
     Launch(
         kernel,
         down * across,
-        (x, _table(groups, codes), codes, scales, codes_t, scales_t, rows, width, across),
-        {"groups": alignment(groups), "pow2": pow2_scales, "block": block},
+        (
+            *(x, _table(groups, codes), codes, scales, codes_t, scales_t, scales if met is None else met),
+            *(rows, width, across),
+        ),
+        {"groups": alignment(groups), "pow2": pow2_scales, "watched": met is not None, "block": block},
         num_warps=8,
     ).run()
     return (

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from ...kernels.launch import load_triton
-from .numerics import LARGEST_BF16, LARGEST_FP32, SIDE, bounds_of_tile, store_columns, store_rows
+from .numerics import LARGEST_BF16, LARGEST_FP32, SIDE, bounds_of_tile, store_columns, store_rows, tell
 
 triton, tl = load_triton()
 
@@ -25,17 +25,20 @@ def quantize_both(
     scales,
     codes_t,
     scales_t,
+    met,
     rows,
     width,
     tiles,
     groups: tl.constexpr,
     pow2: tl.constexpr,
+    watched: tl.constexpr,
     block: tl.constexpr,
 ):
     """Make 128 x 128 values of x `[rows, width]` BF16 in both tilings per program.
 
     A program takes `block` rows at a time for one tiling and `block` columns at a time for the other, so that many
-    programs fit into the registers of a multiprocessor. The second read is from the cache.
+    programs fit into the registers of a multiprocessor. The second read is from the cache. `met` is set where a value
+    is infinite or NaN, if `watched`.
     """
     part, tile = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     first, end = bounds_of_tile(table, rows, tile, groups)
@@ -46,6 +49,8 @@ def quantize_both(
         row = first + start + tl.arange(0, block)
         row_inside = row < end
         values = _load(x, row, row_inside, column, column_inside, width)
+        if watched:
+            tell(values, met)
         store_rows(
             values, codes, scales, row, row_inside, column, column_inside, width, tiles, part, pow2, LARGEST_BF16
         )  # fmt: skip
