@@ -37,14 +37,18 @@ from ..parallel.executor import Program
 from ..parallel.groups import Groups
 from ..parallel.layout import Layout
 from ..parallel.schedule.actions import Action, Overlap, parts
-from ..plan.pipeline import make_schedule
+from ..plan.pipeline import example_schedule, make_schedule, make_split
 from ..training.build import make_groups
 from ..training.trainer import Trainer
 from . import transformer_engine
+from .extend import extend, fewest_microbatches
 from .metering import RecordedMeter
 from .recorder import Recorder, Work
 from .result import DryRun, Layer
 from .routing import RoutingName, TokenRouting
+
+AT_ONCE = 1200
+"""Layers times micro-batches that are run as they are, 30 to 50 ms each; longer steps are extended."""
 
 GPUS_PER_NODE = 8
 """Value of `parallel.gpus_per_node: auto`, which only a machine could answer."""
@@ -73,15 +77,34 @@ def dry_run(
     layout = layout_of(config, world)
     if not 0 <= rank < world:
         raise AssertionError(f"no rank {rank} among {world}")
-    config = _one_step(config, layout, microbatches)
-    per_layer = moe_layer(config, layout, routing) if layer and config.model.num_moe_layers else None
+    step = _one_step(config, layout, microbatches)
+    number = step.batch.microbatches(step.batch.global_sequences, layout.dp)
+    per_layer = moe_layer(step, layout, routing) if layer and config.model.num_moe_layers else None
     counted = time.perf_counter()
-    with _fake_world(world, rank):
-        groups = make_groups(config, layout, "meta")
-        grouped = time.perf_counter()
-        run = _Step(config, groups, TokenRouting(routing, config, layout, rank), per_layer, steps=steps)
-        seconds = {"layer": counted - started, "groups": grouped - counted}
-        return run.result(seconds)
+
+    def run(microbatches: int) -> DryRun:
+        began = time.perf_counter()
+        config = _one_step(step, layout, microbatches)
+        with _fake_world(world, rank):
+            groups = make_groups(config, layout, "meta")
+            run = _Step(config, groups, TokenRouting(routing, config, layout, rank), per_layer, steps=steps)
+            return run.result({"groups": time.perf_counter() - began})
+
+    fewest = fewest_microbatches(step, number)
+    longer = fewest + 2 * layout.pp
+    if number * _layers_of(step, layout, rank) <= AT_ONCE or longer >= number or steps > 1:
+        result = run(number)
+    else:
+        result = extend(run(fewest), run(longer), number)
+    return replace(result, seconds={"layer": counted - started, **result.seconds})
+
+
+def _layers_of(config: Config, layout: Layout, rank: int) -> int:
+    """Layers of the stages of `rank`, MTP modules included."""
+    split, schedule = make_split(config), example_schedule(config)
+    stages = schedule.stages_of_rank[layout.coordinates(rank).pp]
+    depths = config.model.num_nextn_predict_layers if schedule.num_stages - 1 in stages else 0
+    return depths + sum(len(split.layers[stage]) for stage in stages)
 
 
 def layout_of(config: Config, world: int) -> Layout:
@@ -179,6 +202,7 @@ class _Step:
             rank=groups.rank,
             coordinates=groups.coordinates,
             microbatches=self.microbatches,
+            run_microbatches=self.microbatches,
             in_flight=self.program.peak_microbatches,
             parameters=sum(parameter.numel() for _, parameter in trainer.model.parameters()),
             routing=self.routing.name,

@@ -43,6 +43,8 @@ class DryRun:
     coordinates: tuple[int, int, int]
     """Pipeline, expert data parallel and expert parallel coordinates."""
     microbatches: int
+    run_microbatches: int
+    """Micro-batches that were run; the rest of a long step is extended from them, see `extend.py`."""
     in_flight: int
     """Most micro-batches with activations at once."""
     parameters: int
@@ -82,6 +84,7 @@ class DryRun:
             "rank": self.rank,
             "coordinates": list(self.coordinates),
             "microbatches": self.microbatches,
+            "run_microbatches": self.run_microbatches,
             "in_flight": self.in_flight,
             "parameters": self.parameters,
             "routing": {"name": self.routing, "load": self.load},

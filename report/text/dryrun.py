@@ -19,7 +19,7 @@ def dry_run_text(run: Mapping[str, Any]) -> str:
     rows = {
         "rank": f"{run['rank']}: pp {pp}, edp {edp}, ep {ep} of {run['layout']}",
         "parameters": format_count(run["parameters"]),
-        "micro-batches": f"{run['microbatches']}, at most {run['in_flight']} with activations",
+        "micro-batches": f"{run['microbatches']}, at most {run['in_flight']} with activations{_extended(run)}",
         "routing": f"{run['routing']['name']}, {run['routing']['load']:.2f} x the mean on this rank",
         "memory": f"{format_bytes(run['peak_bytes'])} of tensors at the peak, in {run['peak_phase']}",
         "before the step": format_bytes(run["built_bytes"]),
@@ -45,6 +45,11 @@ def dry_run_text(run: Mapping[str, Any]) -> str:
         lines += align([heading, *sent], frozenset({0, 1, 2}))
     lines += ["", f"{sum(run['seconds'].values()):.1f} s, {len(run['collectives'])} collectives"]
     return "\n".join(lines)
+
+
+def _extended(run: Mapping[str, Any]) -> str:
+    fewer: int = run["run_microbatches"]
+    return "" if fewer == run["microbatches"] else f"; extended from {fewer}"
 
 
 def _layer_rows(run: Mapping[str, Any]) -> list[str]:
