@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .differentiable import Function
 from .weight_gradients import WeightQueue
 
 Result = TypeVar("Result")
@@ -153,7 +154,7 @@ class _Cut:
         self.gradient: Tensor | None = None
 
 
-class _Cross(torch.autograd.Function):
+class _Cross(Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, tensor: Tensor, cut: _Cut) -> Tensor:
         ctx.cut = cut

@@ -25,9 +25,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from ..differentiable import Function, once_differentiable
 from ..fp8.quantize import BlockQuantized
 from ..settings import UsageError
 from .dispatcher import Dispatched, Incoming, Pending

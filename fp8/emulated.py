@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..differentiable import Function, once_differentiable
 from . import gemm
 from .gemm import Operand
 from .kept import Kept
@@ -107,7 +107,7 @@ class Later(Protocol):
         """Take the computation; returns the gradient if autograd is to have it now."""
 
 
-class QuantizedFunction(torch.autograd.Function):
+class QuantizedFunction(Function):
     """A linear layer, grouped where there are offsets. `ends` are the offsets on the host.
 
     `codes` are the quantised form in which x arrived, if any. `incoming`, called in the backward, gives the quantised

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ..differentiable import Function, once_differentiable
 from ..kernels.add_product import add_product
 from ..weight_gradients import GradientSink, GradientSum, WeightQueue, keeps_sums, now_or_later
 from .emulated import QuantizedFunction, QuantizedWeight, keep
@@ -136,7 +136,7 @@ class GroupedLinear(_Layer):
         return self._engine(x, self.weight, self.weight_queue, self.gradients, kept, False, sizes)
 
 
-class _LinearFunction(torch.autograd.Function):
+class _LinearFunction(Function):
     """A linear layer in the format of its operands, grouped where there are offsets."""
 
     @staticmethod

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..differentiable import Function, once_differentiable
 from ..fp8.kept import Kept
 from ..fp8.operations import swiglu_backward_of, swiglu_columns_of, swiglu_keeping, swiglu_of
 from ..fp8.quantize import BlockQuantized
@@ -40,7 +40,7 @@ def cached_swiglu(gate_up: Tensor, weights: Tensor | None, quantizer: Quantizer)
     )
 
 
-class _CachedSwiGLU(torch.autograd.Function):
+class _CachedSwiGLU(Function):
     """The backward of SwiGLU; the forward has run."""
 
     @staticmethod

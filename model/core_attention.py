@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..differentiable import Function, once_differentiable
 from ..fp8.kept import Kept
 from ..fp8.products import Products
 from ..fp8.recipe import Attention
@@ -69,7 +69,7 @@ def _probabilities(query: Tensor, key: Tensor, start: int, stop: int, mask: Tens
     return torch.softmax(scores, -1)
 
 
-class _BlockwiseAttention(torch.autograd.Function):
+class _BlockwiseAttention(Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, widen: bool) -> Tensor:
         ctx.save_for_backward(query, key, value)

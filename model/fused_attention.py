@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..differentiable import Function, once_differentiable
 from ..fp8.kept import Kept
 
 aten = torch.ops.aten
@@ -146,7 +146,7 @@ def fused_attention(
     return attended, kept
 
 
-class _FusedAttention(torch.autograd.Function):
+class _FusedAttention(Function):
     """The backward of `kernel`; the forward has run."""
 
     @staticmethod

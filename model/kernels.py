@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..differentiable import Function, once_differentiable
 from ..fp8.kept import Kept
 from ..kernels.assemble import assemble, assemble_backward, assemble_backward_formula, assemble_formula
 from ..kernels.norm import (
@@ -143,7 +143,7 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> t
     return grad_gate_up, grad_weights
 
 
-class RMSNormFunction(torch.autograd.Function):
+class RMSNormFunction(Function):
     """RMSNorm that saves only its input."""
 
     @staticmethod
@@ -160,7 +160,7 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x.view(x.shape), grad_gain.to(gain.dtype), None, None
 
 
-class NormFunction(torch.autograd.Function):
+class NormFunction(Function):
     """The residual stream `[..., H]`, and `users` times its norm, on GPUs.
 
     The stream is x plus `addend`, or x. Every user has a tensor of its own, so that the gradients of all users and of
@@ -194,7 +194,7 @@ class NormFunction(torch.autograd.Function):
         return grad_total, grad_total if ctx.added else None, grad_gain, None, None
 
 
-class SumFunction(torch.autograd.Function):
+class SumFunction(Function):
     """Sum of three tensors of one shape in one kernel, rounded once, on GPUs."""
 
     @staticmethod
@@ -207,7 +207,7 @@ class SumFunction(torch.autograd.Function):
         return grads[0], grads[0], grads[0]
 
 
-class SwiGLUFunction(torch.autograd.Function):
+class SwiGLUFunction(Function):
     """SwiGLU, `silu(gate) * up`, times the routing weight of each row if there are weights.
 
     gate_up [..., 2I] (gate first), weights [R] FP32 or None, result [..., I]. As in V3, the gate weight is applied
@@ -242,7 +242,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
-class AssembleFunction(torch.autograd.Function):
+class AssembleFunction(Function):
     """Rotation and layout of queries, keys and values for attention.
 
     In: query `[B, S, A, N+R]`, keys and values `[B, S, A, N+V]`, the one rotary key `[B, S, R]` that all heads share,
@@ -271,7 +271,7 @@ class AssembleFunction(torch.autograd.Function):
         return *run(*grads, rotary, ctx.scale), None, None
 
 
-class EmbeddingFunction(torch.autograd.Function):
+class EmbeddingFunction(Function):
     """Rows of `table` `[V, H]` by `tokens` `[B, S]`, with the gradients of a row summed in FP32 and rounded once.
 
     PyTorch's CPU kernel sums them in the table's format: a frequent token's BF16 sum stops growing at 256 times its

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..differentiable import Function, once_differentiable
 from ..fp8.products import Products
 from ..kernels.add_product import add_product
 from ..weight_gradients import GradientSum, sink_of
@@ -48,7 +48,7 @@ def cross_entropy_sum(
     return _HeadLoss.apply(hidden, weight, labels, training, widens, gradient, total)
 
 
-class _HeadLoss(torch.autograd.Function):
+class _HeadLoss(Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ..differentiable import Function, once_differentiable
 from ..phases import Tape, Uncut
 from .balance import BalanceLosses, BalanceWeights, balance_losses
 from .capacity import Dropping
@@ -149,7 +149,7 @@ class Router(nn.Module):
         return dropping.beyond(affinity, pairs // (experts // groups), groups).view_as(expert_ids)
 
 
-class _GateFunction(torch.autograd.Function):
+class _GateFunction(Function):
     """Product `x W^T` in FP32 from operands of any format, saved in that format: x `[B, S, H]`, weight `[E, H]`."""
 
     @staticmethod

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ...differentiable import Function, once_differentiable
 from ...settings import UsageError, nearest_multiples
 from ...weight_gradients import GradientSink, WeightQueue, now_or_later
 from ..kept import Kept
@@ -241,7 +241,7 @@ def _check(library: Library, weight: Tensor) -> None:
             )
 
 
-class _AfterBackward(torch.autograd.Function):
+class _AfterBackward(Function):
     """Identity whose backward runs right after the backward of the operations on its result, and calls `then`."""
 
     @staticmethod
@@ -256,7 +256,7 @@ class _AfterBackward(torch.autograd.Function):
         return grads[0], None, None
 
 
-class _BeforeBackward(torch.autograd.Function):
+class _BeforeBackward(Function):
     """Identity whose backward runs right before the backward of y's operation, and calls `first(*saved)`."""
 
     @staticmethod

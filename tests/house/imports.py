@@ -34,7 +34,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 }
 """Folders that each folder may import, in addition to itself and the contracts at the root."""
 
-AT_THE_ROOT = frozenset({"settings.py", "phases.py", "weight_gradients.py", "local_parameter.py", "seeds.py"})
+AT_THE_ROOT = frozenset(
+    {"settings.py", "differentiable.py", "phases.py", "weight_gradients.py", "local_parameter.py", "seeds.py"}
+)
 """Small contracts between folders, for all of them."""
 
 PURE_PARTS = ("parallel/schedule/", "parallel/layout.py", "parallel/stages.py", "parallel/overlap_orders.py")

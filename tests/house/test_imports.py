@@ -106,6 +106,7 @@ def test_the_check_finds_a_circle() -> None:
         ("seeds", {"numpy"}),
         ("local_parameter", {"torch"}),
         ("weight_gradients", {"torch"}),
+        ("differentiable", {"torch"}),
         ("phases", {"torch", "counterflow"}),
         ("__init__", set()),
     ],
