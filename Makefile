@@ -13,8 +13,21 @@ INSTALLED := $(VENV)/.installed
 # -P keeps the current folder off sys.path: our folders are not packages of their own.
 RUN := $(VENV)/bin/python -P
 
+# With PYTHON given, what is for GPUs runs in that Python as it is: a machine with a GPU may have torch and no network.
+# The package is found through a link, and wheels in build/wheels are unpacked first (tests/gpu/requirements.txt).
+ifeq ($(origin PYTHON),command line)
+GPU_NEEDS := build/link/counterflow
+GPU_RUN := PYTHONPATH=$(CURDIR)/build/link:$(CURDIR)/build/site $(PYTHON) -P
+else
+GPU_NEEDS = $(INSTALLED)
+GPU_RUN = $(RUN)
+endif
+# Where prove-gpu leaves its results; REHEARSE=1 runs it on the CPU at toy sizes.
+OUT ?= prove
+REHEARSE ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help train test test-long test-all test-gpu layouts audit lint bench floors claims docs clean
+.PHONY: help train test test-long test-all test-gpu prove-gpu layouts audit lint bench floors claims docs clean
 
 # An environment that was made when the clone lay elsewhere points to the old place.
 $(shell [ "$$(cat $(INSTALLED) 2>/dev/null)" = "$(CURDIR)" ] || rm -f $(INSTALLED))
@@ -34,9 +47,12 @@ test-long: $(INSTALLED) ## run the long tests, which make test leaves out
 test-all: $(INSTALLED) ## run every test, the long ones too
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU
-	@$(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu needs an NVIDIA GPU and a torch built for it: there is none here. All that can be tested without is in make test.")'
-	$(RUN) -m pytest tests/gpu -rs $(ARGS)
+test-gpu: $(GPU_NEEDS) ## run the tests that need an NVIDIA GPU
+	@$(GPU_RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu needs an NVIDIA GPU and a torch built for it: there is none here. All that can be tested without is in make test.")'
+	$(GPU_RUN) -m pytest tests/gpu -rs -p no:cacheprovider $(ARGS)
+
+prove-gpu: $(GPU_NEEDS) ## prove the path of GPUs on one GPU in 8 minutes, into prove/
+	$(GPU_RUN) tests/gpu/prove/run.py --out $(OUT) $(if $(REHEARSE),--rehearse) $(ARGS)
 
 layouts: $(INSTALLED) ## compare every schedule and layout with one process over twenty steps
 	COUNTERFLOW_TEST_STEPS=20 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/training/test_pipelines.py -rP $(ARGS)
@@ -85,6 +101,10 @@ $(INSTALLED): pyproject.toml
 	fi
 	$(RUN) -m pip install --quiet -e '.[dev]'
 	@echo "$(CURDIR)" >$@
+
+build/link/counterflow: $(wildcard build/wheels/*.whl)
+	@mkdir -p build/link && ln -sfn "$(CURDIR)" $@
+	@set -e; for wheel in $^; do "$(PYTHON)" -m pip install --quiet --no-index --no-deps --upgrade --target build/site "$$wheel"; done
 
 # The documents' packages are no part of the environment that trains and tests.
 $(VENV)/.docs-installed: $(INSTALLED)

@@ -70,8 +70,8 @@ def _shard(make: Make, moments: torch.dtype) -> tuple[Any, ...]:
     return *state, make(SHARD, dtype=moments).abs_(), 0.9, 0.95, 1e-8, 0.7, 0.4, 0.999, 1e-3
 
 
-def _wide(make: Make, width: int = HIDDEN) -> Tensor:
-    return make(TOKENS, width)
+def _wide(make: Make, width: int | None = None) -> Tensor:
+    return make(TOKENS, HIDDEN if width is None else width)
 
 
 EXAMPLES = [

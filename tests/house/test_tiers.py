@@ -28,7 +28,9 @@ def test_the_short_and_the_long_tests_are_all_tests(recipes: dict[str, str]) -> 
 
 def test_a_change_lands_when_lint_and_both_tiers_pass(root: Path) -> None:
     lines = (root / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line.startswith("make ")] == ["make lint", "make test", "make test-long"]
+    made = [line for line in lines if line.startswith("make ")]
+    rehearsal = "make prove-gpu REHEARSE=1 OUT=build/rehearsal"
+    assert made == ["make lint", rehearsal, "make test", "make test-long"]
 
 
 def test_every_claim_has_a_test_in_the_short_tier(pytestconfig: pytest.Config) -> None:
