@@ -1,63 +1,116 @@
-"""Every fused operation of `kernels/`: its kernel's values against its formula, its speed against formula and copy."""
+"""Every fused operation: values against its formula, alone and in real steps; speed against the formula and a copy."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
+from counterflow.configs.load import load_config
+from counterflow.dryrun.rank import dry_run
 from counterflow.kernels import examples
 from counterflow.kernels.op import OPERATIONS
+from counterflow.tests.gpu.prove.compared import Compared, difference, results
+from counterflow.tests.gpu.prove.ranks import together
 from counterflow.tests.gpu.prove.report import Report
-from counterflow.tests.gpu.prove.tools import Setup, error, same_bits
+from counterflow.tests.gpu.prove.tools import Setup, batches, forward_backward, same_bits, trainer
 
 TOY = {"TOKENS": 8, "HIDDEN": 128, "HEADS": 2, "ROWS": 16, "INNER": 64, "SHARED_ROWS": 8, "DENSE": 64, "SHARD": 64}
 """Sizes of examples in a rehearsal."""
-ELSEWHERE = ("add_product", "fp8_")
-"""Operations that other parts compare: `grouped` and `fp8_kernels`."""
-BOUNDS = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
-"""Bounds of the error by the format of a result: a rounding of BF16 where sums come in another order."""
+BOUND = 1e-2
+"""Bound of an error: a rounding of BF16 where sums come in another order."""
+ELSEWHERE = "fp8_"
+"""Beginning of the names of operations that the part `fp8_kernels` compares."""
+STEPS = {
+    "BF16, flat": (1, ("precision.recipe=bf16",)),
+    "FP8 emulated, flat": (1, ("precision.recipe=fp8", "precision.backend=emulated")),
+    "BF16, flat, ep 2": (2, ("precision.recipe=bf16", "parallel.ep=2", "comm.dispatcher=flat")),
+    "BF16, two hops": (
+        2,
+        ("precision.recipe=bf16", "parallel.ep=2", "parallel.gpus_per_node=1", "comm.dispatcher=two-hop"),
+    ),
+    "FP8 wire, two hops": (
+        2,
+        (
+            "precision.recipe=fp8",
+            "precision.backend=emulated",
+            "parallel.ep=2",
+            "parallel.gpus_per_node=1",
+            "comm.dispatcher=two-hop",
+        ),
+    ),
+}
 
 
 def run(setup: Setup, report: Report) -> None:
+    met: set[str] = set()
+    for name, (world, settings) in STEPS.items():
+        if setup.rehearse and name.startswith("FP8"):
+            continue
+        with report.attempt(name):
+            met |= _met_dry(world, settings) if setup.rehearse else _met(setup, report, name, world, settings)
     if setup.rehearse:
         for name, size in TOY.items():
-            if hasattr(examples, name):
-                setattr(examples, name, size)
+            setattr(examples, name, size)
     with setup.alone():
         for example in examples.EXAMPLES:
             name = f"{example.operation}, {example.case}"
             with report.attempt(name):
                 torch.manual_seed(0)
-                _compare(setup, report, name, example)
+                _alone(setup, report, name, example)
                 if not setup.rehearse:
                     torch.cuda.empty_cache()
-    shown = {example.operation for example in examples.EXAMPLES}
-    without = sorted(name for name in set(OPERATIONS) - shown if not name.startswith(ELSEWHERE))
-    report.check("every operation has an example", not without, without)
+    met |= {example.operation for example in examples.EXAMPLES}
+    left = sorted(name for name in set(OPERATIONS) - met if not name.startswith(ELSEWHERE))
+    report.check("every operation is compared", not left, left)
 
 
-def _compare(setup: Setup, report: Report, name: str, example: Any) -> None:
-    operation, device = OPERATIONS[example.operation], setup.device
+def _config(settings: tuple[str, ...], length: int = 16) -> Any:
+    wide = ("model.hidden_size=256", "model.moe_intermediate_size=128", "model.num_nextn_predict_layers=0")
+    sizes = (
+        f"batch.sequence_length={length}",
+        f"model.max_position_embeddings={max(length, 256)}",
+        "memory.recompute=v3",
+        "batch.global_sequences=2",
+    )
+    return load_config("tiny", [*wide, *sizes, *settings])
+
+
+def _met_dry(world: int, settings: tuple[str, ...]) -> set[str]:
+    used = dry_run(_config(settings), world=world, rank=0, layer=False).operations
+    return {name.split("::")[-1].split(".")[0 if "::" in name else 1] for name in used}
+
+
+def _met(setup: Setup, report: Report, name: str, world: int, settings: tuple[str, ...]) -> set[str]:
+    """Compare the operations of a step on `world` ranks."""
+    rows = together(setup, world, "gloo", _step, settings)[0]
+    for row in rows:
+        report.row(f"operations of a step, {name}", **row)
+    wrong = [row for row in rows if row["error"] > BOUND or not row["same"]]
+    report.check(f"{name}: operations are their formulas", not wrong, wrong)
+    return {row["operation"] for row in rows}
+
+
+def _step(settings: tuple[str, ...], setup: Setup) -> list[dict[str, Any]]:
+    config = _config(settings, 1024)
+    of = trainer(config, setup.device, dist.get_world_size())
+    with Compared() as compared:
+        forward_backward(of, batches(config, 2))
+        of.optimizer.step(1e-3, of.optimizer.reduce_gradients())
+    return compared.rows
+
+
+def _alone(setup: Setup, report: Report, name: str, example: Any) -> None:
+    operation = OPERATIONS[example.operation]
     call = getattr(torch.ops.counterflow, example.operation).default
-    given = example.on(device)
-    first, results = _results(call, given)
-    again, _ = _results(call, given)
-    exact, _ = _results(operation.formula, given)
-    report.check(f"{name}: two runs give the same bits", same_bits(first, again))
-    worst = 0.0
-    for made, right in zip(first, exact, strict=True):
-        if made.shape != right.shape:  # partial sums, of as many parts as the kernel has programs
-            made, right = made.sum(0), right.sum(0)
-        if not made.is_floating_point() or made.element_size() == 1:
-            report.check(f"{name}: codes and numbers are the formula's", same_bits(made, right))
-            continue
-        worst = max(worst, error(made, right))
-        report.check(f"{name}: values are the formula's", error(made, right) <= BOUNDS.get(made.dtype, 1e-2), worst)
-    del first, again, exact, results
-    moved = example.bytes()
-    ms = setup.milliseconds(lambda: call(*given))
+    given = example.on(setup.device)
+    first, again, exact = results(call, given), results(call, given), results(operation.formula, given)
+    report.check(f"{name}: two runs give the same bits", same_bits(first[0] + first[1], again[0] + again[1]))
+    worst, same = difference(first[0] + first[1], exact[0] + exact[1])
+    report.check(f"{name}: values are the formula's", worst <= BOUND and same, [worst, same])
+    del first, again, exact
+    moved, ms = example.bytes(), setup.milliseconds(lambda: call(*given))
     plain = setup.milliseconds(lambda: operation.formula(*given), rounds=5)
     report.row(
         "speed",
@@ -67,25 +120,4 @@ def _compare(setup: Setup, report: Report, name: str, example: Any) -> None:
         times_faster=plain / ms,
         GB_per_s=moved / ms / 1e6,
         error=worst,
-        same_bits=None,
     )
-
-
-def _results(call: Any, given: Any) -> tuple[list[Tensor], Any]:
-    """Tensors that a call returns, or changes: it gets copies of its arguments."""
-    copies = _copy(given)
-    made = call(*copies)
-    if made is None:
-        return [
-            x for x, before in zip(copies, given, strict=True) if isinstance(x, Tensor) and not same_bits(x, before)
-        ], made
-    parts = made if isinstance(made, tuple | list) else (made,)
-    return [part for part in parts if isinstance(part, Tensor)], made
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device).copy_(value)
-    if isinstance(value, tuple | list):
-        return type(value)(map(_copy, value))
-    return value
