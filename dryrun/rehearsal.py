@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..configs.config import Config
-from ..parallel.communicators import Round, communicator_rounds
+from ..parallel.communicators import Round
 from ..parallel.layout import Layout
-from ..training.build import sharing_of_run
+from ..training.communicators import rounds_of_run
 from .rank import dry_run, layout_of
 from .rules import Blocked, Event, Group, Launch, Rules, always_room, rehearse
 
@@ -33,15 +33,14 @@ class Rehearsal:
     """Communicators of each rank by name, those that it never uses included."""
 
     @classmethod
-    def of(cls, config: Config, world: int, microbatches: int | None = None, steps: int = 2) -> Rehearsal:
+    def of(cls, config: Config, world: int, microbatches: int | None = None) -> Rehearsal:
         """Record one rank of each pipeline rank. Raises UsageError as `dry_run` does."""
         layout = layout_of(config, world)
-        holders, links = sharing_of_run(config, layout)
-        rounds = list(communicator_rounds(layout, holders, links, counts=True))
+        rounds = rounds_of_run(config, layout)
         programs: dict[int, list[Event]] = {}
         for pp in range(layout.pp):
             first = layout.rank(pp, 0, 0)
-            program = list(dry_run(config, world, first, microbatches, layer=False, steps=steps).program)
+            program = list(dry_run(config, world, first, microbatches, layer=False, steps=2).program)
             for edp in range(layout.edp):
                 for ep in range(layout.ep):
                     programs[layout.rank(pp, edp, ep)] = program_at(program, layout, edp, ep)

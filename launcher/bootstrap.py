@@ -39,6 +39,11 @@ def visible_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def device_type(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
     """Kind of device on which ranks with this `run.device` would train here; never the CPU where a GPU is visible."""
     if device == "auto":

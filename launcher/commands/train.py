@@ -128,13 +128,17 @@ def check_same_run(plan: RunPlan, process: Process) -> None:
 def _train(plan: RunPlan, process: Process, as_json: bool) -> int:
     from ...report.progress import ProgressDisplay
     from ...training.build import make_groups
+    from ...training.communicators import refuse_without_room
     from ...training.run import run_training, summarise
+    from ..bootstrap import multiprocessors
 
     config = plan.config
     if plan.complete:
         heading = "already complete: raise train.steps to continue, or start again with --fresh"
     else:
         heading = "done"
+        if process.device.type == "cuda" and config.comm.backend != "gloo":
+            refuse_without_room(config, plan.layout, process.rank, multiprocessors(process.device))
         groups = make_groups(config, plan.layout, process.device.type)
         run_training(plan, groups, process.device)
     if process.rank == 0:
