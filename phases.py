@@ -51,7 +51,7 @@ class Uncut:
     def phase(self, name: str) -> str:
         return name
 
-    def cut(self, tensor: Tensor) -> Tensor:
+    def cut(self, tensor: Tensor, large: bool = False) -> Tensor:
         return tensor
 
     def leave(self, tensor: Tensor) -> Tensor:
@@ -87,11 +87,18 @@ class Tape:
         self._pieces.append(self._open)
         return name
 
-    def cut(self, tensor: Tensor) -> Tensor:
-        """Return the same values for later phases, cut off from the graph of this phase."""
+    def cut(self, tensor: Tensor, large: bool = False) -> Tensor:
+        """Return the same values for later phases, cut off from the graph of this phase.
+
+        The backward of this phase holds the tensor's gradient to its end; a `large` one goes once it has been read.
+        """
         if not tensor.requires_grad:
             return tensor
-        return self._continue(tensor, self._made(_Cut(get_gradient_edge(tensor))))
+        if not large:
+            return self._continue(tensor, self._made(_Cut(get_gradient_edge(tensor))))
+        cut = _Cut(None)
+        cut.ticket = _HandOver.apply(tensor, cut)
+        return self._continue(tensor, self._made(cut))
 
     def leave(self, tensor: Tensor) -> Tensor:
         """Cut the chunk's output off for the next stage; `backward` takes its gradient."""
@@ -152,6 +159,23 @@ class _Cut:
     def __init__(self, edge: GradientEdge | None) -> None:
         self.edge = edge
         self.gradient: Tensor | None = None
+        self.ticket: Tensor | None = None
+        """Output of `_HandOver`, from which the backward starts in place of the tensor."""
+
+    def take(self) -> Tensor | None:
+        gradient, self.gradient = self.gradient, None
+        return gradient
+
+    def root(self) -> tuple[GradientEdge | Tensor, Tensor] | None:
+        """Where the backward starts, and the gradient there; None if no gradient has arrived."""
+        if self.gradient is None:
+            return None
+        if self.ticket is not None:
+            ticket, self.ticket = self.ticket, None
+            return ticket, ticket.detach()
+        gradient = self.take()
+        assert self.edge is not None and gradient is not None
+        return self.edge, gradient
 
 
 class _Cross(Function):
@@ -167,20 +191,32 @@ class _Cross(Function):
         return None, None, None
 
 
+class _HandOver(torch.autograd.Function):
+    """A scalar without meaning, in whose backward the gradient of the cut moves on, so that nobody else holds it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cut: _Cut) -> Tensor:
+        ctx.cut = cut
+        return tensor.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, None]:
+        cut: _Cut = ctx.cut
+        return cut.take(), None
+
+
 class _Piece:
     def __init__(self, name: str) -> None:
         self.name = name
         self.cuts: list[_Cut] = []
 
     def backward(self) -> None:
-        roots = [(cut.edge, cut.gradient) for cut in self.cuts if cut.gradient is not None]
-        for cut in self.cuts:
-            cut.gradient = None  # the graph of the phases behind may hold the cut
+        roots = [root for cut in self.cuts if (root := cut.root()) is not None]
         self.cuts.clear()
         if roots:
-            edges, gradients = zip(*roots, strict=True)
+            starts, gradients = zip(*roots, strict=True)
             del roots
-            torch.autograd.backward(edges, gradients)
+            torch.autograd.backward(starts, gradients)
 
 
 class _Redo:

@@ -22,13 +22,15 @@ class Incoming:
     """Codes in which the gradient of the experts' outputs arrived; taken once, None for an unquantised gradient."""
 
     codes: BlockQuantized | None = None
+    wanted: bool = True
+    """Whether anyone takes them; otherwise they are not kept."""
 
     def take(self) -> BlockQuantized | None:
         codes, self.codes = self.codes, None
         return codes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dispatched:
     """Rows that this rank's experts compute on, sorted by (local expert, source rank, token).
 
@@ -51,6 +53,12 @@ class Dispatched:
     handle: Any
     codes: BlockQuantized | None = None
     incoming: Incoming = field(default_factory=Incoming)
+
+    def take(self) -> tuple[Tensor, BlockQuantized | None]:
+        """x and `codes`, which are then gone from here."""
+        taken = self.x, self.codes
+        self.x, self.codes = self.x.new_empty(0), None
+        return taken
 
 
 @dataclass

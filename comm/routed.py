@@ -273,7 +273,8 @@ class _CombineStart(Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         arrived: Decoded = ctx.shared.wait()
-        ctx.shared.incoming.codes = arrived.codes
+        if ctx.shared.incoming.wanted:
+            ctx.shared.incoming.codes = arrived.codes
         return arrived.values, None
 
 

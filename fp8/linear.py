@@ -48,6 +48,11 @@ class _Layer(nn.Module):
             if recipe.backend is not None:
                 self._engine = recipe.backend.linear(recipe, num_groups)
 
+    @property
+    def reads_codes(self) -> bool:
+        """Whether the layer reads quantised forms of its operands, in place of quantising them again."""
+        return self._quantized is not None and self._engine is None
+
     def keep(self, x: Tensor) -> Kept | None:
         """x as the recipe caches it for W, where the cache is another tensor than the layer's input; None elsewhere."""
         return keep(self.recipe, x)

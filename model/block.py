@@ -216,7 +216,7 @@ class MoEBlock(DecoderBlock):
         shared = None if shared is None else tape.cut(shared)
         yield tape.phase("experts")
         dispatched = dispatching.wait()
-        y = tape.cut(self.run_experts(dispatched, saved))
+        y = tape.cut(self.run_experts(dispatched, saved), large=True)
         yield tape.phase("combine")
         combining = self.combine(y, dispatched)
         del y, dispatched  # many rows, which only autograd still needs
@@ -250,10 +250,9 @@ class MoEBlock(DecoderBlock):
             return None if self.mlp.shared is None else self.mlp.shared(routed.for_shared, saved)
 
     def run_experts(self, dispatched: Dispatched, saved: Saved) -> Tensor:
-        """Run the routed experts on the rows that arrived: computation."""
+        """Run the routed experts on the rows that arrived, and take the rows: computation."""
         with saved.hooks():
-            inputs = dispatched.x, dispatched.weights, dispatched.offsets, saved, dispatched.tokens_per_expert
-            return self.mlp.experts(*inputs, dispatched.codes, dispatched.incoming)
+            return self.mlp.experts(dispatched, saved)
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
         """Begin returning the experts' outputs to their tokens: communication."""

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..comm.dispatcher import Dispatcher, Incoming
+from ..comm.dispatcher import Dispatched, Dispatcher
 from ..fp8.emulated import one_kernel_cache
 from ..fp8.kept import Kept
 from ..fp8.linear import GroupedLinear, Linear
-from ..fp8.quantize import BlockQuantized
 from ..fp8.recipe import LinearRecipe, Recipe
 from .cached_swiglu import cached_swiglu
 from .config import ModelConfig
@@ -46,20 +45,16 @@ class RoutedExperts(nn.Module):
         self.gate_up = GroupedLinear(num_local, hidden, 2 * inner, recipe.linear("experts_up"))
         self.down = GroupedLinear(num_local, inner, hidden, recipe.linear("experts_down"))
 
-    def forward(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        offsets: Tensor,
-        saved: Saved,
-        counts: Sequence[int] | None = None,
-        codes: BlockQuantized | None = None,
-        incoming: Incoming | None = None,
-    ) -> Tensor:
-        """Run the experts; `offsets` are the ends of their rows, `counts` their numbers of rows on the host."""
-        gate_up = self.gate_up(x, offsets, counts=counts, codes=codes)
-        activated, kept = _swiglu(gate_up, weights, self.down, self.kernels, saved)
-        return self.down(activated, offsets, kept, counts, incoming=None if incoming is None else incoming.take)
+    def forward(self, rows: Dispatched, saved: Saved) -> Tensor:
+        """Run the experts, and take x and its codes from `rows`, so that they are free once they have been read."""
+        counts, incoming = rows.tokens_per_expert, rows.incoming
+        incoming.wanted = self.down.reads_codes
+        x, codes = rows.take()
+        gate_up = self.gate_up(x, rows.offsets, counts=counts, codes=codes)
+        del x, codes
+        activated, kept = _swiglu(gate_up, rows.weights, self.down, self.kernels, saved)
+        del gate_up
+        return self.down(activated, rows.offsets, kept, counts, incoming=incoming.take)
 
 
 class MixtureOfExperts(nn.Module):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..fp8.saved_tensors import memory_of
 
@@ -51,7 +52,7 @@ class Rebuild:
     """
 
     def __init__(self) -> None:
-        self._recipes: dict[int, tuple[Tensor, _Recipe, int]] = {}
+        self._recipes: dict[int, tuple[StorageWeakRef, _Recipe, int]] = {}
 
     def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
         """Register `recipe()` to rebuild `tensors` wherever autograd saves one of them."""
@@ -60,8 +61,8 @@ class Rebuild:
             assert tensor.storage_offset() == 0, "register whole tensors, not views into others"
             if tensor.numel() == 0:  # saving it takes no memory
                 continue
-            # The tensor is held until `close`, so that its number is not used again.
-            self._recipes[memory_of(tensor)] = (tensor, shared, index)
+            # The reference lets the memory go, but not its number, which no other tensor can get until `close`.
+            self._recipes[memory_of(tensor)] = (StorageWeakRef(tensor.untyped_storage()), shared, index)
 
     def rebuilds(self, tensor: Tensor) -> bool:
         return memory_of(tensor) in self._recipes
@@ -71,7 +72,7 @@ class Rebuild:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def close(self) -> None:
-        """Release the tensors, at the end of the block's forward."""
+        """Forget the registrations, at the end of the block's forward."""
         self._recipes.clear()
 
     def _pack(self, tensor: Tensor) -> Any:

@@ -35,8 +35,8 @@ class Bucket:
         self.master = torch.zeros(plan.shard_numel, dtype=torch.float32, device=device)
         self.exp_avg = torch.zeros(plan.shard_numel, dtype=DTYPES[config.moments], device=device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
-        # With a single owner the shard is the bucket; otherwise the reduction fills it.
-        self.shard_gradient = self.gradient if plan.ranks == 1 else torch.zeros_like(self.master)
+        # With a single owner the shard is the bucket; otherwise the reduction makes it, when activations are gone.
+        self.shard_gradient = self.gradient
         self._format = DTYPES[config.reduce]
         self._left: list[int | None] = [None] * len(plan.slots)
         self._waited_for = len(plan.slots)
@@ -50,6 +50,7 @@ class Bucket:
         """Clear the gradients; see `ShardedOptimizer.begin_step`."""
         self.finish_reduce()  # of a step that ended in an error
         self.gradient.zero_()
+        self.shard_gradient = self.gradient
         self._left = [expected.get(slot.local.parameter) for slot in self.plan.slots]
         self._waited_for = sum(left != 0 for left in self._left)
         self._reduced = False
@@ -97,6 +98,7 @@ class Bucket:
             self.plan.to_shards(self.gradient, pieces)
         else:
             pieces = self.gradient.view(self.plan.ranks, -1)
+        self.shard_gradient = torch.empty_like(self.master)
         self._reducing = begin_reduce_scatter(pieces, self.shard_gradient, self.group, self._meter)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from collections import deque
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from counterflow.comm.p2p import PipelineChannels
 from counterflow.fp8.linear import GroupedLinear, Linear
@@ -17,7 +18,7 @@ from counterflow.parallel.schedule.catalogue import find_schedule
 from counterflow.phases import Tape, run
 from counterflow.tests.allocations import Allocations
 from counterflow.tests.model.small import build, random_tokens, small_config
-from counterflow.weight_gradients import drain
+from counterflow.weight_gradients import WeightQueue, drain
 
 SEQUENCES, LENGTH, MICRO_BATCHES = 2, 64, 4
 
@@ -130,3 +131,23 @@ def test_a_deferred_w_holds_nothing_of_the_up_projections_nor_of_the_graph(recom
 def test_full_recompute_holds_a_small_part() -> None:
     passes = [ledger_of(find_schedule("gpipe")(1, MICRO_BATCHES), recompute)[1] for recompute in ("none", "full")]
     assert passes[1] < 0.3 * passes[0]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_large_gradient_goes_once_its_phase_has_read_it(large: bool) -> None:
+    """The phase's own backward sees it die; an ordinary cut holds it to the end of the phase."""
+    alive: list[bool] = []
+    reference: list[StorageWeakRef] = []
+    tape = Tape()
+    x = tape.enter(torch.randn(8))
+    tape.phase("first")
+    middle = x * 2.0
+    middle.register_hook(lambda _: alive.append(not reference[0].expired()))
+    y = tape.cut(middle * 3.0, large=large)
+    tape.phase("second")
+    y.register_hook(lambda gradient: reference.append(StorageWeakRef(gradient.untyped_storage())))
+    tape.leave(y.exp())
+    expected = 6.0 * y.detach().exp()
+    gradient, _ = run(tape.backward(torch.ones(8), WeightQueue(), None))
+    assert alive == [not large]
+    assert torch.equal(gradient, expected)

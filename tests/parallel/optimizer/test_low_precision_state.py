@@ -212,6 +212,5 @@ def test_bytes_of_optimizer_state_per_parameter(pool: Pool, moments: str, each: 
             "master": 1,
             "exp_avg": each / 4,
             "exp_avg_sq": each / 4,
-            "gradient": 4,
-            "shard_gradient": 1,
+            "gradient": 4,  # the reduction makes the shard of their sum
         }
