@@ -140,6 +140,12 @@ class MemoryConfig(Section):
         "most weight gradients (W) that a pipeline rank defers at a time: auto defers no more than fit into the memory "
         "of the steady state, or a fourth of the forwards in flight there; null leaves the schedule as it is",
     )
+    limit_gib: Annotated[float, Field(gt=0)] | Literal["auto"] | None = key(
+        "auto",
+        "memory of a device, which a dry run of each pipeline rank is compared with before the first step: a run that "
+        "does not fit is refused; auto is the GPU's own and no check on CPUs; null leaves the check out",
+        unit="GiB",
+    )
 
 
 class TrainConfig(Section):

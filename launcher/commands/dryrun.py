@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="drawn",
         help="where tokens go: by the router's selection on random scores (the default), evenly, or more to this rank",
     )
+    add("--no-layer", action="store_true", help="leave out the counts of one MoE layer, which take seconds")
     add("--json", type=Path, metavar="FILE", help="write everything to FILE as one JSON object; - is standard output")
 
 
@@ -43,7 +44,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--rank {args.rank}: {args.world} ranks are numbered 0 to {args.world - 1}")
     logging.getLogger().setLevel(logging.ERROR)
     result = dry_run(
-        load_config(args.config, args.overrides), args.world, args.rank, args.microbatches, args.routing
+        load_config(args.config, args.overrides),
+        args.world,
+        args.rank,
+        args.microbatches,
+        args.routing,
+        not args.no_layer,
     ).to_json()
     if args.json is not None and str(args.json) == "-":
         print(json.dumps(result))

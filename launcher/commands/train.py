@@ -131,6 +131,7 @@ def _train(plan: RunPlan, process: Process, as_json: bool) -> int:
     from ...training.communicators import refuse_without_room
     from ...training.run import run_training, summarise
     from ..bootstrap import multiprocessors
+    from ..memory_check import check_memory
 
     config = plan.config
     if plan.complete:
@@ -139,6 +140,7 @@ def _train(plan: RunPlan, process: Process, as_json: bool) -> int:
         heading = "done"
         if process.device.type == "cuda" and config.comm.backend != "gloo":
             refuse_without_room(config, plan.layout, process.rank, multiprocessors(process.device))
+        check_memory(plan, process)
         groups = make_groups(config, plan.layout, process.device.type)
         run_training(plan, groups, process.device)
     if process.rank == 0:
