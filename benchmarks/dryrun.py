@@ -4,8 +4,8 @@
 
 Runs whole steps of deepseek-v3-671b on 2,048 ranks, of the first, a middle and the last pipeline rank, and of
 deepseek-v3-16b on 8 and on 512. Without --all every schedule, dispatcher, recompute policy and format occurs with each
-model, but not every combination. Prints CPU seconds and gigabytes of each process, what it found out, and the largest of
-all; ends with an error above 90 s or 4 GiB.
+model, but not every combination. Prints CPU seconds and gigabytes of each process, and the peak that it found; ends
+with an error above 90 s or 4 GiB.
 """
 
 from __future__ import annotations
