@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .errors import comm_errors
 from .meter import GroupMeter
-from .streams import Owner
+from .streams import lend, on_launch_stream
 
 
 class Exchange:
@@ -48,26 +46,25 @@ class Exchange:
         if received is None:
             received = torch.empty((sum(receive_splits), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
         self._received, self._group = received, group
-        self._owner = Owner(rows.device)
         if meter is not None:
             meter.all_to_all(purpose, send_splits, rows[:1].numel() * rows.element_size())
-        with comm_errors(self._description):
+        with comm_errors(self._description), on_launch_stream(rows.device):
             self._works = begin_all_to_all(received, self._sent, receive_splits, send_splits, group)
 
     def wait(self) -> Tensor:
         """Return the received rows `[sum(receive_splits), ...]`, ordered by source rank. Call once: no row is kept.
 
-        On a GPU the current stream waits, not the host. It may be another stream than at the launch.
+        On a GPU the current stream waits, or the stream beside it (`streams.py: beside`), not the host.
         """
         works, self._works = self._works, []
-        with comm_errors(self._description) if works else nullcontext():
-            for work in works:
-                work.wait()
         sent, received = self._sent, self._received
         assert sent is not None and received is not None, "waited twice for one exchange"
         self._sent = self._received = None
         if works:
-            self._owner.lend(sent, received)
+            with comm_errors(self._description), on_launch_stream(received.device):
+                for work in works:
+                    work.wait()
+            lend(sent, received)
         return received
 
     def _description(self) -> str:

@@ -18,7 +18,7 @@ class FlatDispatcher(RoutedDispatcher):
     """Token dispatch by one all-to-all in a group of any size that divides the experts; see `RoutedDispatcher`."""
 
     def begin_route(self, expert_ids: Tensor) -> FlatRoute:
-        fused = takes_fused_kernels(expert_ids)
+        fused = takes_fused_kernels(expert_ids.device)
         local, alignment = self.num_experts // self.size, self.options.alignment
         return FlatRoute((FusedSteps if fused else PlainSteps)(expert_ids, self.size, local, alignment), self)
 

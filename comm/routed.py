@@ -33,6 +33,7 @@ from .dispatcher import Dispatched, Incoming, Pending
 from .exchange import Exchange
 from .hops import HoppedTransfer, Hops, InFlight
 from .meter import GroupMeter, Meter
+from .steps.branch import takes_fused_kernels
 from .streams import beside
 from .wire import Decoded, PlainWire, WireFormat
 
@@ -196,11 +197,12 @@ class _SharedState:
 
     def begin(self, way: Way, hops: Hops[Any], device: torch.device) -> None:
         dispatcher = self._dispatcher
+        fused = takes_fused_kernels(device)
         # The exchanges of a group of one rank order no streams.
-        between = partial(beside, device, "relay") if dispatcher.size > 1 else nullcontext
+        between = partial(beside, device) if fused and dispatcher.size > 1 else nullcontext
         transfer = HoppedTransfer(hops, dispatcher.hops, dispatcher.phases_before_next_hop[way], between)
         self._transfer = transfer
-        if device.type == "cpu":
+        if not fused:
             dispatcher.options.in_flight.add(transfer)
             return
         while transfer.can_advance:  # a stream beside the one that computes waits between the hops, not the host

@@ -1,52 +1,58 @@
 """Streams of a GPU beside the one that computes, and small results that are read on the host. Other devices have none.
 
-Memory belongs to the stream that allocated it. A tensor that another stream uses is recorded there (`record_stream`),
-so that its memory is not used again before that stream is done with it.
+Memory belongs to the stream for which it was allocated: the one that computes. A tensor that another stream uses is
+recorded there (`record_stream`) if it may be freed first, so that its memory is not used again before that stream is
+done with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..kernels.launch import launch_stream, launched_on
+
 Purpose = Literal["relay", "counts"]
 
 
-def beside(device: torch.device, purpose: Purpose) -> AbstractContextManager[object]:
-    """Context whose kernels run on the stream of this purpose, ahead of those that compute; nothing without a GPU."""
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Context whose fused kernels and exchanges run beside those that compute; without effect where there is no GPU.
+
+    They begin after all that was launched before, and then run ahead of the work that computes. New tensors get memory
+    of the current stream, which is free by then.
+    """
     if device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(_stream(device, purpose))
+        yield
+        return
+    stream = _stream(device, "relay")
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with launched_on(stream):
+        yield
+
+
+def on_launch_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which the stream of `beside`, if there is one, is the current stream."""
+    stream = launch_stream() if device.type == "cuda" else None
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def lend(*tensors: Tensor) -> None:
+    """Record that the stream of `beside`, if there is one, uses these tensors, which may be freed before it does."""
+    stream = launch_stream()
+    for tensor in tensors:
+        if stream is not None and tensor.device.type == "cuda":
+            tensor.record_stream(stream)
 
 
 @cache
 def _stream(device: torch.device, purpose: Purpose) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
-
-
-class Owner:
-    """Stream whose memory new tensors of a device get; none without a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-    def lend(self, *tensors: Tensor) -> None:
-        """Record that the current stream uses these tensors of the owner's memory, if it is another stream.
-
-        Once they are freed, their memory is used again only after all that the current stream has to do until then.
-        """
-        if self._stream is None:
-            return
-        user = torch.cuda.current_stream(self._device)
-        if user != self._stream:
-            for tensor in tensors:
-                tensor.record_stream(user)
 
 
 class OnItsWay:

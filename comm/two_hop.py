@@ -72,7 +72,7 @@ class TwoHopRoute:
 
     def __init__(self, expert_ids: Tensor, dispatcher: TwoHopDispatcher) -> None:
         self._dispatcher, places = dispatcher, dispatcher.places
-        kind = FusedSteps if takes_fused_kernels(expert_ids) else PlainSteps
+        kind = FusedSteps if takes_fused_kernels(expert_ids.device) else PlainSteps
         self._steps = kind(expert_ids, places, dispatcher.options.alignment)
         receive = [places.counts_received] * len(places.nodes.of)
         sent = dispatcher.send_counts(self._steps.counts, places.counts_sent, receive, self._steps.into)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,27 @@ def load_triton() -> tuple[Any, Any]:
             f"the fused kernels are written in Triton, which cannot be imported ({error}): install it with "
             "pip install triton (Linux only; PyTorch for CUDA brings it along), or compute without them"
         ) from error
+
+
+_STREAM: ContextVar[torch.cuda.Stream | None] = ContextVar("stream of launches", default=None)
+
+
+@contextmanager
+def launched_on(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Context in which kernels run on `stream`, while new tensors get memory of the current stream.
+
+    The caller orders the streams: memory that the current stream has freed may still be in use there.
+    """
+    token = _STREAM.set(stream)
+    try:
+        yield
+    finally:
+        _STREAM.reset(token)
+
+
+def launch_stream() -> torch.cuda.Stream | None:
+    """Stream of `launched_on`; None is the current stream."""
+    return _STREAM.get()
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,8 @@ class Launch:
             return
         device = next(argument.device for argument in self.arguments if isinstance(argument, Tensor))
         if device.type == "cuda":
-            with torch.cuda.device(device):
+            stream = launch_stream()
+            with torch.cuda.device(device) if stream is None else torch.cuda.stream(stream):
                 self._start()
             return
         from triton import knobs

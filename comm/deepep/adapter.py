@@ -172,7 +172,7 @@ class DeepEPRoute:
         return Decoded(restore(codes, dtype), codes)
 
     def _expand(self, received: Received, rows_per_expert: list[int]) -> FusedExpansion | PlainExpansion:
-        fused = takes_fused_kernels(received.local_ids)
+        fused = takes_fused_kernels(received.local_ids.device)
         kind = FusedExpansion if fused else PlainExpansion
         # Counts, the number of tokens and their place, in one copy. From memory that is not pinned the host waits.
         numbers = torch.tensor([*rows_per_expert, len(received.local_ids), 0])

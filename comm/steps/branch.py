@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 
-from torch import Tensor
+import torch
 
 
-def takes_fused_kernels(tensor: Tensor) -> bool:
-    """Whether rows with this tensor's device are moved by fused kernels: on GPUs with Triton, and in dry runs."""
-    return tensor.device.type == "meta" or (tensor.device.type == "cuda" and _has_triton())
+def takes_fused_kernels(device: torch.device) -> bool:
+    """Whether rows on this device are moved by fused kernels: on GPUs with Triton, and in dry runs."""
+    return device.type == "meta" or (device.type == "cuda" and _has_triton())
 
 
 @cache

@@ -1,4 +1,8 @@
-"""Kernels of `index.py`. Each number has one writer; counts are sums of integers, the same in every order."""
+"""Kernels of `index.py`. Each number has one writer; counts are sums of integers, the same in every order.
+
+A number of tokens or rows that differs from call to call is not specialised, which would compile a kernel in the middle
+of a run.
+"""
 
 # mypy: ignore-errors
 # Kernels are in Triton's language, not in Python: their arguments have no types to check.
@@ -64,7 +68,7 @@ def count_tokens(
         tl.store(counts + tl.load(targets + place), count.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def number_copies(
     ids,
     bounds,

@@ -100,7 +100,7 @@ def sum_copies(
     tl.store(out + row * (width * step) + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def put_numbers(values, positions, out, number, block: tl.constexpr):
     """Write `block` numbers per program to their positions."""
     each = tl.program_id(0) * block + tl.arange(0, block)
@@ -109,7 +109,7 @@ def put_numbers(values, positions, out, number, block: tl.constexpr):
     tl.store(out + position, value, mask=position >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def pick_numbers(values, positions, out, number, block: tl.constexpr):
     """Read `block` numbers per program at their positions, 0 where there is none."""
     each = tl.program_id(0) * block + tl.arange(0, block)

@@ -13,8 +13,9 @@ from torch import Tensor
 from counterflow.comm import routed, streams
 from counterflow.comm.hops import HoppedTransfer, Hops
 from counterflow.comm.routed import DispatchOptions
-from counterflow.comm.streams import OnItsWay, Owner
+from counterflow.comm.streams import OnItsWay, beside, lend, on_launch_stream
 from counterflow.comm.two_hop import TwoHopDispatcher
+from counterflow.kernels.launch import Launch, launch_stream
 from counterflow.tests.comm.launches import Size, launches_of
 
 SMALL = Size([0, 0, 1, 1], 8, 3, 32, 64, 2)
@@ -64,37 +65,64 @@ def test_a_group_of_one_rank_has_nothing_beside() -> None:
     assert alone.call_args.args[3] is nullcontext
     with mock.patch.object(routed, "HoppedTransfer", wraps=HoppedTransfer) as together:
         launches_of("two-hop", SMALL, DispatchOptions())
-    assert together.call_args.args[3].args == (torch.device("meta"), "relay")
+    assert together.call_args.args[3].args == (torch.device("meta"),)
 
 
-def test_memory_is_recorded_where_another_stream_uses_it() -> None:
-    tensor = mock.Mock()
-    with mock.patch.object(torch.cuda, "current_stream", side_effect=["computing", "computing", "relay"]):
-        owner = Owner(CUDA)
-        owner.lend(tensor)
+class _Stream:
+    """Stand-in for a stream that notes what it waits for."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def wait_stream(self, other: str) -> None:
+        self.log.append(f"behind {other}")
+
+
+def test_kernels_and_exchanges_run_beside_in_memory_of_the_stream_that_computes() -> None:
+    log: list[str] = []
+    tensor, stream = mock.Mock(device=CUDA), _Stream(log)
+    run = mock.Mock(side_effect=lambda *given, **options: log.append(f"kernel {launch_stream() is stream}"))
+    kernel = mock.MagicMock(__getitem__=lambda kernel, grid: run)
+    with (
+        mock.patch.object(streams, "_stream", return_value=stream),
+        mock.patch.object(torch.cuda, "current_stream", return_value="computing"),
+        mock.patch.object(torch.cuda, "stream", side_effect=lambda made: nullcontext(log.append("current"))),
+        mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
+    ):
+        launch = Launch(kernel, 1, (mock.Mock(spec=Tensor, device=CUDA),), {}, 4)
+        lend(tensor)
         assert not tensor.record_stream.called
-        owner.lend(tensor)
-    tensor.record_stream.assert_called_once_with("relay")
-    Owner(torch.device("cpu")).lend(tensor)
-    assert tensor.record_stream.call_count == 1
+        with beside(CUDA):
+            launch.run()
+            with on_launch_stream(CUDA):
+                log.append("exchange")
+            lend(tensor)
+        launch.run()
+        with on_launch_stream(CUDA):
+            log.append("exchange here")
+    tensor.record_stream.assert_called_once_with(stream)
+    expected = ["behind computing", "current", "kernel True", "current", "exchange", "kernel False", "exchange here"]
+    assert log == expected
+
+
+def test_without_a_gpu_nothing_is_beside() -> None:
+    with beside(torch.device("meta")):
+        assert launch_stream() is None
+        lend(torch.empty(1))
 
 
 def test_counts_are_copied_beside_and_waited_for_alone() -> None:
     log: list[str] = []
 
-    class Stream:
-        def wait_stream(self, other: str) -> None:
-            log.append(f"behind {other}")
-
     class Event:
-        def record(self, stream: Stream) -> None:
+        def record(self, stream: _Stream) -> None:
             log.append("event")
 
         def synchronize(self) -> None:
             log.append("host waits")
 
     @contextmanager
-    def current(stream: Stream) -> Iterator[None]:
+    def current(stream: _Stream) -> Iterator[None]:
         log.append("in")
         yield
         log.append("out")
@@ -105,7 +133,7 @@ def test_counts_are_copied_beside_and_waited_for_alone() -> None:
 
     plain_empty = torch.empty
     with (
-        mock.patch.object(streams, "_stream", return_value=Stream()),
+        mock.patch.object(streams, "_stream", return_value=_Stream(log)),
         mock.patch.object(torch.cuda, "current_stream", return_value="computing"),
         mock.patch.object(torch.cuda, "stream", current),
         mock.patch.object(torch.cuda, "Event", Event),
