@@ -19,8 +19,9 @@ from ..configs.config import Config
 from ..parallel.communicators import Round
 from ..parallel.layout import Layout
 from ..training.communicators import rounds_of_run
+from .machine import rehearse
 from .rank import dry_run, layout_of
-from .rules import Blocked, Event, Group, Launch, Rules, always_room, rehearse
+from .rules import Blocked, Event, Group, Launch, Rules, always_room
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Rehearsal:
         return cls(layout, programs, {rank: _groups_of(rank, rounds, caps) for rank in programs})
 
     def run(self, rules: Rules | None = None) -> list[Blocked]:
-        """Run all programs; see `rules.rehearse`."""
+        """Run all programs; see `machine.rehearse`."""
         return rehearse(self.programs, self.groups, rules)
 
     def always_room(self, rules: Rules) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from counterflow.dryrun.machine import rehearse
 from counterflow.dryrun.rules import (
     Event,
     Group,
@@ -14,7 +15,6 @@ from counterflow.dryrun.rules import (
     Rules,
     Wait,
     always_room,
-    rehearse,
 )
 
 BOTH = (0, 1)
