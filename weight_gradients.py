@@ -75,6 +75,12 @@ def sink_of(parameter: Tensor) -> GradientSum | None:
     return None if reference is None or _plain_passes or not parameter.requires_grad else reference()
 
 
+def seen_by_autograd(parameter: Tensor, total: GradientSum | None, x: Tensor) -> Tensor:
+    """Parameter as an operand of autograd's: if its gradient goes to a sum, and x leads autograd to the operation,
+    autograd need not know it."""
+    return parameter.detach() if total is not None and x.requires_grad else parameter
+
+
 class WeightQueue:
     """Queue of weight gradients that are computed later (W), first in, first out.
 

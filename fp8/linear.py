@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..differentiable import Function, once_differentiable
 from ..kernels.add_product import add_product
-from ..weight_gradients import GradientSink, GradientSum, WeightQueue, keeps_sums, now_or_later
+from ..weight_gradients import GradientSink, GradientSum, WeightQueue, keeps_sums, now_or_later, seen_by_autograd
 from .emulated import QuantizedFunction, QuantizedWeight, keep
 from .kept import Kept
 from .products import Products
@@ -79,8 +79,7 @@ class _Layer(nn.Module):
                 x, weight, self._quantized, offsets, ends, kept, rebuilt, grad, later, codes, incoming
             )
             return quantized
-        # Autograd must reach the node of a layer whose input needs no gradient. Elsewhere it need not know the weight.
-        seen = weight.detach() if total is not None and x.requires_grad else weight
+        seen = seen_by_autograd(weight, total, x)
         result: Tensor = _LinearFunction.apply(x, seen, offsets, counts, self._products, later)
         return result
 

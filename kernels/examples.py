@@ -95,6 +95,11 @@ EXAMPLES = [
         lambda make: ([_wide(make, 512)], None, _wide(make, 576)[:, :512], make(512), EPS),
     ),
     Example("sum_rows", "hidden", lambda make: (make(256, HIDDEN, dtype=torch.float32), torch.bfloat16)),
+    Example(
+        "add_rows",
+        "hidden",
+        lambda make: (make(HIDDEN, dtype=torch.float32), make(256, HIDDEN, dtype=torch.float32)),
+    ),
     Example("add_three", "hidden", lambda make: tuple(_wide(make) for _ in range(3))),
     Example("swiglu", "routed experts", lambda make: (make(ROWS, 2 * INNER), make(ROWS, dtype=torch.float32))),
     Example("swiglu", "shared expert", lambda make: (make(SHARED_ROWS, 2 * INNER), None)),

@@ -145,15 +145,23 @@ def _shapes_backward(
 
 
 def _gpu_sum_rows(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    total = partial.new_empty(partial.shape[1], dtype=dtype)
+    _launch_sums(partial, total, False)
+    return total
+
+
+def _gpu_add_rows(total: Tensor, partial: Tensor) -> Tensor:
+    _launch_sums(partial, total, True)
+    return total
+
+
+def _launch_sums(partial: Tensor, total: Tensor, adds: bool) -> None:
     rows, width = partial.shape
-    total = partial.new_empty(width, dtype=dtype)
     from .triton.norm_kernels import sum_rows as kernel
 
     block = 32
-    Launch(
-        kernel, -(-width // block), (partial, total, rows, width), {"block_rows": 64, "block": block}, num_warps=4
-    ).run()
-    return total
+    constants = {"adds": adds, "block_rows": 64, "block": block}
+    Launch(kernel, -(-width // block), (partial, total, rows, width), constants, num_warps=4).run()
 
 
 def _gpu_add_three(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
@@ -190,7 +198,7 @@ rms_norm_backward: Any = fused(
 )
 """One to three gradients `[T, W]` of the norm of x, each in a format of its own, and the gradient `passed` of x from
 elsewhere -> the gradient of x in its format, summed in FP32 and rounded once, and partial sums FP32 `[P, W]` of the
-gain's gradient, which are added up by `sum_rows`."""
+gain's gradient, which are added up by `sum_rows` or `add_rows`."""
 
 sum_rows: Any = fused(
     "sum_rows(Tensor partial, ScalarType dtype) -> Tensor",
@@ -199,6 +207,14 @@ sum_rows: Any = fused(
     lambda partial, dtype: partial.new_empty(partial.shape[1], dtype=dtype),
 )
 """Sums `[W]` over the rows of FP32 `[P, W]`, in a fixed order, rounded to `dtype`."""
+
+add_rows: Any = fused(
+    "add_rows(Tensor(a!) total, Tensor partial) -> Tensor(a!)",
+    _gpu_add_rows,
+    lambda total, partial: total.add_(partial.sum(0)),
+    lambda total, partial: total,
+)
+"""Add the sums over the rows of FP32 `[P, W]` to `total` FP32 `[W]`, in a fixed order and unrounded."""
 
 add_three: Any = fused(
     "add_three(Tensor first, Tensor second, Tensor third) -> Tensor",

@@ -23,6 +23,7 @@ from ..fp8.kept import Kept
 from ..kernels.assemble import assemble, assemble_backward, assemble_backward_formula, assemble_formula
 from ..kernels.norm import (
     add_rms_norm,
+    add_rows,
     add_three,
     rms_norm,
     rms_norm_backward,
@@ -32,6 +33,7 @@ from ..kernels.norm import (
 )
 from ..kernels.swiglu import swiglu as fused_swiglu
 from ..kernels.swiglu import swiglu_backward, swiglu_backward_formula, swiglu_formula
+from ..weight_gradients import GradientSum
 
 BLOCK_ELEMENTS = 2**18  # FP32 temporaries of 1 MiB: they stay in the cache
 
@@ -147,17 +149,37 @@ class RMSNormFunction(Function):
     """RMSNorm that saves only its input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, kernels: Kernels) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, eps: float, kernels: Kernels, total: GradientSum | None = None
+    ) -> Tensor:
         ctx.save_for_backward(x, gain)
-        ctx.eps, ctx.kernels = eps, kernels
+        ctx.eps, ctx.kernels, ctx.total = eps, kernels, total
         return kernels.rms_norm(_rows(x), gain, eps).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, gain = ctx.saved_tensors
-        grad_x, grad_gain = ctx.kernels.rms_norm_backward(_rows(grads[0]), _rows(x), gain, ctx.eps)
-        return grad_x.view(x.shape), grad_gain.to(gain.dtype), None, None
+        rows = _rows(grads[0]), _rows(x)
+        if ctx.total is not None and ctx.kernels.fuse(x):
+            grad_x, partial_sums = rms_norm_backward([rows[0]], None, rows[1], gain, ctx.eps)
+            return grad_x.view(x.shape), _gain_gradient(partial_sums, gain, ctx.total), None, None, None
+        grad_x, wide = ctx.kernels.rms_norm_backward(*rows, gain, ctx.eps)
+        grad_gain: Tensor | None = wide.to(gain.dtype)
+        if ctx.total is not None:
+            ctx.total.add(grad_gain)
+            grad_gain = None
+        return grad_x.view(x.shape), grad_gain, None, None, None
+
+
+def _gain_gradient(partial_sums: Tensor, gain: Tensor, total: GradientSum | None) -> Tensor | None:
+    """Gradient of a gain, from the partial sums of a GPU's kernel; None where it has been added to a sum."""
+    if total is None:
+        gradient: Tensor = sum_rows(partial_sums, gain.dtype)
+        return gradient
+    add_rows(total.buffer, partial_sums)
+    total.arrived()
+    return None
 
 
 class NormFunction(Function):
@@ -168,14 +190,22 @@ class NormFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, addend: Tensor | None, gain: Tensor, eps: float, users: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        addend: Tensor | None,
+        gain: Tensor,
+        eps: float,
+        users: int,
+        of_gain: GradientSum | None = None,
+    ) -> tuple[Tensor, ...]:
         if addend is None:
             total, normed = x, rms_norm(_rows(x), gain, eps)
         else:
             total, normed = add_rms_norm(_rows(x), _rows(addend), gain, eps)
             total = total.view(x.shape)
         ctx.save_for_backward(total, gain)
-        ctx.eps, ctx.added = eps, addend is not None
+        ctx.eps, ctx.added, ctx.of_gain = eps, addend is not None, of_gain
         ctx.set_materialize_grads(False)
         normed = normed.view(x.shape)
         return (total, normed, *(normed.detach() for _ in range(users - 1)))
@@ -190,8 +220,8 @@ class NormFunction(Function):
         if arrived:
             rows = None if passed is None else _rows(passed)
             grad_total, partial_sums = rms_norm_backward(arrived, rows, _rows(total), gain, ctx.eps)
-            grad_total, grad_gain = grad_total.view(total.shape), sum_rows(partial_sums, gain.dtype)
-        return grad_total, grad_total if ctx.added else None, grad_gain, None, None
+            grad_total, grad_gain = grad_total.view(total.shape), _gain_gradient(partial_sums, gain, ctx.of_gain)
+        return grad_total, grad_total if ctx.added else None, grad_gain, None, None, None
 
 
 class SumFunction(Function):
@@ -275,21 +305,44 @@ class EmbeddingFunction(Function):
     """Rows of `table` `[V, H]` by `tokens` `[B, S]`, with the gradients of a row summed in FP32 and rounded once.
 
     PyTorch's CPU kernel sums them in the table's format: a frequent token's BF16 sum stops growing at 256 times its
-    addends. PyTorch's CUDA kernel sums in FP32 already, and is used on GPUs.
+    addends. PyTorch's CUDA kernel sums in FP32 already, and is used on GPUs. There a sum of the table's gradients gets
+    the rows that occur, unrounded, and nothing of the table's size is made.
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, table: Tensor, total: GradientSum | None = None) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.rows, ctx.dtype = table.shape[0], table.dtype
+        ctx.rows, ctx.dtype, ctx.total = table.shape[0], table.dtype, total
         return F.embedding(tokens, table)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (tokens,) = ctx.saved_tensors
+        (tokens,), total = ctx.saved_tensors, ctx.total
         if on_gpu(tokens):
-            return None, torch.ops.aten.embedding_dense_backward(grads[0], tokens, ctx.rows, -1, False)
-        total = torch.zeros(ctx.rows, grads[0].shape[-1], dtype=torch.float32)
-        total.index_add_(0, tokens.flatten(), grads[0].flatten(0, -2).float())
-        return None, total.to(ctx.dtype)
+            if total is None:
+                return None, torch.ops.aten.embedding_dense_backward(grads[0], tokens, ctx.rows, -1, False), None
+            add_rows_of_tokens(total.buffer, tokens.flatten(), grads[0].flatten(0, -2))
+            total.arrived()
+            return None, None, None
+        whole = torch.zeros(ctx.rows, grads[0].shape[-1], dtype=torch.float32)
+        whole.index_add_(0, tokens.flatten(), grads[0].flatten(0, -2).float())
+        gradient = whole.to(ctx.dtype)
+        if total is None:
+            return None, gradient, None
+        total.add(gradient)
+        return None, None, None
+
+
+def add_rows_of_tokens(total: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """Add `rows` `[T, H]` to the rows `tokens` `[T]` of `total` `[V, H]` FP32, those of one token first, in FP32.
+
+    Every row of `total` gets one addend that may differ from zero, so the result does not depend on the order in which
+    a GPU adds.
+    """
+    ordered, order = tokens.sort(stable=True)
+    begins = torch.ones_like(ordered)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    place = torch.empty_like(order).scatter_(0, order, begins.cumsum(0) - 1)  # of a row's token among those seen
+    sums = torch.ops.aten.embedding_dense_backward(rows.float(), place, len(tokens), -1, False)
+    total.index_add_(0, torch.zeros_like(tokens).scatter_(0, place, tokens), sums)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..differentiable import Function, once_differentiable
 from ..fp8.products import Products
 from ..kernels.add_product import add_product
-from ..weight_gradients import GradientSum, sink_of
+from ..weight_gradients import GradientSum, seen_by_autograd, sink_of
 
 IGNORED = -100
 """Label of a position without target."""
@@ -43,9 +43,7 @@ def cross_entropy_sum(
     """
     training, widens = torch.is_grad_enabled(), (products or Products()).widens(hidden)
     total = sink_of(weight) if training and gradient is not None else None
-    if total is not None and hidden.requires_grad:
-        weight = weight.detach()  # autograd has no part in its gradient
-    return _HeadLoss.apply(hidden, weight, labels, training, widens, gradient, total)
+    return _HeadLoss.apply(hidden, seen_by_autograd(weight, total, hidden), labels, training, widens, gradient, total)
 
 
 class _HeadLoss(Function):

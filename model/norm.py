@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..weight_gradients import seen_by_autograd, sink_of
 from .kernels import Kernels, NormFunction, RMSNormFunction
 from .recompute import Saved
 
@@ -18,11 +19,9 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, saved: Saved) -> Tensor:
-        def normalise() -> Tensor:
-            return RMSNormFunction.apply(x, self.gain, self.eps, self.kernels)
-
-        normed = normalise()
-        saved.rebuild((normed,), lambda: (normalise(),))
+        total = sink_of(self.gain)
+        normed: Tensor = RMSNormFunction.apply(x, seen_by_autograd(self.gain, total, x), self.eps, self.kernels, total)
+        saved.rebuild((normed,), lambda: (RMSNormFunction.apply(x, self.gain, self.eps, self.kernels),))
         return normed
 
     def branch(self, x: Tensor, saved: Saved, users: int = 1, addend: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -34,7 +33,9 @@ class RMSNorm(nn.Module):
         if not self.kernels.fuse(x):
             total = x if addend is None else x + addend
             return total, *(self(total, saved),) * users
-        total, *normed = NormFunction.apply(x, addend, self.gain, self.eps, users)
+        of_gain = sink_of(self.gain)
+        gain = seen_by_autograd(self.gain, of_gain, x)
+        total, *normed = NormFunction.apply(x, addend, gain, self.eps, users, of_gain)
         kept = total.detach()
         saved.rebuild((normed[0],), lambda: (RMSNormFunction.apply(kept, self.gain, self.eps, self.kernels),))
         return total, *normed

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..differentiable import Function, once_differentiable
+from ..kernels.add_product import add_product
 from ..phases import Tape, Uncut
+from ..weight_gradients import GradientSum, seen_by_autograd, sink_of
 from .balance import BalanceLosses, BalanceWeights, balance_losses
 from .capacity import Dropping
 from .config import ModelConfig
@@ -103,7 +105,8 @@ class Router(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """Affinities FP32 `[B, S, E]` of tokens x `[B, S, H]`."""
-        logits: Tensor = _GateFunction.apply(x, self.weight)
+        total = sink_of(self.weight)
+        logits: Tensor = _GateFunction.apply(x, seen_by_autograd(self.weight, total, x), total)
         return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
 
     def biased(self, scores: Tensor) -> Tensor:
@@ -153,16 +156,24 @@ class _GateFunction(Function):
     """Product `x W^T` in FP32 from operands of any format, saved in that format: x `[B, S, H]`, weight `[E, H]`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, total: GradientSum | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.total = total
         return F.linear(x.float(), weight.float())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        grad_weight = grads[0].flatten(0, 1).t() @ x.flatten(0, 1).float()
-        return (grads[0] @ weight.float()).to(x.dtype), grad_weight.to(weight.dtype)
+        grad, rows, total, grad_weight = grads[0].flatten(0, 1), x.flatten(0, 1).float(), ctx.total, None
+        if total is None:
+            grad_weight = (grad.t() @ rows).to(weight.dtype)
+        elif x.device.type == "cpu":
+            total.add((grad.t() @ rows).to(weight.dtype))
+        else:
+            add_product(total.buffer, grad, rows, 1.0)
+            total.arrived()
+        return (grads[0] @ weight.float()).to(x.dtype), grad_weight, None
 
 
 @torch.no_grad()

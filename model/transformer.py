@@ -15,7 +15,7 @@ from ..comm.dispatcher import Dispatcher
 from ..fp8.linear import GroupedLinear, Linear
 from ..fp8.recipe import Recipe
 from ..phases import Tape, Uncut, run
-from ..weight_gradients import WeightQueue, plain_autograd
+from ..weight_gradients import WeightQueue, plain_autograd, sink_of
 from .balance import BalanceWeights
 from .block import DecoderBlock, DenseBlock, MoEBlock
 from .capacity import Dropping
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
             assert x is None
             yield tape.phase("embedding")
             self.before_use(self.embedding)
-            x = tape.cut(EmbeddingFunction.apply(batch.tokens[:, :length], self.embedding))
+            x = tape.cut(self._embed(batch.tokens[:, :length]))
         assert x is not None
         rotary, routings = self._rotary(length, x.device), []
         for layer, block in self.layers.items():
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
             module = modules[depth]
             assert isinstance(module, MTPModule)
             self.before_use(module, self.embedding)
-            embedded = EmbeddingFunction.apply(batch.tokens[:, depth + 1 : length + depth + 1], self.embedding)
+            embedded = self._embed(batch.tokens[:, depth + 1 : length + depth + 1])
             x = tape.cut(module.join(hidden, embedded))
             x, routing = yield from module.block.phases(
                 x, rotary, batch.valid, tape, weights.of_routers, batch.dropping
@@ -264,7 +264,7 @@ class Transformer(nn.Module):
         """Next-token logits `[B, S, V]` of tokens `[B, S]`, in one piece: for evaluation and sampling, not training."""
         self.before_use(self)
         valid = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        x = EmbeddingFunction.apply(tokens, self.embedding)
+        x = self._embed(tokens)
         for block in self.layers.values():
             x, _ = block(x, self._rotary(tokens.shape[1], x.device), valid)
         return self.recipe.products.multiply(self.norm(x, Keep()), self.head.mT)
@@ -276,6 +276,10 @@ class Transformer(nn.Module):
     def mixtures(self) -> list[MixtureOfExperts]:
         """Mixtures of this part's MoE layers, in the order of `routers`."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = EmbeddingFunction.apply(tokens, self.embedding, sink_of(self.embedding))
+        return embedded
 
     def _rotary(self, length: int, device: torch.device) -> Tensor:
         """Rotary factors of the first `length` positions, computed at the first use and kept."""

@@ -98,8 +98,9 @@ def rms_norm_backward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def sum_rows(partial, total, rows, width, block_rows: tl.constexpr, block: tl.constexpr):
-    """Add up `block` columns of `partial` `[rows, width]` FP32 per program, and round the sums once."""
+def sum_rows(partial, total, rows, width, adds: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr):
+    """Add up `block` columns of `partial` `[rows, width]` FP32 per program, and round the sums once; `adds` them to the
+    values of `total`."""
     column = tl.program_id(0) * block + tl.arange(0, block)
     within = column < width
     sums = tl.zeros([block], tl.float32)
@@ -107,6 +108,8 @@ def sum_rows(partial, total, rows, width, block_rows: tl.constexpr, block: tl.co
         row = start + tl.arange(0, block_rows)
         inside = (row < rows)[:, None] & within[None, :]
         sums = sums + tl.sum(tl.load(partial + row[:, None] * width + column[None, :], mask=inside, other=0.0), axis=0)
+    if adds:
+        sums = sums + tl.load(total + column, mask=within, other=0.0).to(tl.float32)
     tl.store(total + column, sums.to(total.dtype.element_ty), mask=within)
 
 

@@ -92,6 +92,14 @@ def test_the_backward_of_a_norm_is_autograds(
         close(run("sum_rows", partial, kind), wide_gain.grad, terms)
 
 
+@pytest.mark.parametrize("size", [(0, 40), (1, 7), (130, 72)], ids=str)
+def test_sums_are_added_to_a_sum(run: Callable[..., Any], size: tuple[int, int]) -> None:
+    partial, total = numbers(*size, dtype=torch.float32), numbers(size[1], dtype=torch.float32, seed=1)
+    exact = total.double() + partial.double().sum(0)
+    made = run("add_rows", total.clone(), partial)
+    close(made, exact, total.double().abs() + partial.double().abs().sum(0))
+
+
 def test_the_gradient_of_an_fp32_user_is_added_unrounded(run: Callable[..., Any]) -> None:
     x, gain = numbers(3, 64), numbers(64)
     wide = numbers(3, 64, dtype=torch.float32)
