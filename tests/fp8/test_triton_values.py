@@ -67,7 +67,8 @@ def test_the_interpreters_corrected_conversions_are_torchs() -> None:
     bf16 = torch.from_numpy(triton_worker.bf16_of(unsigned).astype(np.uint16)).view(torch.bfloat16)
     assert same(bf16.float(), fp32.bfloat16().float())
     e4m3 = torch.from_numpy(triton_worker.e4m3_of(unsigned).astype(np.uint8)).view(torch.float8_e4m3fn)
-    assert same(e4m3.float(), fp32.to(torch.float8_e4m3fn).float())
+    # Before 2.12 torch makes NaN of what is too large; later ones, and GPUs, take the largest value.
+    assert same(e4m3.float(), fp32.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
 # Quantising
