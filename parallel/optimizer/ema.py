@@ -37,7 +37,9 @@ class Ema:
         self.updates = 0
         """Steps in the average."""
         self._weights = list(weights)
-        self._shards = _parts(_zeros(weights), weights)
+        # A dry run counts the memory of the device; the average would lie in the host's.
+        on_meta = bool(weights) and weights[0].device.type == "meta"
+        self._shards = self._weights if on_meta else _parts(_zeros(weights), weights)
         self._copy = DeviceCopy(self._weights) if on_gpu else None
         # A new thread is on GPU 0, and the first call there would make a context on it for every rank of the node.
         enter = partial(torch.cuda.set_device, weights[0].device) if on_gpu else None
@@ -85,6 +87,8 @@ class Ema:
 
     @torch.no_grad()
     def _average(self, share: float) -> None:
+        if self._shards is self._weights:  # on the meta device
+            return
         newest = self._weights if self._copy is None else self._copy.wait()
         for shard, weight in zip(self._shards, newest, strict=True):
             shard.lerp_(weight, share)
