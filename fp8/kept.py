@@ -20,7 +20,7 @@ class Kept:
     tensors: tuple[Tensor, ...]
     restore: Callable[..., Tensor]
     columns: Callable[..., BlockQuantized] | None = None
-    """Where one kernel of a GPU does it: quantise the restored matrix to E4M3 in tiles of (128, 1), for W. Takes the
+    """Quantise the restored matrix to E4M3 in tiles of (128, 1), for W, where one kernel of a GPU does both. Takes the
     tensors, then `groups` and `pow2_scales` as in `fp8/operations.py`."""
 
     def and_then(self, more: tuple[Tensor, ...], compute: Callable[..., Tensor]) -> Kept:

@@ -1,4 +1,4 @@
-"""What a deferred W of an emulated layer holds, and the branch of its backward that a GPU takes."""
+"""Tensors that a deferred W of an emulated layer holds, and the branch of its backward that a GPU takes."""
 
 from __future__ import annotations
 
