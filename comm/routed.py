@@ -239,7 +239,9 @@ class _DispatchWait(Function):
     def forward(ctx: Any, ticket: Tensor, shared: _SharedState) -> tuple[Tensor, Tensor]:
         arrived: Arrived = shared.wait()
         shared.codes = arrived.codes
-        outputs = arrived.rows, arrived.weights
+        # Aliases: the route may hold the tensors themselves, and a tensor holds the node whose output it is. The node
+        # holds the route, so nothing of the layer would ever be freed.
+        outputs = arrived.rows.detach(), arrived.weights.detach()
         constant = [out for out, needs_grad in zip(outputs, shared.needs_grad, strict=True) if not needs_grad]
         ctx.mark_non_differentiable(*constant)
         ctx.shared = shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 from counterflow.configs.load import load_config
@@ -32,3 +33,10 @@ def test_a_forward_holds_less_the_more_is_recomputed() -> None:
         assert action == "F0 of stage 0"
         held.append(alive - run.built_bytes)
     assert held == sorted(held) and len(set(held)) == 3, held
+
+
+def test_no_graph_of_a_micro_batch_outlives_its_backward() -> None:
+    dry_run(load_config("tiny", SMALL), 8, 0, 3, layer=False)
+    gc.collect()
+    left = [thing for thing in gc.get_objects() if type(thing).__name__ == "_DispatchWaitBackward"]
+    assert not left, f"{len(left)} nodes are held by what they hold"
