@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import adamw, assemble, norm, swiglu
+from . import adamw, add_product, assemble, gate, norm, swiglu
 from .op import OPERATIONS
 
-MODULES = (adamw, norm, swiglu, assemble)
+MODULES = (adamw, norm, swiglu, assemble, gate, add_product)
 """Modules whose import defines the operations."""
 
 TOKENS, HIDDEN, HEADS, PLAIN, ROTATED, VALUE = 4096, 7168, 128, 128, 64, 128
@@ -21,6 +21,10 @@ EPS = 1e-6
 
 Make = Callable[..., Tensor]
 """Function that makes a tensor of given sizes, BF16 unless `dtype` says otherwise."""
+
+
+OF_LIBRARIES = frozenset({"add_product"})
+"""Operations that a library of NVIDIA runs, and not a kernel of this package."""
 
 
 class Example(NamedTuple):
@@ -35,8 +39,8 @@ class Example(NamedTuple):
 
         def make(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             if torch.device(device).type == "meta":
-                return torch.empty(*sizes, dtype=dtype, device=device)
-            return torch.randn(*sizes, dtype=dtype, device=device)
+                return torch.empty(sizes, dtype=dtype, device=device)
+            return torch.randn(sizes, dtype=dtype, device=device)
 
         return self.arguments(make)
 
@@ -68,6 +72,40 @@ def _shard(make: Make, moments: torch.dtype) -> tuple[Any, ...]:
     """Weights, gradient and moments of a quarter of a rank's gate and up projections, and a step's numbers."""
     state = (make(SHARD, dtype=dtype) for dtype in (torch.float32, torch.float32, moments))
     return *state, make(SHARD, dtype=moments).abs_(), 0.9, 0.95, 1e-8, 0.7, 0.4, 0.999, 1e-3
+
+
+RULES = (8, 8, 4, False, True, True, True, 2.5, 4)
+"""The router of V3: top 8 of 256 experts in 4 of 8 groups."""
+
+
+def _logits(make: Make) -> Tensor:
+    """Logits FP32 `[1, T, 256]` with margins between a token's best experts, so that roundings change no choice."""
+    noise = 0.01 * make(1, TOKENS, 256, dtype=torch.float32)
+    token, best = torch.arange(TOKENS, device=noise.device), torch.arange(8, device=noise.device)
+    expert = (token[:, None] + best // 2) % 8 * 32 + (5 * token[:, None] + 3 * best) % 32
+    return noise.scatter_add_(2, expert[None], (0.5 * (1 + best)).expand(1, TOKENS, 8))
+
+
+def _summed(make: Make) -> tuple[Any, ...]:
+    def counts(*sizes: int) -> Tensor:
+        return make(*sizes, dtype=torch.float32).abs().to(torch.int32)
+
+    sums = make(1, 128, 256, dtype=torch.float32), counts(1, 128, 2, 256), counts(1, 128, 8)
+    return *sums, make(1, dtype=torch.float32) > -9, TOKENS, *RULES
+
+
+def _chosen(make: Make) -> tuple[Any, ...]:
+    logits = _logits(make)
+    loss = make(dtype=torch.float32)
+    return (
+        make(TOKENS, 8, dtype=torch.float32),
+        [loss, None, None],
+        logits,
+        logits.topk(8).indices.view(-1, 8),
+        make(3, 1, 256, dtype=torch.float32),
+        True,
+        *RULES,
+    )
 
 
 def _wide(make: Make, width: int | None = None) -> Tensor:
@@ -113,6 +151,18 @@ EXAMPLES = [
     Example("swiglu_backward", "dense", lambda make: (make(TOKENS, DENSE), make(TOKENS, 2 * DENSE), None)),
     Example("adamw", "moments in BF16", lambda make: _shard(make, torch.bfloat16)),
     Example("adamw", "moments in FP32", lambda make: _shard(make, torch.float32)),
+    Example(
+        "gate",
+        "V3",
+        lambda make: (_logits(make), 1e-4 * make(256, dtype=torch.float32), *RULES),
+    ),
+    Example("gate_balance", "V3", _summed),
+    Example("gate_backward", "V3", _chosen),
+    Example(
+        "add_product",
+        "output of attention",
+        lambda make: (make(HIDDEN, HEADS * VALUE, dtype=torch.float32), _wide(make), _wide(make, HEADS * VALUE), 1.0),
+    ),
     Example("assemble", "attention", _assembled),
     Example("assemble_backward", "attention", _grads_of_attention),
 ]

@@ -12,7 +12,7 @@ E experts, K top-k, T tokens, B sequences, S tokens of a sequence, D groups of e
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from ..differentiable import Function, once_differentiable
 from ..kernels.add_product import add_product
+from ..kernels.gate import Gate, gate, gate_backward, gate_balance
 from ..phases import Tape, Uncut
 from ..weight_gradients import GradientSum, seen_by_autograd, sink_of
 from .balance import BalanceLosses, BalanceWeights, balance_losses
 from .capacity import Dropping
 from .config import ModelConfig
+from .kernels import on_gpu
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,18 @@ class Router(nn.Module):
         self.register_buffer("bias", zeros)
         self.selection: Selection | None = None
         """Replacement for the router's own `select`, set if the experts of the tokens come from outside."""
+        by_groups, biased = config.limits_groups, config.topk_method == "noaux_tc"
+        self.rules = Gate(
+            top_k=config.num_experts_per_tok,
+            groups=config.n_group,
+            open_groups=config.topk_group if by_groups else 0,
+            softmax=config.scoring_func == "softmax",
+            paired=biased,
+            apart=biased,
+            normalise=config.norm_topk_prob,
+            factor=config.routed_scaling_factor,
+            most_groups=self._most_groups,
+        )
 
     def forward(self, x: Tensor, valid: Tensor, dropping: Dropping | None = None) -> Routing:
         """Route x `[B, S, H]`, valid `[B]` bool: sequences that are padding are routed but not counted.
@@ -87,6 +101,8 @@ class Router(nn.Module):
         Without `dropping` every token reaches its K experts. Dropping changes neither counts nor losses nor the gate
         weights of the pairs that stay.
         """
+        if on_gpu(x) and self.selection is None and dropping is None:
+            return self._fused(x, valid)
         scores = self.scores(x)
         expert_ids = (self.selection or self.select)(scores.detach().flatten(0, 1))
         weights = scores.flatten(0, 1).gather(1, expert_ids)
@@ -102,6 +118,12 @@ class Router(nn.Module):
             dropped = (beyond.flatten() * counted).sum()
             expert_ids, weights = expert_ids.masked_fill(beyond, -1), weights.masked_fill(beyond, 0.0)
         return Routing(expert_ids, weights, counts, dropped, losses.expert, losses.device, losses.communication)
+
+    def _fused(self, x: Tensor, valid: Tensor) -> Routing:
+        total = sink_of(self.weight)
+        weight = seen_by_autograd(self.weight, total, x)
+        ids, weights, counts, *losses = _FusedFunction.apply(x, weight, self.bias, valid, astuple(self.rules), total)
+        return Routing(ids, weights, counts[:-1], counts[-1], *losses)
 
     def scores(self, x: Tensor) -> Tensor:
         """Affinities FP32 `[B, S, E]` of tokens x `[B, S, H]`."""
@@ -136,13 +158,17 @@ class Router(nn.Module):
         selected experts."""
         config = self.config
         sent = expert_ids.view(*scores.shape[:2], -1)
-        counted, most_groups = sent, config.topk_group
+        counted = sent
         if config.topk_method == "noaux_tc":
             counted = scores.detach().topk(config.num_experts_per_tok, -1, sorted=False).indices
-        elif config.topk_method == "greedy":
-            most_groups = min(config.n_group, config.num_experts_per_tok)
         affinity = scores / scores.sum(-1, keepdim=True) if config.scoring_func == "sigmoid" else scores
-        return balance_losses(affinity, counted, sent, valid, config.n_group, most_groups)
+        return balance_losses(affinity, counted, sent, valid, config.n_group, self._most_groups)
+
+    @property
+    def _most_groups(self) -> int:
+        """Largest number of groups that a token can be sent to."""
+        config = self.config
+        return min(config.n_group, config.num_experts_per_tok) if config.topk_method == "greedy" else config.topk_group
 
     def _beyond_budget(self, scores: Tensor, expert_ids: Tensor, dropping: Dropping) -> Tensor:
         """Pairs to drop, bool `[T, K]`, by the affinities `[B, S, E]` without the bias."""
@@ -174,6 +200,60 @@ class _GateFunction(Function):
             add_product(total.buffer, grad, rows, 1.0)
             total.arrived()
         return (grads[0] @ weight.float()).to(x.dtype), grad_weight, None
+
+
+class _FusedFunction(Function):
+    """The whole router on GPUs: logits in FP32 from operands of any format, then `kernels/gate.py`.
+
+    BF16 operands are multiplied as they are: tensor cores multiply BF16 exactly and sum in FP32. For the backward the
+    logits' gradient is split into two BF16 numbers, 16 bits of it together, so that no product is of FP32 numbers,
+    which take ten times as long, and no operand is copied to FP32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        valid: Tensor,
+        rules: tuple[Any, ...],
+        total: GradientSum | None,
+    ) -> tuple[Tensor, ...]:
+        logits = _in_fp32(x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
+        ids, weights, *sums = gate(logits, bias, *rules)
+        counts, losses, pulls = gate_balance(*sums, valid, x.shape[1], *rules)
+        ctx.save_for_backward(x, weight, logits, ids, pulls)
+        ctx.mark_non_differentiable(ids, counts)
+        ctx.set_materialize_grads(False)
+        ctx.rules, ctx.total = rules, total
+        return (ids, weights, counts, *losses.unbind())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        x, weight, logits, ids, pulls = ctx.saved_tensors
+        experts, rows, halves = weight.shape[0], x.flatten(0, 1), x.dtype == torch.bfloat16
+        grad = gate_backward(grads[1], list(grads[3:]), logits, ids, pulls, halves, *ctx.rules)
+        if halves:
+            grad_x = grad @ torch.cat((weight, weight))
+        else:
+            rows, grad_x = rows.float(), (grad @ weight.float()).to(x.dtype)
+        parts, grad_weight = grad.split(experts, 1), None
+        if ctx.total is None:
+            grad_weight = torch.stack([_in_fp32(part.t(), rows) for part in parts]).sum(0).to(weight.dtype)
+        else:
+            for part in parts:
+                add_product(ctx.total.buffer, part, rows, 1.0)
+            ctx.total.arrived()
+        return grad_x.view(x.shape), grad_weight, None, None, None, None
+
+
+def _in_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """Product in FP32 of two matrices of one format."""
+    if left.device.type == "cpu" or left.dtype == torch.float32:
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 @torch.no_grad()

@@ -155,8 +155,9 @@ def compile_launch(case: str, launch: Launch, capability: int) -> Compiled:
     signature: dict[str, str] = {}
     known: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    every = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
-    assert list(every) == list(launch.kernel.arg_names), (case, list(every), launch.kernel.arg_names)
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+    assert sorted(given) == sorted(launch.kernel.arg_names), (case, list(given), launch.kernel.arg_names)
+    every = {name: given[name] for name in launch.kernel.arg_names}
     for index, (name, value) in enumerate(every.items()):
         if name in launch.constants or (isinstance(value, int) and value == 1):
             signature[name], known[index,] = "constexpr", value

@@ -13,8 +13,12 @@ from counterflow.tests.fp8.triton_worker import Compiled, compile_launch
 
 
 def interpreted(name: str, *arguments: Any) -> Any:
-    """Results of an operation's kernel on CPU tensors, under the interpreter."""
-    return OPERATIONS[name].gpu(*arguments)
+    """Results of an operation's kernel on CPU tensors, under the interpreter.
+
+    Of an operation without results it is the first argument, to which the kernel adds.
+    """
+    results = OPERATIONS[name].gpu(*arguments)
+    return arguments[0] if results is None else results
 
 
 def compiled(index: int, capability: int) -> list[Compiled]:
