@@ -29,7 +29,7 @@ def gpu_variables(environ: Mapping[str, str], dumps: Path | None = None, determi
 
     Args:
         dumps: path, without the rank's number, of the records that a collective's timeout leaves.
-        deterministic: whether cuBLAS gets a workspace with which its sums have one order (`run.deterministic`).
+        deterministic: whether cuBLAS sums in one order, and Transformer Engine's attention too (`run.deterministic`).
     """
     wanted = {
         # With the 8 queues of the default, streams would share one: a receive that waits for a pipeline rank would hold
@@ -45,7 +45,7 @@ def gpu_variables(environ: Mapping[str, str], dumps: Path | None = None, determi
     if dumps is not None:
         wanted["TORCH_FR_DUMP_TEMP_FILE"] = str(dumps)
     if deterministic:
-        wanted["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        wanted |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
     return {
         name: value
         for name, value in wanted.items()
