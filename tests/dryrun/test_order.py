@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_ranks_launch_the_collectives_of_a_communicator_in_one_order(name: str) 
     config = load_config("tiny", (*SMALL, *settings))
     runs = {rank: dry_run(config, world, rank, 4, layer=False) for rank in range(world)}
     uses = {group.use for run in runs.values() for group in run.communicators.values()}
-    assert {"world", "dp"} <= uses, uses
+    assert "world" in uses and any(use.startswith("dp") for use in uses), uses
     assert disagreements(runs) == []
     assert [run.mixed for run in runs.values() if run.mixed] == []
 
@@ -72,12 +73,9 @@ def test_a_swapped_order_is_found() -> None:
     config = load_config("tiny", (*SMALL, *settings))
     runs = {rank: dry_run(config, world, rank, 4, layer=False) for rank in (0, 1)}
     swapped = list(runs[1].sent)
-    of_group: Sequence[int] = [
-        i for i, sent in enumerate(swapped) if runs[1].communicators[sent.communicator].use == "dp"
-    ]
-    here, there = next(
-        (i, j) for i, j in zip(of_group, of_group[1:], strict=False) if swapped[i].bytes != swapped[j].bytes
-    )
+    uses = [runs[1].communicators[sent.communicator].use for sent in swapped]
+    in_dp = [index for index, use in enumerate(uses) if use == "dp"]
+    here, there = next((i, j) for i, j in pairwise(in_dp) if swapped[i].bytes != swapped[j].bytes)
     swapped[here], swapped[there] = swapped[there], swapped[here]
     found = disagreements({0: runs[0], 1: replace(runs[1], sent=swapped)})
     assert any("use='dp'" in each and each.endswith("rank 1") for each in found)
