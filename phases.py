@@ -167,7 +167,7 @@ class _Cut:
         return gradient
 
     def root(self) -> tuple[GradientEdge | Tensor, Tensor] | None:
-        """Where the backward starts, and the gradient there; None if no gradient has arrived."""
+        """Edge or ticket from which the backward starts, and the gradient there; None if no gradient has arrived."""
         if self.gradient is None:
             return None
         if self.ticket is not None:

@@ -80,7 +80,7 @@ class _Layer:
             ranks = (model.q_lora_rank or 0) + model.kv_lora_rank
             forward += (hidden + ranks) * normed + (2 * heads * model.qk_head_dim + attended) * high
         gradients = (query + keys) * self._size("attention.gradient") + hidden * self._size("attention_out.gradient")
-        return Held(forward, hidden * normed + out + gradients)
+        return Held(forward, hidden * normed + attended * self._size("attention_out.input") + gradients)
 
     def _feed_forward(self, up: str, down: str, inner: int, arrives: bool = False) -> Held:
         """SwiGLU feed-forward; `arrives` where its input came from other ranks, so that it cannot be rebuilt."""
@@ -92,7 +92,7 @@ class _Layer:
         if self.recompute == "none":
             forward += (0.0 if arrives else hidden * given) + (0.0 if cached else activated)
         gradients = 2 * inner * self._size(f"{up}.gradient") + hidden * self._size(f"{down}.gradient")
-        return Held(forward, hidden * given + (gate_up if cached else activated) + gradients)
+        return Held(forward, hidden * given + inner * self._size(f"{down}.input") + gradients)
 
     def _size(self, name: str) -> float:
         """Bytes of an element of a class of tensors."""

@@ -88,7 +88,7 @@ def test_bytes_between_the_actions_are_those_of_a_real_pass(recipe: str, recompu
         predicted = held[layer]
         slack = 0.07 * predicted.forward
         assert predicted.forward - layer * indices - slack < forward < predicted.forward + slack
-        if recipe == "fp8":  # where W is emulated, it may hold some operands in BF16
-            assert 0.95 * predicted.weights < weights < 1.7 * predicted.weights
+        if recipe == "fp8":  # at these widths a tile is often not full, and has its scale all the same
+            assert predicted.weights < weights < 1.15 * predicted.weights
         else:
             assert weights == pytest.approx(predicted.weights, rel=1e-3)

@@ -19,7 +19,7 @@ from counterflow.configs.config import Config
 from counterflow.configs.load import load_config
 from counterflow.configs.source import shipped
 from counterflow.parallel.groups import Groups
-from counterflow.parallel.optimizer.sharded import ShardedOptimizer
+from counterflow.parallel.optimizer.bucket import Bucket
 from counterflow.tests.pool import Pool, Worker
 from counterflow.training import trainer as trainer_module
 from counterflow.training.build import Model, make_groups
@@ -44,13 +44,13 @@ def small(*overrides: str, nproc: int | None = None, steps: int = 2) -> tuple[Co
 def verified(worker: Worker, shrunk: Shrunk, plant: Plant | None = None) -> list[Outcome]:
     """Verify on one rank of the pool, with the faults that `plant` puts on ranks and in trainers."""
     groups = make_groups(shrunk.config, shrunk.layout, "cpu")
-    before = ShardedOptimizer._accumulate, Trainer.step, trainer_module.update_bias, Model._holders
+    before = Bucket.start_reduce, Trainer.step, trainer_module.update_bias, Model._holders
     try:
         if plant is not None:
             plant(groups)
         return verify_ranks(shrunk, groups)
     finally:
-        ShardedOptimizer._accumulate, Trainer.step, trainer_module.update_bias, Model._holders = before
+        Bucket.start_reduce, Trainer.step, trainer_module.update_bias, Model._holders = before
 
 
 def run(pool: Pool, shrunk: Shrunk, plant: Plant | None = None) -> Outcome:
@@ -92,16 +92,16 @@ def test_v2s_router_with_its_losses_and_drops_agrees(pool: Pool) -> None:
 
 def _scaled_mirror(groups: Groups) -> None:
     """Enlarge the gradients of one tensor of the second layer on pipeline rank 1, before they are summed."""
-    accumulate = ShardedOptimizer._accumulate
+    start_reduce = Bucket.start_reduce
 
-    def planted(self: ShardedOptimizer, parameter: torch.Tensor, bucket: int, slot: int) -> None:
-        names = self._buckets[bucket].plan.slots[slot].local.names
-        mirrored = self.groups.layout.pp == 2 and groups.coordinates.pp == 1
-        if mirrored and names == ("layers.1.attention.out",) and parameter.grad is not None:
-            parameter.grad.mul_(1.001)
-        accumulate(self, parameter, bucket, slot)
+    def planted(self: Bucket) -> None:
+        mirrored = len(self.plan.holders) == 2 and groups.coordinates.pp == 1
+        for slot in self.plan.slots:
+            if mirrored and slot.local.names == ("layers.1.attention.out",):
+                slot.in_bucket(self.gradient).mul_(1.001)
+        start_reduce(self)
 
-    ShardedOptimizer._accumulate = planted  # type: ignore[method-assign]
+    Bucket.start_reduce = planted  # type: ignore[method-assign]
 
 
 def _mtp_counted_twice(groups: Groups) -> None:
