@@ -51,7 +51,9 @@ def test_every_action_takes_exactly_its_cost(name: str, options: dict[str, Any])
     unconnected: PipelineChannels = None  # type: ignore[assignment]
     executor = Executor(chunks, unconnected, find_order("v3"), SHAPE, torch.float32, torch.device("cpu"))
     starts: list[float] = []
-    watch = SimpleNamespace(begin=lambda action: starts.append(device.now()), phase=lambda side, name: None, end=lambda: None)
+    watch = SimpleNamespace(
+        begin=lambda action: starts.append(device.now()), phase=lambda side, name: None, end=lambda action: None
+    )
     executor.train(Program.of(schedule, 0), torch.zeros(MICRO_BATCHES, *SHAPE).unbind(), watch=watch)
     simulated = simulate(schedule, Costs.uniform(schedule.num_stages, **COSTS))
     assert starts == pytest.approx([span.start for span in simulated.spans[0]])
