@@ -7,11 +7,14 @@ wrappers and enters `no_grad` where gradients are off already: 2 of 5 us a forwa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import Variable
 from torch.autograd import function as torchs
+from torch.autograd.graph import GradientEdge
 
 
 class Function(torch.autograd.Function):
@@ -32,3 +35,13 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
     return run
+
+
+def run_backward(starts: Sequence[GradientEdge | Tensor], gradients: Sequence[Tensor]) -> None:
+    """Run the backward from `starts` with a gradient for each, as `torch.autograd.backward` does without its checks.
+
+    Those take 8 of 19 us of a backward through one node.
+    """
+    Variable._execution_engine.run_backward(
+        tuple(starts), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .differentiable import Function
+from .differentiable import Function, run_backward
 from .weight_gradients import WeightQueue
 
 Result = TypeVar("Result")
@@ -191,7 +191,7 @@ class _Cross(Function):
         return None, None, None
 
 
-class _HandOver(torch.autograd.Function):
+class _HandOver(Function):
     """A scalar without meaning, in whose backward the gradient of the cut moves on, so that nobody else holds it."""
 
     @staticmethod
@@ -216,7 +216,7 @@ class _Piece:
         if roots:
             starts, gradients = zip(*roots, strict=True)
             del roots
-            torch.autograd.backward(starts, gradients)
+            run_backward(starts, gradients)
 
 
 class _Redo:

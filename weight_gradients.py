@@ -28,12 +28,20 @@ class GradientSum:
     tensor, a hand-over between threads and a call of the optimizer's hook.
     """
 
-    __slots__ = ("__weakref__", "arrived", "buffer")
+    __slots__ = ("__weakref__", "_parts", "arrived", "buffer")
 
     def __init__(self, buffer: Tensor, arrived: Callable[[], None]) -> None:
         """`buffer` has the parameter's shape; `arrived` is called after each gradient that has been added to it."""
         self.buffer = buffer
         self.arrived = arrived
+        self._parts: tuple[Tensor, ...] | None = None
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Views of the buffer along its first dimension, made once: the sums of stacked matrices."""
+        if self._parts is None:
+            self._parts = self.buffer.unbind()
+        return self._parts
 
     def add(self, gradient: Tensor) -> None:
         """Add a gradient of any format, with as many elements as the parameter."""

@@ -215,18 +215,16 @@ def _add(compute: Callable[[], Tensor], total: GradientSum) -> None:
     total.add(compute())
 
 
-@torch.no_grad()
 def _add_products(
     x: Tensor, dy: Tensor, offsets: Tensor | None, counts: Sequence[int] | None, total: GradientSum
 ) -> None:
     if offsets is None:
         add_product(total.buffer, dy, x, 1.0)
     else:
-        start = 0
-        for expert, count in zip(total.buffer.unbind(), row_counts(offsets, counts), strict=True):
-            if count:
-                add_product(expert, dy[start : start + count], x[start : start + count], 1.0)
-            start += count
+        sizes = list(row_counts(offsets, counts))
+        for expert, of_dy, of_x, size in zip(total.parts, dy.split(sizes), x.split(sizes), sizes, strict=True):
+            if size:
+                add_product(expert, of_dy, of_x, 1.0)
     total.arrived()
 
 

@@ -64,7 +64,7 @@ class Products:
 
     def widens(self, operand: Tensor) -> bool:
         """Whether a product of `operand` with another tensor of its type is computed in FP32."""
-        return operand.dtype == torch.bfloat16 and self.computes_in(operand.device, operand.dtype) == torch.float32
+        return self.widened and operand.dtype == torch.bfloat16 and operand.device.type == "cpu"
 
     def computes_in(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         """Type in which operands of type `dtype` are multiplied on `device`."""

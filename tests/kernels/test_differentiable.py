@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from counterflow.differentiable import Function, once_differentiable
+from counterflow.differentiable import Function, once_differentiable, run_backward
 
 
 class Cube(Function):
@@ -40,3 +41,15 @@ def test_a_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad((Cube.apply(x, 1.0) * x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_a_backward_from_an_edge_and_from_a_tensor_is_torchs() -> None:
+    x = torch.linspace(-2, 2, 9).requires_grad_()
+    first, second = Cube.apply(x, 0.5), Cube.apply(x, 2.0)
+    pulls = torch.ones(9), torch.arange(9.0)
+    torch.autograd.backward((first, second), pulls, retain_graph=True)
+    expected, x.grad = x.grad, None
+    run_backward((get_gradient_edge(first), second), pulls)
+    assert expected is not None and x.grad is not None and torch.equal(x.grad, expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        run_backward((second,), pulls[:1])
