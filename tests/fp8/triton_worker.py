@@ -73,6 +73,7 @@ def prepare_interpreter() -> None:
     torch.set_num_threads(1)
     module: Any = importlib.import_module("triton.runtime.interpreter")
     module._convert_float = convert_float
+    language: Any = importlib.import_module("triton.language.core")
     patch, done = module._patch_lang, set()
 
     def patch_once(function: Any) -> Any:
@@ -80,6 +81,8 @@ def prepare_interpreter() -> None:
         if id(function.__globals__) not in done:
             done.add(id(function.__globals__))
             patch(function)  # its result could undo the patch
+            # Triton 3.6 leaves the number in an array of one dimension, which NumPy 2.4 makes no index of.
+            language.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
         return module._LangPatchScope()
 
     module._patch_lang = patch_once

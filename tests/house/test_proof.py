@@ -1,4 +1,4 @@
-"""The driver of the GPU proof: every part ends in its own way, and the others run on."""
+"""The GPU proof: parts that end in their own ways while the others run on, and the record of what has run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 
 from counterflow.tests.gpu.prove.driver import Part, run_all
 from counterflow.tests.gpu.prove.report import Report
+from counterflow.tests.gpu.prove.run import PARTS
+from counterflow.tests.gpu.prove.table import NOTHING, PAGE, proof_table, with_table
 from counterflow.tests.gpu.prove.tools import Setup
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
@@ -75,3 +77,25 @@ def test_parts_fail_alone_and_say_how(results: dict[str, dict[str, object]], tmp
 def test_parts_for_which_no_time_is_left_are_skipped(tmp_path: Path) -> None:
     assert not run_all([Part("late", "a part", 30.0, passes)], Setup(tmp_path, rehearse=True), seconds=0.0)
     assert json.loads((tmp_path / "late.json").read_text(encoding="utf-8"))["status"] == "skipped"
+
+
+def test_the_page_says_what_has_run_on_a_gpu(root: Path) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_table(page, proof_table()), "python -P tests/gpu/prove/table.py writes the table again"
+    recorded = [run for run in (root / "docs" / "proofs").iterdir() if run.is_dir()]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert (NOTHING in page) == (not recorded) == ("On a GPU nothing has run so far" in readme)
+    assert all(f"| `{part.name}` |" in page for part in PARTS), "every part is described"
+
+
+def test_recorded_runs_are_rows_of_the_table(tmp_path: Path) -> None:
+    run = tmp_path / "2027-01-31-h200"
+    assert proof_table(tmp_path) == NOTHING
+    run.mkdir()
+    run_all([Part("environment", "a part", 30.0, passes), Part("other", "a part", 30.0, fails)], Setup(run, True))
+    table = proof_table(tmp_path)
+    assert "[2027-01-31-h200](proofs/2027-01-31-h200/index.md)" in table
+    assert "| 1 of 2 | other (failed) |" in table
+    assert with_table(f"a<!-- proofs -->\n{NOTHING}<!-- end of proofs -->b", table).startswith(
+        f"a<!-- proofs -->\n{table}"
+    )
