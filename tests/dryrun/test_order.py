@@ -52,7 +52,7 @@ def disagreements(runs: Mapping[int, DryRun]) -> list[str]:
 
 
 def _seen(sent: Sent) -> tuple[str, int]:
-    """What all ranks have to agree on: a send and its receive count as the same."""
+    """Part that all ranks have to agree on: a send and its receive count as the same."""
     operation = "transfer" if sent.operation in ("send", "recv") else sent.operation
     return operation, sent.bytes if operation in EQUAL_BYTES else 0
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import re
+from pathlib import Path
 
 from counterflow.configs.load import load_config
 from counterflow.dryrun.rank import dry_run
 from counterflow.report.text.dryrun import dry_run_text
 
+DOC = Path(__file__).parents[2] / "docs" / "dryrun.md"
+KEYS = re.compile(r"^\| (`[a-z_`, ]+) \|", re.MULTILINE)
+NAME = re.compile("`([a-z_]+)`")
 SMALL = ("precision.recipe=bf16", "parallel.ep=4", "parallel.gpus_per_node=2", "memory.recompute=v3")
 
 
@@ -20,6 +25,8 @@ def test_a_rank_of_two_nodes_reports_every_key() -> None:
         *("collectives", "seconds"),
     ):
         assert result[key], key
+    documented = {name for row in KEYS.findall(DOC.read_text("utf-8").partition("## JSON")[2]) for name in NAME.findall(row)}
+    assert documented == result.keys()
     assert result["host_waits_per_moe_layer"] == 1
     assert sum(result["at_peak"].values()) <= result["peak_bytes"]
     assert all(len(line) <= 80 for line in dry_run_text(result).splitlines())

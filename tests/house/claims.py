@@ -270,6 +270,17 @@ CLAIMS: dict[str, tuple[str, ...]] = {
         "tests/configs/*::files_written_by_transformers_are_read_back_with_their_values",
         "tests/configs/*::v2_files_give_their_network_and_router",
     ),
+    # Dry runs
+    "the step of any rank of a layout on shapes alone, with its memory, kernels and messages": (
+        "tests/dryrun/*::peak_and_messages_are_those_of_a_real_step",
+        "tests/dryrun/*::an_extended_step_equals_the_whole_one",
+        "tests/dryrun/*::a_rank_of_two_nodes_reports_every_key",
+        "tests/dryrun/*::ranks_launch_the_collectives_of_a_communicator_in_one_order",
+    ),
+    "a run that does not fit into its devices is refused": (
+        "tests/launcher/*::all_ranks_refuse_what_a_dry_run_says_is_too_large_and_keep_it",
+        "tests/launcher/*::the_largest_rank_with_its_allowances_decides",
+    ),
     # Reports
     "simulated and measured timelines": (
         "tests/plan/*::simulating_with_the_measured_costs_gives_the_measured_step",

@@ -24,6 +24,7 @@ from counterflow.configs.source import shipped
 from counterflow.launcher import cli
 from counterflow.launcher.commands import audit as audit_command
 from counterflow.launcher.commands import config as config_command
+from counterflow.launcher.commands import dryrun as dryrun_command
 from counterflow.launcher.commands import placement as placement_command
 from counterflow.launcher.commands import report as report_command
 from counterflow.launcher.commands import simulate as simulate_command
@@ -63,7 +64,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
         return 0
 
     commands = audit_command, config_command, placement_command, report_command, simulate_command, train_command
-    for module in (*commands, verify_command):
+    for module in (*commands, verify_command, dryrun_command):
         monkeypatch.setattr(module, "run", note)
 
     def words_to_meaning(words: list[str]) -> argparse.Namespace:
