@@ -25,7 +25,8 @@ def test_a_rank_of_two_nodes_reports_every_key() -> None:
         *("collectives", "seconds"),
     ):
         assert result[key], key
-    documented = {name for row in KEYS.findall(DOC.read_text("utf-8").partition("## JSON")[2]) for name in NAME.findall(row)}
+    rows = KEYS.findall(DOC.read_text("utf-8").partition("## JSON")[2])
+    documented = {name for row in rows for name in NAME.findall(row)}
     assert documented == result.keys()
     assert result["host_waits_per_moe_layer"] == 1
     assert sum(result["at_peak"].values()) <= result["peak_bytes"]
