@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
 from ..configs.config import Config
-from ..parallel.layout import Layout
 from ..settings import UsageError
 from ..training.run_folder import CONFIG_FILE
 from .environment import RANK_VARIABLES
@@ -32,9 +31,6 @@ MEMORY_FILE = "memory.json"
 
 CUDA_GIB = 0.6
 """Context of CUDA, its libraries' workspaces and loaded kernels."""
-
-NCCL_GIB = 3.0
-"""Buffers of NCCL's communicators, of a run of several ranks."""
 
 FRAGMENTATION = 0.03
 """Share of the tensors' bytes that the allocator holds and cannot use."""
@@ -52,10 +48,13 @@ class Need(NamedTuple):
     """Bytes of tensors at the peak."""
     phase: str
     """Phase of the peak."""
+    nccl: float = 0.0
+    """Estimate of the bytes of NCCL's buffers."""
 
-    def total(self, world_size: int) -> float:
+    @property
+    def total(self) -> float:
         """Bytes with the allowances for what is no tensor."""
-        return self.tensors * (1 + FRAGMENTATION) + (CUDA_GIB + (NCCL_GIB if world_size > 1 else 0.0)) * GIB
+        return self.tensors * (1 + FRAGMENTATION) + CUDA_GIB * GIB + self.nccl
 
 
 def check_memory(plan: RunPlan, process: Process) -> None:
@@ -81,7 +80,7 @@ def check_memory(plan: RunPlan, process: Process) -> None:
     needs |= {pp: need for _, measured in found for pp, need in measured.items() if need is not None}
     if process.rank == 0:
         _write(plan, needs)
-    judge(needs, min(limit for limit, _ in found), plan.layout)
+    judge(needs, min(limit for limit, _ in found))
 
 
 def device_limit(config: Config, process: Process) -> float | None:
@@ -96,24 +95,24 @@ def device_limit(config: Config, process: Process) -> float | None:
     return None if limit is None else limit * GIB
 
 
-def judge(needs: Mapping[int, Need], limit: float, layout: Layout) -> None:
+def judge(needs: Mapping[int, Need], limit: float) -> None:
     """Compare the pipeline ranks' needs with the bytes of a device. Raises UsageError where one does not fit."""
     if not needs:
         return
-    world, worst = layout.world_size, max(needs, key=lambda pp: needs[pp].tensors)
+    worst = max(needs, key=lambda pp: needs[pp].total)
     need = needs[worst]
-    nccl = f", {NCCL_GIB} GiB for NCCL" if world > 1 else ""
+    nccl = f", {need.nccl / GIB:.1f} GiB for NCCL" if need.nccl else ""
     figures = (
         f"pipeline rank {worst} needs {need.tensors / GIB:.2f} GiB of tensors at the peak, in {need.phase}: with "
-        f"{CUDA_GIB} GiB for CUDA{nccl} and {FRAGMENTATION:.0%} for fragmentation {need.total(world) / GIB:.2f} of "
+        f"{CUDA_GIB} GiB for CUDA{nccl} and {FRAGMENTATION:.0%} for fragmentation {need.total / GIB:.2f} of "
         f"{limit / GIB:.2f} GiB"
     )
-    if need.total(world) > limit:
+    if need.total > limit:
         raise UsageError(
             f"the run does not fit into its devices' memory: {figures}; set memory.recompute to v3 or full, "
             "batch.micro_sequences lower, or parallel.pp or parallel.ep higher (memory.limit_gib null starts it anyhow)"
         )
-    if need.total(world) > limit * (1 - CLOSE):
+    if need.total > limit * (1 - CLOSE):
         logger.warning("memory is nearly all taken: %s", figures)
     else:
         logger.info("memory: %s", figures)
@@ -122,6 +121,7 @@ def judge(needs: Mapping[int, Need], limit: float, layout: Layout) -> None:
 def measure(plan: RunPlan, rank: int) -> Need | None:
     """Memory of `rank` by a dry run in a process of its own; None, with a warning, if it fails."""
     from ..dryrun.extend import fewest_microbatches
+    from ..training.communicators import nccl_bytes
 
     config, layout = plan.config, plan.layout
     number = fewest_microbatches(config, config.batch.microbatches(config.batch.global_sequences, layout.dp))
@@ -139,7 +139,7 @@ def measure(plan: RunPlan, rank: int) -> Need | None:
         logger.warning("memory was not checked: the dry run failed: %s", reason[-1] if reason else ended.returncode)
         return None
     result = json.loads(ended.stdout)
-    return Need(result["peak_bytes"], result["peak_phase"])
+    return Need(result["peak_bytes"], result["peak_phase"], nccl_bytes(config, layout, rank))
 
 
 def _digest(plan: RunPlan) -> str:

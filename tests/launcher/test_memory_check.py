@@ -15,7 +15,6 @@ from counterflow.dryrun.rank import dry_run
 from counterflow.launcher import memory_check
 from counterflow.launcher.bootstrap import Process
 from counterflow.launcher.memory_check import GIB, Need, check_memory, device_limit, judge
-from counterflow.parallel.layout import Layout
 from counterflow.settings import UsageError
 from counterflow.tests.pool import Pool, Worker
 from counterflow.tests.training.harness import tiny, write_text
@@ -23,8 +22,7 @@ from counterflow.training.preflight import prepare_run
 from counterflow.training.run_folder import write_config
 
 CPU = torch.device("cpu")
-LAYOUT = Layout(2, 2)
-NEEDS = {0: Need(50.0 * GIB, "F.head"), 1: Need(70.0 * GIB, "B.experts")}
+NEEDS = {0: Need(50.0 * GIB, "F.head", 3.0 * GIB), 1: Need(70.0 * GIB, "B.experts", 3.0 * GIB)}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +33,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_largest_rank_with_its_allowances_decides(caplog: pytest.LogCaptureFixture) -> None:
     needed = 70.0 * 1.03 + 0.6 + 3.0
     with pytest.raises(UsageError, match=r"pipeline rank 1 needs 70.00 GiB .*, in B.experts: .* 75.70 of 75.60 GiB"):
-        judge(NEEDS, 75.6 * GIB, LAYOUT)
+        judge(NEEDS, 75.6 * GIB)
     with caplog.at_level(logging.INFO):
-        judge(NEEDS, needed / 0.95 * GIB * 0.999, LAYOUT)
-        judge(NEEDS, needed / 0.95 * GIB * 1.001, LAYOUT)
+        judge(NEEDS, needed / 0.95 * GIB * 0.999)
+        judge(NEEDS, needed / 0.95 * GIB * 1.001)
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
