@@ -168,10 +168,10 @@ class _Cut:
 
     def root(self) -> tuple[GradientEdge | Tensor, Tensor] | None:
         """Edge or ticket from which the backward starts, and the gradient there; None if no gradient has arrived."""
+        ticket, self.ticket = self.ticket, None  # its graph holds this cut
         if self.gradient is None:
             return None
-        if self.ticket is not None:
-            ticket, self.ticket = self.ticket, None
+        if ticket is not None:
             return ticket, ticket.detach()
         gradient = self.take()
         assert self.edge is not None and gradient is not None
