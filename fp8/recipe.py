@@ -128,6 +128,8 @@ class Quantizer:
         tile, fmt, pow2 = self.format.tile(contracted), self.format.fmt, self.format.pow2
         offsets = offsets if tile[0] > 1 else None  # tiles of one row are the same with any groups
         met = self.monitor.flag(x.device)
+        if self._by_rows(x, contracted):
+            return restore(quantize_rows(x, fmt, pow2, met))
         try:
             values = fake_quantize(x, tile, fmt, pow2, checked=True, offsets=offsets, met=met)
         except FP8RangeError:
@@ -152,7 +154,7 @@ class Quantizer:
         met = self.monitor.flag(x.device)
 
         def run(checked: bool) -> tuple[BlockQuantized, Tensor | None]:
-            if tile[0] == 1 and x.dim() == 2 and has_kernel(x.device, fmt, x.shape[1]):
+            if self._by_rows(x, contracted):
                 codes = quantize_rows(x, fmt, pow2, met)
                 return codes, restore(codes) if with_values else None
             if with_values:
@@ -174,6 +176,12 @@ class Quantizer:
             assert self.format is not None
             return quantize_both(x, groups_on(x.device, ends), self.format.pow2, self.monitor.flag(x.device))
         return self.encode(x, 1, ends), self.encode(x, 0, ends)
+
+    def _by_rows(self, x: Tensor, contracted: int) -> bool:
+        """Whether one kernel quantises x along its columns, and one restores it."""
+        assert self.format is not None
+        rows = self.format.tile(contracted)[0] == 1 and x.dim() == 2 and self.monitor.observer is None
+        return rows and has_kernel(x.device, self.format.fmt, x.shape[1])
 
     @property
     def is_plain(self) -> bool:
