@@ -68,6 +68,8 @@ class _Layer(nn.Module):
         incoming: Callable[[], BlockQuantized | None] | None = None,
     ) -> Tensor:
         """Result of the layer without a backend: in the format of its operands, or with emulated quantisation."""
+        if self._quantized is None and not torch.is_grad_enabled():
+            return self._products.multiply(x, self.weight.mT, offsets)
         weight, total = self.weight, self._gradient_sum()
         later = _WeightGradient(weight, self.weight_queue, total)
         if self._quantized is not None:
@@ -153,17 +155,16 @@ class _LinearFunction(Function):
         products: Products,
         later: _WeightGradient,
     ) -> Tensor:
-        ctx.save_for_backward(x, *(() if offsets is None else (offsets,)))
+        ctx.save_for_backward(x)
         ctx.weight, ctx.products, ctx.later = weight, products, later  # no saved tensor: hooks need not see the weight
-        ctx.counts = counts
+        ctx.offsets, ctx.counts = offsets, counts
         return products.multiply(x, weight.mT, offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), weight, products = grads, ctx.weight, ctx.products
-        x, *more = ctx.saved_tensors
-        offsets = more[0] if more else None
+        (x,), offsets = ctx.saved_tensors, ctx.offsets
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         later, grad_weight, grad_rows = ctx.later, None, grad.flatten(0, -2)
         rows = x.detach().flatten(0, -2)  # a deferred W would otherwise hold the graph that x came from

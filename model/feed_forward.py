@@ -125,9 +125,6 @@ def _swiglu(
         more = () if weights is None else (weights.detach(),)
         return hidden, kept.and_then(more, lambda gate_up, weights=None: swiglu(gate_up, weights, kernels))
 
-    def activate() -> Tensor:
-        return SwiGLUFunction.apply(gate_up, weights, kernels)
-
-    hidden = activate()
-    saved.rebuild((hidden,), lambda: (activate(),))
+    hidden = SwiGLUFunction.apply(gate_up, weights, kernels)
+    saved.rebuild((hidden,), lambda: (swiglu(gate_up, weights, kernels),))
     return hidden, None

@@ -152,14 +152,14 @@ class RMSNormFunction(Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, eps: float, kernels: Kernels, total: GradientSum | None = None
     ) -> Tensor:
-        ctx.save_for_backward(x, gain)
-        ctx.eps, ctx.kernels, ctx.total = eps, kernels, total
+        ctx.save_for_backward(x)
+        ctx.gain, ctx.eps, ctx.kernels, ctx.total = gain, eps, kernels, total  # no hook need see a parameter
         return kernels.rms_norm(_rows(x), gain, eps).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, gain = ctx.saved_tensors
+        (x,), gain = ctx.saved_tensors, ctx.gain
         rows = _rows(grads[0]), _rows(x)
         if ctx.total is not None and ctx.kernels.fuse(x):
             grad_x, partial_sums = rms_norm_backward([rows[0]], None, rows[1], gain, ctx.eps)
@@ -204,8 +204,8 @@ class NormFunction(Function):
         else:
             total, normed = add_rms_norm(_rows(x), _rows(addend), gain, eps)
             total = total.view(x.shape)
-        ctx.save_for_backward(total, gain)
-        ctx.eps, ctx.added, ctx.of_gain = eps, addend is not None, of_gain
+        ctx.save_for_backward(total)
+        ctx.gain, ctx.eps, ctx.added, ctx.of_gain = gain, eps, addend is not None, of_gain
         ctx.set_materialize_grads(False)
         normed = normed.view(x.shape)
         return (total, normed, *(normed.detach() for _ in range(users - 1)))
@@ -214,7 +214,7 @@ class NormFunction(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         passed, *of_users = grads
-        total, gain = ctx.saved_tensors
+        (total,), gain = ctx.saved_tensors, ctx.gain
         arrived, grad_gain = [_rows(grad) for grad in of_users if grad is not None], None
         grad_total = passed
         if arrived:

@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, saved: Saved) -> Tensor:
         total = sink_of(self.gain)
         normed: Tensor = RMSNormFunction.apply(x, seen_by_autograd(self.gain, total, x), self.eps, self.kernels, total)
-        saved.rebuild((normed,), lambda: (RMSNormFunction.apply(x, self.gain, self.eps, self.kernels),))
+        saved.rebuild((normed,), lambda: (self._again(x),))
         return normed
 
     def branch(self, x: Tensor, saved: Saved, users: int = 1, addend: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -37,5 +37,9 @@ class RMSNorm(nn.Module):
         gain = seen_by_autograd(self.gain, of_gain, x)
         total, *normed = NormFunction.apply(x, addend, gain, self.eps, users, of_gain)
         kept = total.detach()
-        saved.rebuild((normed[0],), lambda: (RMSNormFunction.apply(kept, self.gain, self.eps, self.kernels),))
+        saved.rebuild((normed[0],), lambda: (self._again(kept),))
         return total, *normed
+
+    def _again(self, x: Tensor) -> Tensor:
+        """The norm of x, without a graph."""
+        return self.kernels.rms_norm(x.flatten(0, -2), self.gain, self.eps).view(x.shape)

@@ -183,14 +183,14 @@ class _GateFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, total: GradientSum | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.total = total
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.total = weight, total
         return F.linear(x.float(), weight.float())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         grad, rows, total, grad_weight = grads[0].flatten(0, 1), x.flatten(0, 1).float(), ctx.total, None
         if total is None:
             grad_weight = (grad.t() @ rows).to(weight.dtype)
