@@ -34,13 +34,14 @@ _ROWS = (1, SIDE)
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _takes_kernels(device: torch.device) -> bool:
+    """Whether a GPU converts to E4M3 itself, and Triton is there."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def has_kernel(device: torch.device, fmt: FormatName = "e4m3", width: int = SIDE) -> bool:
     """Whether one kernel of this device quantises rows of `width` values to `fmt`, and restores them."""
-    if device.type == "cpu" or (device.type == "cuda" and not _has_triton()):
+    if device.type == "cpu" or (device.type == "cuda" and not _takes_kernels(device)):
         return False
     return fmt == "e4m3" or (fmt == "e5m6" and packs(width))
 

@@ -101,7 +101,6 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Function that makes CPU tensors take the GPU's branch, with the formulas of the fused kernels."""
 
     def switch() -> None:
-        monkeypatch.setattr(operations, "_has_triton", lambda: True)
         plain = operations.has_kernel
 
         def has_kernel(device: torch.device, *more: Any) -> bool:

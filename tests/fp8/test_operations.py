@@ -92,3 +92,12 @@ def test_infinities_and_nan_set_the_flag(value: float) -> None:
         operations.quantize_messages(x, met[1])
         operations.swiglu_keeping(x, None, True, met[2])
         assert met.tolist() == [[int(wrong)]] * 3
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), False), ((9, 0), True), ((10, 0), True)])
+def test_gpus_without_e4m3_take_the_general_way(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(operations, "find_spec", lambda name: object())
+    assert operations.has_kernel(torch.device("cuda", 10 * capability[0])) is expected
