@@ -55,7 +55,7 @@ def test_no_graph_of_a_micro_batch_outlives_its_backward() -> None:
 @pytest.mark.parametrize("policy", ["full", "v3", "none"])
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_micro_batch_leaves_nothing_behind(nodes: int, policy: str) -> None:
-    """Where a route held a tensor of the graph that holds the route, every micro-batch of two hops left its inputs."""
+    """Inputs of every micro-batch would stay if a route held a tensor of the graph that holds the route."""
     config = load_config("tiny", (*SMALL, f"memory.recompute={policy}", f"parallel.gpus_per_node={4 // nodes}"))
     run = dry_run(config, 8, 0, 8, layer=False)
     alive = dict(run.after_actions)
