@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from ..fp8.linear import Linear
 from ..fp8.recipe import Recipe
 from .config import ModelConfig
 from .core_attention import attend
-from .kernels import AssembleFunction, Kernels
+from .kernels import AssembleFunction, Kernels, assembled
 from .norm import RMSNorm
 from .recompute import Keep, Saved
 from .rope import softmax_scale
@@ -51,23 +54,29 @@ class LatentAttention(nn.Module):
         key_value, rotary_key = self.kv_down(x if same is None else same, rebuilt=rebuilt).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1
         )
-        parts = self._up_project(query, key_value, rotary_key, rotary, saved)
+        if self.config.q_lora_rank is not None:
+            query = self.q_norm(query, saved)
+        latents = query, self.kv_norm(key_value, saved)
+        parts = self._up_project(*latents, rotary_key, rotary, saved)
         # The latents are kept, their norms and up-projections are not (V3 §3.2.3).
-        saved.rebuild(parts, lambda: self._up_project(query, key_value, rotary_key, rotary, Keep()))
+        queries, keys = (saved.lend(latent) for latent in latents)
+        saved.rebuild(parts, lambda: self._up_project(queries(), keys(), rotary_key, rotary, Keep()))
+        del query, latents
         attended, kept = attend(*parts, self.out.keep, self._library, self._products)
         return self.out(attended, kept)
 
     def _up_project(
         self, query: Tensor, key_value: Tensor, rotary_key: Tensor, rotary: Tensor, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value `[B, A, S, …]` for attention (A heads), from the latents."""
+        """Query, key and value `[B, A, S, …]` for attention (A heads), from the latents behind their norms."""
         heads = self.config.num_attention_heads
         if self.config.q_lora_rank is not None:
-            normed = self.q_norm(query, saved)
-            query = self.q_up(normed, rebuilt=saved.rebuilds(normed))
-        normed = self.kv_norm(key_value, saved)
-        key_value = self.kv_up(normed, rebuilt=saved.rebuilds(normed))
-        return AssembleFunction.apply(
+            query = self.q_up(query, rebuilt=saved.rebuilds(query))
+        key_value = self.kv_up(key_value, rebuilt=saved.rebuilds(key_value))
+        run: Callable[..., tuple[Tensor, Tensor, Tensor]] = assembled
+        if torch.is_grad_enabled():
+            run = AssembleFunction.apply
+        return run(
             query.unflatten(-1, (heads, -1)),
             key_value.unflatten(-1, (heads, -1)),
             rotary_key,

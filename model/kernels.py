@@ -288,10 +288,7 @@ class AssembleFunction(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(rotary)
         ctx.scale = scale
-        if not on_gpu(query):
-            return assemble_formula(query, key_value, rotary_key, rotary, scale)
-        out_query, out_key, value = assemble(query, key_value, rotary_key, rotary, scale)
-        return out_query.transpose(1, 2), out_key.transpose(1, 2), value.transpose(1, 2)
+        return assembled(query, key_value, rotary_key, rotary, scale)
 
     @staticmethod
     @once_differentiable
@@ -299,6 +296,16 @@ class AssembleFunction(Function):
         (rotary,) = ctx.saved_tensors
         run: Callable[..., tuple[Tensor, ...]] = assemble_backward if on_gpu(grads[0]) else assemble_backward_formula
         return *run(*grads, rotary, ctx.scale), None, None
+
+
+def assembled(
+    query: Tensor, key_value: Tensor, rotary_key: Tensor, rotary: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward of `AssembleFunction`."""
+    if not on_gpu(query):
+        return assemble_formula(query, key_value, rotary_key, rotary, scale)
+    out_query, out_key, value = assemble(query, key_value, rotary_key, rotary, scale)
+    return out_query.transpose(1, 2), out_key.transpose(1, 2), value.transpose(1, 2)
 
 
 class EmbeddingFunction(Function):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,10 @@ class Keep:
 
     def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
         """Do nothing: no tensor is dropped."""
+
+    def lend(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Function that returns `tensor`, for the recipe of another tensor: made again only once for all its users."""
+        return lambda: tensor
 
     def hooks(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -66,6 +71,16 @@ class Rebuild:
 
     def rebuilds(self, tensor: Tensor) -> bool:
         return memory_of(tensor) in self._recipes
+
+    def lend(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """As `Keep.lend`. The function holds nothing of a tensor that is registered, and must be called in each
+        backward."""
+        found = self._recipes.get(memory_of(tensor))
+        if found is None:
+            return lambda: tensor
+        _, recipe, index = found
+        recipe.users += 1
+        return partial(recipe.take, index)
 
     def hooks(self) -> AbstractContextManager[Any]:
         """Context in which tensors that autograd saves are looked up among the recipes."""
@@ -129,6 +144,9 @@ class Replay:
 
     def rebuild(self, tensors: tuple[Tensor, ...], recipe: Callable[[], tuple[Tensor, ...]]) -> None:
         """Do nothing: every tensor is made again anyhow."""
+
+    def lend(self, tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: tensor  # no recipe will ask for it
 
     def rebuilds(self, tensor: Tensor) -> bool:
         return False  # tensors saved in a smaller format are smaller in the second run, too
