@@ -12,6 +12,9 @@ from ...report.text.dryrun import dry_run_text
 from ...settings import UsageError
 from .options import add_config_arguments
 
+CONNECTIONS = 32
+"""Queues of the hardware, as training sets CUDA_DEVICE_MAX_CONNECTIONS."""
+
 ROUTINGS = ("drawn", "even", "skewed")
 
 
@@ -33,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where tokens go: by the router's selection on random scores (the default), evenly, or more to this rank",
     )
     add("--no-layer", action="store_true", help="leave out the counts of one MoE layer, which take seconds")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="run the steps of all ranks by NCCL's rules instead, and tell whether they ever wait in a circle",
+    )
     add("--json", type=Path, metavar="FILE", help="write everything to FILE as one JSON object; - is standard output")
 
 
@@ -43,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.rank < max(1, args.world):
         raise UsageError(f"--rank {args.rank}: {args.world} ranks are numbered 0 to {args.world - 1}")
     logging.getLogger().setLevel(logging.ERROR)
+    if args.rehearse:
+        return _rehearse(args)
     result = dry_run(
         load_config(args.config, args.overrides),
         args.world,
@@ -57,6 +67,21 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(result), encoding="utf-8")
     print(dry_run_text(result))
+    return 0
+
+
+def _rehearse(args: argparse.Namespace) -> int:
+    """Print how a rehearsal of all ranks ends; returns 1 where it does not."""
+    from ...dryrun.rehearsal import Rehearsal
+    from ...dryrun.rules import Launch, Rules
+
+    rehearsal = Rehearsal.of(load_config(args.config, args.overrides), args.world, args.microbatches)
+    circle = rehearsal.run(Rules(connections=CONNECTIONS))
+    launches = sum(isinstance(event, Launch) for program in rehearsal.programs.values() for event in program)
+    if circle:
+        print("ranks wait for each other for ever:", *circle, sep="\n  ")
+        return 1
+    print(f"no rank waits for ever: {args.world} ranks, two steps, {launches} kernels of NCCL")
     return 0
 
 

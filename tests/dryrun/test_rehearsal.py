@@ -12,6 +12,8 @@ from counterflow.configs.load import load_config
 from counterflow.dryrun.rank import dry_run
 from counterflow.dryrun.rehearsal import Rehearsal, program_at
 from counterflow.dryrun.rules import Event, Group, HostWait, Launch, MismatchError, Rules, Wait
+from counterflow.launcher.cli import main
+from counterflow.launcher.commands import dryrun
 
 BASE = ("precision.recipe=bf16", "memory.recompute=v3")
 
@@ -145,3 +147,17 @@ def test_a_rank_that_skips_a_launch_is_named(mirrored: Rehearsal) -> None:
     programs = {**mirrored.programs, 3: mirrored.programs[3][:last]}
     with pytest.raises(MismatchError, match="rank 3 ends without launching"):
         replace(mirrored, programs=programs).run()
+
+
+def test_the_command_tells_how_a_rehearsal_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"--set={name}" for name in ("parallel.pp=2", "parallel.ep=2", "precision.recipe=bf16")]
+    command = ["dryrun", "tiny", "--world=4", "--microbatches=8", "--rehearse", *settings]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("no rank waits for ever: 4 ranks, two steps, ")
+    monkeypatch.setattr(dryrun, "CONNECTIONS", 1)
+    assert main(command) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "ranks wait for each other for ever:" and len(told) > 2
+    assert any("shares a queue of the hardware" in line for line in told)
