@@ -17,6 +17,7 @@ from ..comm.nodes import Nodes
 from ..comm.routed import RoutedDispatcher
 from ..comm.two_hop import TwoHopDispatcher
 from ..configs.config import Config
+from ..model.config import ModelConfig
 from ..model.router import Router
 from ..parallel.layout import Layout
 
@@ -24,11 +25,8 @@ RoutingName = Literal["even", "skewed", "drawn"]
 ROUTINGS: dict[RoutingName, str] = {
     "drawn": "the router's own selection on random scores",
     "even": "every expert gets equally many tokens",
-    "skewed": "the same selection, with this rank's experts among the most popular",
+    "skewed": "the same selection, with about twice the tokens for this rank's experts",
 }
-
-SKEW = 0.25
-"""Added to the scores of this rank's experts, which are uniform in [0, 1], where the routing is skewed."""
 
 
 class TokenRouting:
@@ -48,11 +46,12 @@ class TokenRouting:
         """int64 [T, K] for each rank of the group."""
         for source in range(self.size):
             if name == "even":
-                scores = _even_scores(model.n_group, model.topk_group, self.experts, tokens, source)
-            else:
-                scores = torch.rand(tokens, self.experts, generator=generator)
-            if name == "skewed":
-                scores[:, self.here * self.per_rank : (self.here + 1) * self.per_rank] += SKEW
+                self.ids.append(_even(model, tokens, source))
+                continue
+            scores = torch.rand(tokens, self.experts, generator=generator)
+            if name == "skewed":  # scores are uniform in [0, 1], so this about doubles the share of an expert
+                more = model.num_experts_per_tok / self.experts
+                scores[:, self.here * self.per_rank : (self.here + 1) * self.per_rank] += more
             self.ids.append(router.select(scores))
         self.counts = torch.stack([torch.bincount(ids.flatten(), minlength=self.experts) for ids in self.ids])
         """int64 [G, E], tokens that each rank sends to each expert."""
@@ -115,11 +114,13 @@ class TokenRouting:
         return torch.zeros(len(destinations), count, dtype=torch.bool).scatter_(1, destinations, True)
 
 
-def _even_scores(groups: int, reached: int, experts: int, tokens: int, source: int) -> Tensor:
-    """Scores [T, E] by which groups take turns, and the experts of a group too: as even as T allows."""
-    token = torch.arange(tokens).unsqueeze(1) + source
-    expert = torch.arange(experts).unsqueeze(0)
-    group, place, size = expert // (experts // groups), expert % (experts // groups), experts // groups
-    group_turn = (group - token * reached) % groups  # 0 is best
-    place_turn = (place - (token * reached // groups) * max(1, size // groups)) % size
-    return 1.0 - (group_turn / groups + place_turn / (size * groups)) / 2
+def _even(model: ModelConfig, tokens: int, source: int) -> Tensor:
+    """Experts [T, K] by which groups take turns, and the experts of a group too: as even as T allows."""
+    groups, reached, chosen = model.n_group, model.topk_group, model.num_experts_per_tok
+    if not model.limits_groups:
+        groups = reached = 1
+    size, slot = model.n_routed_experts // groups, torch.arange(chosen)
+    per_group = -(-chosen // reached)
+    visit = (torch.arange(tokens).unsqueeze(1) + source * tokens) * reached + slot // per_group
+    place = (visit // groups * per_group + slot % per_group) % size
+    return visit % groups * size + place

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--routing",
         choices=ROUTINGS,
         default="drawn",
-        help="where tokens go: by the router's selection on random scores (the default), evenly, or more to this rank",
+        help="where tokens go: by the router's selection on random scores (the default), evenly, or twice as many here",
     )
     add("--no-layer", action="store_true", help="leave out the counts of one MoE layer, which take seconds")
     add(
