@@ -18,7 +18,7 @@ from .meter import Meter
 
 def needs_staging(device: torch.device, group: dist.ProcessGroup) -> bool:
     """Whether the group can send and receive tensors of this device only by way of the host's memory."""
-    return device.type not in ("cpu", "meta") and dist.get_backend(group) == "gloo"
+    return device.type == "cuda" and dist.get_backend(group) == "gloo"
 
 
 class PipelineChannels:

@@ -33,7 +33,7 @@ from ..steps.expansion_fused import FusedExpansion
 from ..steps.expansion_plain import PlainExpansion
 from ..wire import Decoded, Direction, FP8Wire
 from .buffers import Buffer, Payload, Received
-from .crossings import BYTES_PER_CHOICE, Crossings
+from .crossings import BYTES_PER_CHOICE, Crossings, ranges_of
 
 
 class DeepEPDispatcher(RoutedDispatcher):
@@ -62,6 +62,13 @@ class DeepEPDispatcher(RoutedDispatcher):
         self.nodes = len(set(nodes)) if nodes is not None else 1
         assert nodes is None or len(nodes) == self.ranks, f"{len(nodes)} nodes for {self.ranks} ranks"
         assert self.ranks % self.nodes == 0, f"{self.ranks} ranks cannot be shared evenly by {self.nodes} nodes"
+        self._ranges = ranges_of(self.ranks, self.nodes, num_experts // self.ranks)
+
+    def ranges(self, device: torch.device) -> Tensor:
+        """Experts of each node and rank, see `ranges_of`; copied to a device once only, as the host waits."""
+        if self._ranges.device != device:
+            self._ranges = self._ranges.to(device)
+        return self._ranges
 
     def synchronise(self) -> None:
         """Wait for the ranks of the group: a kernel of DeepEP that waits for long ends the run."""
@@ -91,8 +98,8 @@ class DeepEPRoute:
         self._layout = dispatcher.buffer.begin(self._expert_ids, dispatcher.num_experts)
         self._crossings: Crossings | None = None
         if dispatcher.meter is not None:
-            per_rank = dispatcher.num_experts // dispatcher.ranks
-            self._crossings = Crossings(expert_ids, dispatcher.rank, dispatcher.ranks, dispatcher.nodes, per_rank)
+            ranges = dispatcher.ranges(expert_ids.device)
+            self._crossings = Crossings(expert_ids, ranges, dispatcher.rank, dispatcher.nodes)
         self._handle: Any = None
         self._expansion: FusedExpansion | PlainExpansion | None = None
 

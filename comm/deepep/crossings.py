@@ -18,7 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels.routes.index import count_tokens
 from ..meter import GroupMeter, LinkKind
+from ..streams import OnItsWay
 
 BYTES_PER_CHOICE = 4 + 4
 """Bytes sent to the experts per choice of a token, in addition to the token: the expert's number and its weight."""
@@ -28,33 +30,42 @@ class Crossings:
     """Numbers of tokens of this rank that one dispatch sends to each node and rank.
 
     Args:
-        expert_ids: [T, K], -1 is sent nowhere.
-        rank, ranks: this rank in its group, and the size of the group.
+        expert_ids: int64 [T, K], -1 is sent nowhere.
+        ranges: table of `ranges_of`, on the device of the ids.
+        rank: this rank of its group.
         nodes: number of nodes of the group, equally many ranks on each.
-        per_rank: experts per rank.
     """
 
-    def __init__(self, expert_ids: Tensor, rank: int, ranks: int, nodes: int, per_rank: int) -> None:
-        to = torch.div(expert_ids, per_rank, rounding_mode="floor").masked_fill(expert_ids < 0, ranks).long()
-        wanted = torch.zeros(to.shape[0], ranks + 1, dtype=torch.bool, device=to.device)
-        wanted = wanted.scatter_(1, to, True)[:, :ranks].view(to.shape[0], nodes, ranks // nodes)
-        to_node, to_rank = wanted.any(2).sum(0), wanted.sum(0)
-        self._node, self._index = divmod(rank, ranks // nodes)
-        self._on_device: Tensor | None = torch.cat((to_node[:, None], to_rank), 1)
+    def __init__(self, expert_ids: Tensor, ranges: Tensor, rank: int, nodes: int) -> None:
+        each = torch.arange(len(ranges) + 1, dtype=torch.int32, device=expert_ids.device)
+        self._numbers = count_tokens(expert_ids, ranges, each, each[:-1], len(ranges))
+        self._node, self._index = divmod(rank, len(ranges) // nodes - 1)
+        self._nodes = nodes
+        self._counted: OnItsWay | None = OnItsWay(expert_ids.device, lambda: self._numbers)
         self._on_host: dict[LinkKind, list[int]] = {}
 
     def count(self, meter: GroupMeter, purpose: str, unit: int) -> None:
-        """Count `unit` bytes per token. The first call waits for the device, right after a dispatch that waited too."""
+        """Count `unit` bytes per token. The first call waits for the numbers, right after a dispatch that waited."""
         for link, tokens in self._tokens().items():
             if tokens:
                 meter.meter.count(purpose, "all_to_all", link, sum(tokens) * unit, len(tokens))
 
     def _tokens(self) -> dict[LinkKind, list[int]]:
         """Numbers of tokens for each rank that receives any, by kind of link."""
-        if self._on_device is not None:
-            rows = self._on_device.tolist()
-            self._on_device = None
+        if self._counted is not None:
+            rows = self._counted.wait().view(self._nodes, -1).tolist()
+            self._counted = None
             between = [row[0] for node, row in enumerate(rows) if node != self._node]
             within = [count for row in rows for index, count in enumerate(row[1:]) if index != self._index]
             self._on_host = {"within": [n for n in within if n], "between": [n for n in between if n]}
         return self._on_host
+
+
+def ranges_of(ranks: int, nodes: int, per_rank: int) -> Tensor:
+    """First expert and end of each node and then of its ranks, node by node: int32 [nodes + ranks, 2]."""
+    peers = ranks // nodes
+    ranges: list[tuple[int, int]] = []
+    for first in range(0, ranks, peers):
+        ranges.append((first * per_rank, (first + peers) * per_rank))
+        ranges += [(rank * per_rank, (rank + 1) * per_rank) for rank in range(first, first + peers)]
+    return torch.tensor(ranges, dtype=torch.int32)

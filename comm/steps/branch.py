@@ -9,8 +9,8 @@ import torch
 
 
 def takes_fused_kernels(device: torch.device) -> bool:
-    """Whether rows on this device are moved by fused kernels: on GPUs with Triton, and in dry runs."""
-    return device.type == "meta" or (device.type == "cuda" and _has_triton())
+    """Whether rows on this device are moved by fused kernels: on GPUs, if Triton is installed, and in dry runs."""
+    return device.type != "cpu" and (device.type != "cuda" or _has_triton())
 
 
 @cache
