@@ -138,7 +138,8 @@ class MemoryConfig(Section):
     deferred_weights: Annotated[int, Field(ge=1)] | Literal["auto"] | None = key(
         "auto",
         "most weight gradients (W) that a pipeline rank defers at a time: auto defers no more than fit into the memory "
-        "of the steady state, or a fourth of the forwards in flight there; null leaves the schedule as it is",
+        "of the steady state, with recompute full a fourth of the forwards in flight there; null leaves the schedule "
+        "as it is",
     )
     limit_gib: Annotated[float, Field(gt=0)] | Literal["auto"] | None = key(
         "auto",

@@ -39,7 +39,9 @@ def _with_limit(config: Config, schedule: Schedule) -> Schedule:
     ratios = [stage.weights / stage.forward for stage in held]
     # With few micro-batches a rank never reaches the forwards in flight that its memory must hold for the full batch.
     budget = max(forwards_in_flight(schedule), forwards_in_flight(example_schedule(config)))
-    return limit_deferred(schedule, ratios, budget, least=budget // 4)
+    # With full recompute a forward in flight holds next to nothing, and no W would fit beside the others.
+    least = budget // 4 if config.memory.recompute == "full" else 1
+    return limit_deferred(schedule, ratios, budget, least)
 
 
 def example_schedule(config: Config) -> Schedule:
