@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
-from .differentiable import Function, run_backward
+from .differentiable import Function, edge_of, run_backward
 from .weight_gradients import WeightQueue
 
 Result = TypeVar("Result")
@@ -95,20 +95,20 @@ class Tape:
         if not tensor.requires_grad:
             return tensor
         if not large:
-            return self._continue(tensor, self._made(_Cut(get_gradient_edge(tensor))))
+            return self._continue(tensor, self._made(_Cut(edge_of(tensor))))
         cut = _Cut(None)
         cut.ticket = _HandOver.apply(tensor, cut)
         return self._continue(tensor, self._made(cut))
 
     def leave(self, tensor: Tensor) -> Tensor:
         """Cut the chunk's output off for the next stage; `backward` takes its gradient."""
-        self._output = self._made(_Cut(get_gradient_edge(tensor)))
+        self._output = self._made(_Cut(edge_of(tensor)))
         return tensor.detach()
 
     def seed(self, tensor: Tensor, gradient: float) -> Tensor:
         """Let the backward start from this phase's scalar loss too, with this gradient. Returns the loss's value."""
         if tensor.requires_grad:
-            cut = self._made(_Cut(get_gradient_edge(tensor)))
+            cut = self._made(_Cut(edge_of(tensor)))
             cut.gradient = torch.full_like(tensor, gradient)
         return tensor.detach()
 
@@ -138,8 +138,11 @@ class Tape:
                 yield from piece.run()
                 continue
             yield piece.name
-            with queue.into(deferred, until_w):
+            outer = queue.aim(deferred, until_w)
+            try:
                 piece.backward()
+            finally:
+                queue.restore(outer)
             del piece
         return (None if self._input is None else self._input.gradient), None
 

@@ -89,6 +89,10 @@ def seen_by_autograd(parameter: Tensor, total: GradientSum | None, x: Tensor) ->
     return parameter.detach() if total is not None and x.requires_grad else parameter
 
 
+Target = deque[Callable[[], None]] | None
+"""Queue of weight gradients that wait; None computes them at once."""
+
+
 class WeightQueue:
     """Queue of weight gradients that are computed later (W), first in, first out.
 
@@ -117,18 +121,26 @@ class WeightQueue:
 
         `until_w` says that the target is drained by a W action, so that the layers of `of_pairs` do not defer.
         """
-        queues = {self.of_pairs: None if until_w else target, self: target}
-        outer = {queue: queue._target for queue in queues}
-        self._aim(queues)
+        outer = self.aim(target, until_w)
         try:
             yield
         finally:
-            self._aim(outer)
+            self.restore(outer)
 
-    @staticmethod
-    def _aim(targets: dict[WeightQueue, deque[Callable[[], None]] | None]) -> None:
-        for queue, target in targets.items():
-            queue._target = target
+    def aim(self, target: Target, until_w: bool = False) -> tuple[Target, Target]:
+        """Let weight gradients go to `target`, as in `into`; returns what `restore` needs."""
+        pairs = self.of_pairs
+        outer = self._target, pairs._target
+        self._target = target
+        if pairs is not self:
+            pairs._target = None if until_w else target
+        return outer
+
+    def restore(self, outer: tuple[Target, Target]) -> None:
+        """Let weight gradients go where they went before `aim`."""
+        self._target = outer[0]
+        if self.of_pairs is not self:
+            self.of_pairs._target = outer[1]
 
 
 def now_or_later(queue: WeightQueue | None, work: Callable[[], None]) -> None:

@@ -236,7 +236,18 @@ def work(args: argparse.Namespace) -> None:
 
 
 def serve(args: argparse.Namespace, cheapen: Callable[..., Any]) -> None:
-    """Answer the questions on stdin."""
+    """Answer the questions on stdin. Garbage is collected as a training run of the checkout collects it."""
+    try:
+        from counterflow.training.garbage import collecting_every
+    except ImportError:  # by Python itself
+        answer_all(args, cheapen)
+        return
+    with collecting_every(100):
+        answer_all(args, cheapen)
+
+
+def answer_all(args: argparse.Namespace, cheapen: Callable[..., Any]) -> None:
+    """Answer the questions on stdin until it ends."""
     rank = Rank(args.precision, args.device, args.set)
     rank.record()
     libraries = cheapen({function for function, _, _ in rank.recorded}) if args.device == "meta" else []

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ class Routed:
         """Return the results for the phases after attention; the graph of the balance losses ends here."""
         routing, normed = self.routing.cut(tape, balance), tape.cut(self.normed)
         for_shared = normed if self.for_shared is self.normed else tape.cut(self.for_shared)
-        return replace(self, residual=tape.cut(self.residual), normed=normed, for_shared=for_shared, routing=routing)
+        return Routed(tape.cut(self.residual), normed, for_shared, routing, self.places, self.route)
 
 
 class MoEBlock(DecoderBlock):

@@ -91,7 +91,10 @@ class Rebuild:
         self._recipes.clear()
 
     def _pack(self, tensor: Tensor) -> Any:
-        found = self._recipes.get(memory_of(tensor))
+        try:  # as `memory_of`; this runs for every tensor that a layer saves
+            found = self._recipes.get(tensor.untyped_storage()._cdata)
+        except RuntimeError:
+            found = None
         if found is None:
             # Detached: a node that saved its own output would hold itself, and never be freed without a backward.
             return tensor.detach()
@@ -118,7 +121,10 @@ class _Recipe:
 
     def take(self, index: int) -> Tensor:
         if not self._values:
-            with torch.no_grad():
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    self._values = self.make()
+            else:  # within a backward
                 self._values = self.make()
             self._left = self.users
         value = self._values[index]
