@@ -73,8 +73,7 @@ class Rebuild:
         return memory_of(tensor) in self._recipes
 
     def lend(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """As `Keep.lend`. The function holds nothing of a tensor that is registered, and must be called in each
-        backward."""
+        """Function of `Keep.lend` that holds no registered tensor; call it in each backward."""
         found = self._recipes.get(memory_of(tensor))
         if found is None:
             return lambda: tensor
