@@ -195,7 +195,7 @@ def _with_idle_experts(worker: Worker, config: Config, ep: int) -> tuple[dict[st
 
     def count(_experts: Any, given: Any, _made: Any) -> None:
         nonlocal received
-        received += given[0].shape[0]
+        received += sum(given[0].tokens_per_expert)
 
     for name, module in trainer.model.modules():
         if name.endswith("mlp.experts"):
