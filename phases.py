@@ -97,7 +97,7 @@ class Tape:
         if not large:
             return self._continue(tensor, self._made(_Cut(edge_of(tensor))))
         cut = _Cut(None)
-        cut.ticket = _HandOver.apply(tensor, cut)
+        cut.ticket = _HandOver.apply(tensor, cut.cell)
         return self._continue(tensor, self._made(cut))
 
     def leave(self, tensor: Tensor) -> Tensor:
@@ -164,20 +164,19 @@ class _Cut:
         self.gradient: Tensor | None = None
         self.ticket: Tensor | None = None
         """Output of `_HandOver`, from which the backward starts in place of the tensor."""
-
-    def take(self) -> Tensor | None:
-        gradient, self.gradient = self.gradient, None
-        return gradient
+        self.cell: list[Tensor] = []
+        """Place from which `_HandOver` takes the gradient; its node holds no cut, or neither would ever be freed."""
 
     def root(self) -> tuple[GradientEdge | Tensor, Tensor] | None:
         """Edge or ticket from which the backward starts, and the gradient there; None if no gradient has arrived."""
-        ticket, self.ticket = self.ticket, None  # its graph holds this cut
-        if self.gradient is None:
+        ticket, self.ticket = self.ticket, None
+        gradient, self.gradient = self.gradient, None
+        if gradient is None:
             return None
         if ticket is not None:
+            self.cell.append(gradient)
             return ticket, ticket.detach()
-        gradient = self.take()
-        assert self.edge is not None and gradient is not None
+        assert self.edge is not None
         return self.edge, gradient
 
 
@@ -198,14 +197,14 @@ class _HandOver(Function):
     """A scalar without meaning, in whose backward the gradient of the cut moves on, so that nobody else holds it."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cut: _Cut) -> Tensor:
-        ctx.cut = cut
+    def forward(ctx: Any, tensor: Tensor, cell: list[Tensor]) -> Tensor:
+        ctx.cell = cell
         return tensor.new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, None]:
-        cut: _Cut = ctx.cut
-        return cut.take(), None
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        cell: list[Tensor] = ctx.cell
+        return cell.pop(), None
 
 
 class _Piece:
