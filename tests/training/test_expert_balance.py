@@ -249,8 +249,8 @@ def _evaluations(worker: Worker, config: Config, ep: int) -> tuple[list[dict[str
         other.step()
     rows, losses = [0, 0], []
 
-    def count(_module: Any, given: tuple[Tensor, ...]) -> None:
-        rows[len(losses)] += len(given[0])
+    def count(_module: Any, given: tuple[Any, ...]) -> None:
+        rows[len(losses)] += sum(given[0].tokens_per_expert)
 
     handles = [layer.experts.register_forward_pre_hook(count) for _, layer in trainer.model.mixtures()]
     losses.append(trainer.validate())
