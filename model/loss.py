@@ -27,8 +27,10 @@ from ..weight_gradients import GradientSum, seen_by_autograd, sink_of
 IGNORED = -100
 """Label of a position without target."""
 
-LOGITS_BYTES = 256 * 2**20  # one piece's logits
-BLOCK_BYTES = 4 * 2**20  # rows turned to FP32 at a time: they stay in the cache
+LOGITS_BYTES = 256 * 2**20  # one piece's logits on a CPU, and FP32 rows at a time on a GPU
+GPU_LOGITS_BYTES = 2**30
+"""Logits of a piece on a GPU. Each piece reads and writes the weight's FP32 sum: V3's 4,096 tokens are one piece."""
+BLOCK_BYTES = 4 * 2**20  # rows turned to FP32 at a time on a CPU: they stay in the cache
 
 
 def cross_entropy_sum(
@@ -67,7 +69,7 @@ class _HeadLoss(Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
         vocabulary = weight.shape[0]
-        piece = max(1, LOGITS_BYTES // (vocabulary * hidden.element_size()))
+        piece = max(1, (LOGITS_BYTES if on_cpu else GPU_LOGITS_BYTES) // (vocabulary * hidden.element_size()))
         for start in range(0, hidden.shape[0], piece):
             rows = slice(start, start + piece)
             logits = F.linear(hidden[rows], weight)
