@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from counterflow.model import core_attention, fused_attention
 from counterflow.model.fused_attention import Forwarded, FusedKernel
+from counterflow.parallel.optimizer import collectives
 
 
 class _Here(str):
@@ -86,6 +87,18 @@ def _backward(
 PLAIN = FusedKernel("plain", _forward, _backward)
 
 
+class _UncountedWork:
+    """A reduce-scatter in flight. Gloo's is an all-reduce of a copy, which no GPU makes: the copy is not counted."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+        self.is_completed = work.is_completed
+
+    def wait(self) -> None:
+        with _disable_current_modes():
+            self._work.wait()
+
+
 @contextmanager
 def as_gpu() -> Iterator[None]:
     """Context in which tensors of the CPU say that they lie on `HERE`."""
@@ -96,10 +109,18 @@ def as_gpu() -> Iterator[None]:
         return HERE if found.type == "cpu" else found
 
     torch.Tensor.device = property(device)  # type: ignore[assignment, method-assign]
+    reduce_scatter = collectives._reduce_scatter
+
+    def reduce_uncounted(*args: Any, **kwargs: Any) -> _UncountedWork:
+        with _disable_current_modes():
+            return _UncountedWork(reduce_scatter(*args, **kwargs))
+
+    collectives._reduce_scatter = reduce_uncounted
     choose, fused_attention.choose_kernel = fused_attention.choose_kernel, lambda *_: PLAIN
     chosen, core_attention.choose_kernel = core_attention.choose_kernel, lambda *_: PLAIN
     try:
         yield
     finally:
         del torch.Tensor.device
+        collectives._reduce_scatter = reduce_scatter
         fused_attention.choose_kernel, core_attention.choose_kernel = choose, chosen
