@@ -217,7 +217,7 @@ def test_evaluation_leaves_the_sum_alone() -> None:
 
 def test_off_the_cpu_the_forward_adds_to_the_sum_and_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """With four pieces: four products. Nothing of V x H is made, and only the gradient of the input is kept."""
-    monkeypatch.setattr(loss_module, "LOGITS_BYTES", 101 * 2 * 10)
+    monkeypatch.setattr(loss_module, "GPU_LOGITS_BYTES", 101 * 2 * 10)
     x, weight, labels = (part.to("meta") for part in inputs(dtype=torch.bfloat16))
     head = nn.Parameter(weight)
     told: list[int] = []
