@@ -146,7 +146,6 @@ def other_cases(rows: int) -> list[Case]:
     x, tokens = random(rows, HIDDEN), random(rows // 2, HIDDEN)
     count = tokens.shape[0]
     order = order_by_expert(torch.rand(count, 256, device="cuda").argsort(1)[:, :TOP_K].contiguous(), 256)
-    y, weights = random(count * TOP_K, HIDDEN), torch.rand(count, TOP_K, device="cuda")
     cached = BlockQuantized(*quantize(x), (1, 128), "e4m3", HIDDEN, True)
     groups = fused.group_rows(range(rows // EXPERTS, rows + 1, rows // EXPERTS), "cuda")
     sent = count * TOP_K
@@ -156,9 +155,6 @@ def other_cases(rows: int) -> list[Case]:
         codes, scales = quantize(tokens)
         message = torch.cat((codes.view(torch.uint8), scales.contiguous().view(torch.uint8)), 1)
         return (message.index_select(0, token_of_row),)
-
-    def plain_combine(y: Tensor, row_of_slot: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        return ((y[row_of_slot].float() * weights[:, :, None]).sum(1).bfloat16(),)
 
     return [
         Case(
@@ -184,14 +180,6 @@ def other_cases(rows: int) -> list[Case]:
             (tokens, order.token_of_row),
             lambda: (fused.quantize_for_dispatch(tokens, order.row_of_slot, sent),),
             2 * tokens.numel() + sent * size,
-        ),
-        Case(
-            "combine",
-            lambda: fused.combine(y, order.row_of_slot, weights),
-            plain_combine,
-            (y, order.row_of_slot, weights),
-            lambda: (fused.combine(y, order.row_of_slot, weights),),
-            2 * (y.numel() + tokens.numel()),
         ),
     ]
 

@@ -16,7 +16,6 @@ Shapes: T tokens, K choices per token, H hidden, R rows, I inner width of a feed
 | `quantize_both` | BF16 | both tilings |
 | `requantize_columns` | E4M3 in tiles of (1, 128) | tiles of (128, 1), transposed (V3 §3.5.2) |
 | `quantize_for_dispatch` | tokens | each token's codes and scales in its rows of one buffer |
-| `combine`, `combine_backward` | rows | sums of a token's rows, weighted or not |
 
 "Transposed": the codes of a matrix `[M, N]` lie in memory as `[N, M]`, the layout for products that contract its rows.
 They are returned as a BlockQuantized of shape `[M, N]` whose `data` is a view; `data.mT` is contiguous. Tiles of 128
@@ -26,8 +25,6 @@ rows begin again with each of `groups` (`group_rows`).
 from ..message import message_bytes, unpack_message
 from .launch import RowGroups, group_rows
 from .ops import (
-    combine,
-    combine_backward,
     quantize_both,
     quantize_for_dispatch,
     requantize_columns,
@@ -40,8 +37,6 @@ from .rows import dequantize_rows, packs, quantize_rows
 
 __all__ = [
     "RowGroups",
-    "combine",
-    "combine_backward",
     "dequantize_rows",
     "group_rows",
     "message_bytes",

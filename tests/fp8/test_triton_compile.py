@@ -99,12 +99,10 @@ def test_wrong_arguments_are_refused_with_numbers() -> None:
         (lambda: fused.requantize_columns(quantize(bf16(4, 8), fmt="e5m2")), "has e5m2"),
         (lambda: fused.requantize_columns(cached, groups), "do not divide a matrix of 4 rows"),
         (lambda: fused.quantize_for_dispatch(bf16(5, 8), slots, 8), r"row_of_slot is .* \[4, 2\], .* \[5, any\]"),
-        (lambda: fused.combine(bf16(8, 8), slots.float()), "row_of_slot is torch.float32"),
-        (lambda: fused.combine(bf16(8, 8), slots, torch.zeros(4, 3)), r"weights is .* \[4, 3\], .* \[4, 2\]"),
-        (lambda: fused.combine_backward(bf16(3, 8), bf16(8, 8), torch.zeros(4, 2), slots[:, 0]), r"grad .* \[4, 8\]"),
+        (lambda: fused.quantize_for_dispatch(bf16(4, 8), slots.float(), 8), "row_of_slot is torch.float32"),
         (lambda: fused.group_rows((3, 2), "cpu"), r"group ends \(3, 2\) fall"),
         (lambda: fused.unpack_message(bf16(2, 8).view(torch.uint8), 8), r"uint8 \[any, 32\], not .* \[2, 16\]"),
-        (lambda: fused.combine(bf16(8, 8), slots.to("meta")), "rows on cpu, row_of_slot on meta"),
+        (lambda: fused.quantize_for_dispatch(bf16(4, 8), slots.to("meta"), 8), "x on cpu, row_of_slot on meta"),
     ]  # fmt: skip
     for call, message in faults:
         with pytest.raises(UsageError, match=message):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterflow.comm.permute import Choice, order_by_expert
+from counterflow.comm.permute import order_by_expert
 from counterflow.comm.wire import FP8Wire
 from counterflow.fp8.quantize import BlockQuantized, quantize
 from counterflow.fp8.tensor_formats import FormatName
@@ -27,7 +27,6 @@ from counterflow.tests.fp8.triton_claims import (
     exact_swiglu_backward,
     gates,
     numbers,
-    sum_in_order,
     swiglu_backward_by,
     swiglu_by,
 )
@@ -236,35 +235,8 @@ def test_infinities_and_nan_set_the_flag_and_nothing_else_does(run: Callable[...
 
 
 @needs_triton
-def test_slots_without_a_row_send_and_add_nothing(run: Callable[..., Any]) -> None:
+def test_slots_without_a_row_send_nothing(run: Callable[..., Any]) -> None:
     x = numbers(5, 128, 1, special=False)
     row_of_slot = torch.tensor([[1, -1], [-1, -1], [0, 3], [2, -1], [-1, 4]], dtype=torch.int32)
     message = run("quantize_for_dispatch", x, row_of_slot, 5)
     assert_same(unpack_message(message, 128), quantize(x[[2, 0, 3, 2, 4]]))
-    weights = torch.rand(5, 2)
-    for factor in (None, weights):
-        assert torch.equal(run("combine", x, row_of_slot, factor), sum_in_order(x, row_of_slot.long(), factor))
-
-
-@needs_triton
-def test_combine_is_choices_sum(run: Callable[..., Any]) -> None:
-    order = order_by_expert(torch.rand(24, 6, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :3], 6)
-    rows = numbers(72, 1100, 2, special=False)
-    assert torch.equal(run("combine", rows, order.row_of_slot), Choice.every(order.row_of_slot).sum(rows))
-    weights = torch.rand(24, 3, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(run("combine", rows, order.row_of_slot, weights), sum_in_order(rows, order.row_of_slot, weights))
-
-
-@needs_triton
-def test_the_backward_of_the_weighted_combine_is_autograds(run: Callable[..., Any]) -> None:
-    generator = torch.Generator().manual_seed(3)
-    order = order_by_expert(torch.rand(24, 6, generator=generator).argsort(1)[:, :3], 6)
-    rows, grad = (torch.randn(n, 1100, generator=generator).bfloat16() for n in (72, 24))
-    weights = torch.rand(24, 3, generator=generator)
-    grad_rows, grad_weights = run("combine_backward", grad, rows, weights, order.slot_of_row)
-    expected = (grad.float()[order.token_of_row] * weights.view(-1)[order.slot_of_row, None]).bfloat16()
-    assert torch.equal(grad_rows, expected)
-    wide = rows.double().requires_grad_(), weights.double().requires_grad_()
-    (wide[0][order.row_of_slot] * wide[1][:, :, None]).sum(1).backward(grad.double())
-    assert wide[1].grad is not None
-    torch.testing.assert_close(grad_weights.double(), wide[1].grad, rtol=1e-5, atol=1e-4)

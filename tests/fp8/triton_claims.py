@@ -125,14 +125,3 @@ def spread(q: BlockQuantized) -> Tensor:
     ones = torch.ones(q.shape, device=q.data.device).to(torch.float8_e4m3fn)
     matrix = BlockQuantized(ones, q.scale, q.tile, q.fmt, q.width, q.pow2_scales, q.ends)
     return matrix.dequantize(torch.float32).double()
-
-
-def sum_in_order(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) -> Tensor:
-    """The combine, slot after slot in FP32."""
-    total = torch.zeros(row_of_slot.shape[0], rows.shape[1], device=rows.device)
-    for slot in range(row_of_slot.shape[1]):
-        index = row_of_slot[:, slot]
-        value = rows[index.clamp_min(0)].float()
-        value = value if weights is None else value * weights[:, slot : slot + 1]
-        total = total + torch.where(index[:, None] >= 0, value, 0.0)
-    return total.bfloat16()

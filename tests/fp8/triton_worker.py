@@ -232,11 +232,6 @@ def _slots(*shape: int) -> Tensor:
     return _meta(*shape, dtype=torch.int64)
 
 
-def _combine_backward() -> None:
-    rows, weights = _meta(TOKENS * TOP_K, HIDDEN), _meta(TOKENS, TOP_K, dtype=torch.float32)
-    fused.combine_backward(_meta(TOKENS, HIDDEN), rows, weights, _slots(TOKENS * TOP_K))
-
-
 CASES: dict[str, Callable[[], object]] = {
     "SwiGLU, keeping": lambda: fused.swiglu_keeping(_meta(ROWS, 2 * INNER), _weights(), met=_flag()),
     "SwiGLU, cached": lambda: fused.swiglu(_cached(ROWS, 2 * INNER), _weights()),
@@ -258,9 +253,4 @@ CASES: dict[str, Callable[[], object]] = {
     "rows in E5M6": lambda: fused.quantize_rows(_meta(ROWS, 16384), "e5m6", met=_flag()),
     "restored rows": lambda: fused.dequantize_rows(_cached(ROWS, HIDDEN), torch.bfloat16),
     "restored rows of E5M6": lambda: fused.dequantize_rows(_packed(ROWS, 16384), torch.bfloat16),
-    "combine": lambda: fused.combine(_meta(TOKENS * TOP_K, HIDDEN), _slots(TOKENS, TOP_K)),
-    "combine, weighted": lambda: fused.combine(
-        _meta(TOKENS * TOP_K, HIDDEN), _slots(TOKENS, TOP_K), _meta(TOKENS, TOP_K, dtype=torch.float32)
-    ),
-    "combine backward": _combine_backward,
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterflow.comm.permute import Choice, order_by_expert
+from counterflow.comm.permute import order_by_expert
 from counterflow.fp8 import triton as fused
 from counterflow.fp8.quantize import BlockQuantized, quantize
 from counterflow.tests.fp8.triton_claims import (
@@ -23,7 +23,6 @@ from counterflow.tests.fp8.triton_claims import (
     gates,
     numbers,
     plain_codes,
-    sum_in_order,
     swiglu_backward_by,
     swiglu_by,
 )
@@ -141,23 +140,6 @@ def test_messages_hold_each_tokens_codes_and_scales(width: int, pow2: bool) -> N
     x, order = numbers(300, width, width), order_of(300)
     message = run("quantize_for_dispatch", x, order.row_of_slot, 2400, pow2)
     assert_same(fused.unpack_message(message, width, pow2), quantize(x[order.token_of_row], pow2_scales=pow2))
-
-
-@pytest.mark.parametrize("width", [7168, 1000, 130])
-def test_combine_is_choices_sum_and_its_backward_autograds(width: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows, order = numbers(2400, width, width, special=False), order_of(300)
-    weights, grad = torch.rand(300, 8, generator=generator), torch.randn(300, width, generator=generator).bfloat16()
-    assert torch.equal(run("combine", rows, order.row_of_slot), Choice.every(order.row_of_slot).sum(rows))
-    expected = sum_in_order(rows, order.row_of_slot, weights)
-    assert torch.equal(run("combine", rows, order.row_of_slot, weights), expected)
-    rows = torch.randn(2400, width, generator=generator).bfloat16()
-    grad_rows, grad_weights = run("combine_backward", grad, rows, weights, order.slot_of_row)
-    wide = grad.float()[order.token_of_row]
-    assert torch.equal(grad_rows, (wide * weights.view(-1)[order.slot_of_row, None]).bfloat16())
-    terms = wide.double() * rows.double()
-    off = (grad_weights.view(-1)[order.slot_of_row] - terms.sum(1)).abs()
-    assert bool((off <= 2e-6 * terms.abs().sum(1)).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

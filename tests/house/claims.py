@@ -221,7 +221,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "fused Triton kernels, run by Triton's interpreter": (
         "tests/fp8/test_triton*::both_tilings_are_quantizes",
         "tests/fp8/test_triton*::swiglu_is_its_operations_then_quantize",
-        "tests/fp8/test_triton*::combine_is_choices_sum",
+        "tests/kernels/test_routes*::a_tokens_sum_is_choices_sum",
         "tests/fp8/test_triton*::no_kernel_spills",
     ),
     "an adapter of Transformer Engine, held against a stand-in": (

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from counterflow.comm.permute import Choice, order_by_expert
 from counterflow.kernels.routes import index, rows
 from counterflow.tests.fp8 import triton_worker
 from counterflow.tests.kernels import route_cases
@@ -118,6 +119,13 @@ def test_sums(run: Callable[..., Any], dtype: torch.dtype, copies: int) -> None:
         x = values(int((slots >= 0).sum()) + 1, width, dtype, tokens)
         x[-1] = torch.nan  # a row of no sum
         assert_same(run("sum_copies", x, slots), rows.sum_copies(x, slots))
+
+
+@needs_triton
+def test_a_tokens_sum_is_choices_sum(run: Callable[..., Any]) -> None:
+    order = order_by_expert(torch.rand(24, 6, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :3], 6)
+    x = values(72, 1100, torch.bfloat16, 2)
+    assert torch.equal(run("sum_copies", x, order.row_of_slot), Choice.every(order.row_of_slot).sum(x))
 
 
 @pytest.fixture(scope="module", params=[90, pytest.param(100, marks=pytest.mark.long)], ids=["hopper", "blackwell"])
